@@ -1,0 +1,56 @@
+// The Python module _C: parameter structs with a property per field, functions that raise a status's text.
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "perceiver/launch.h"
+#include "perceiver/layout.h"
+
+namespace py = pybind11;
+using perceiver::PackForwardParams;
+
+namespace {
+
+template <typename Params>
+void bind_params(py::module_& module, const char* name) {
+  py::class_<Params> type(module, name);
+  type.def(py::init([] { return Params{}; }));
+  perceiver::visit_fields(static_cast<const Params*>(nullptr), [&](const char* field, auto member,
+                                                                   std::size_t) {
+    using Field = std::remove_reference_t<decltype(std::declval<Params&>().*member)>;
+    if constexpr (std::is_pointer_v<Field>) {
+      type.def_property(
+          field, [member](const Params& params) { return reinterpret_cast<std::uintptr_t>(params.*member); },
+          [member](Params& params, std::uintptr_t address) {
+            params.*member = reinterpret_cast<Field>(address);
+          });
+    } else {
+      type.def_readwrite(field, member);
+    }
+  });
+}
+
+template <typename Params>
+auto raising(void (*function)(const Params*, PkStatus*)) {
+  return [function](const Params& params) {
+    PkStatus status{};
+    function(&params, &status);
+    if (status.code != PK_OK) throw std::runtime_error(status.text);
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Binding of libperceiver_kernels: fills plain parameter structs and enqueues kernels.";
+  module.attr("ABI_VERSION") = PK_ABI_VERSION;
+  module.def("library_abi_version", &pk_abi_version, "The ABI version of the library that was loaded.");
+  module.def("layout", &perceiver::describe_layout<PackForwardParams>,
+             "The struct layout as this module was compiled.");
+  module.def("library_layout", &pk_layout, "The struct layout as the library was compiled.");
+  bind_params<PackForwardParams>(module, "PackForwardParams");
+  module.def("pack_inputs_fwd", raising(&pk_pack_inputs_fwd), py::arg("params"),
+             "Enqueue the forward of pack_inputs. Raises RuntimeError with the library's sentence.");
+}

@@ -1,0 +1,28 @@
+// The C interface of libperceiver_kernels.so: nothing throws across it; what can fail fills a PkStatus.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "perceiver/params.h"
+
+// Raised whenever a struct or a function of this interface changes.
+#define PK_ABI_VERSION 1
+
+#define PK_API extern "C" __attribute__((visibility("default")))
+
+enum PkCode : int32_t { PK_OK = 0, PK_INVALID_ARGUMENT = 1, PK_CUDA_ERROR = 2 };
+
+struct PkStatus {
+  int32_t code;
+  // A sentence; empty when code is PK_OK.
+  char text[252];
+};
+
+PK_API int32_t pk_abi_version() noexcept;
+
+// The layout of the parameter structs as this library was compiled with them (perceiver/layout.h).
+PK_API const char* pk_layout() noexcept;
+
+// Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
+PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept;

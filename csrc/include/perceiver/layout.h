@@ -1,0 +1,20 @@
+// A struct's layout as text, "name:offset:size ... ; size", by which library and binding are compared.
+#pragma once
+
+#include <string>
+
+#include "perceiver/params.h"
+
+namespace perceiver {
+
+template <typename Params>
+std::string describe_layout() {
+  std::string text;
+  visit_fields(static_cast<const Params*>(nullptr), [&](const char* name, auto member, std::size_t offset) {
+    text += std::string(name) + ":" + std::to_string(offset) + ":" +
+            std::to_string(sizeof(static_cast<Params*>(nullptr)->*member)) + " ";
+  });
+  return text + "; " + std::to_string(sizeof(Params));
+}
+
+}  // namespace perceiver

@@ -1,0 +1,87 @@
+// Parameters of every kernel as plain structs: pointers, strides in elements, sizes, and Python's plan.
+// Each struct has one list of its fields: the binding's properties and both sides' layouts are made from it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace perceiver {
+
+enum class ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int32_t kMaxChannels = 1024;
+constexpr int32_t kChannelMultiple = 16;
+
+// packed[b, m, :] = concatenation of content[b, m, :] and positions[b, m, :], normalised, zero padded, cast.
+struct PackForwardParams {
+  // [batch, tokens, content_channels]; may be null when content_channels is 0.
+  const void* content;
+  int64_t stride_content_batch;
+  int64_t stride_content_token;
+  int64_t stride_content_channel;
+  // [batch, tokens, position_channels], batch stride 0 when shared; null when position_channels is 0.
+  const void* positions;
+  int64_t stride_positions_batch;
+  int64_t stride_positions_token;
+  int64_t stride_positions_channel;
+  // [batch, tokens] bytes, nonzero = visible; null: every token is visible.
+  const void* key_mask;
+  int64_t stride_key_mask_batch;
+  int64_t stride_key_mask_token;
+  // [batch, tokens, packed_channels], contiguous, 16-byte aligned.
+  void* packed;
+  // [batch, tokens] float, contiguous; null when normalize is 0.
+  void* rstd;
+  int64_t batch;
+  int64_t tokens;
+  int32_t content_channels;
+  int32_t position_channels;
+  int32_t packed_channels;
+  int32_t content_type;
+  int32_t positions_type;
+  int32_t packed_type;
+  int32_t normalize;
+  float eps;
+  // The plan. flat: no positions, and content[b] is one run that starts on 16 bytes.
+  int32_t flat;
+  int32_t rows_per_tile;
+  int32_t blocks;
+  int32_t device;
+  void* stream;
+};
+
+template <typename Visit>
+void visit_fields(const PackForwardParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &PackForwardParams::name, offsetof(PackForwardParams, name))
+  PK_FIELD(content);
+  PK_FIELD(stride_content_batch);
+  PK_FIELD(stride_content_token);
+  PK_FIELD(stride_content_channel);
+  PK_FIELD(positions);
+  PK_FIELD(stride_positions_batch);
+  PK_FIELD(stride_positions_token);
+  PK_FIELD(stride_positions_channel);
+  PK_FIELD(key_mask);
+  PK_FIELD(stride_key_mask_batch);
+  PK_FIELD(stride_key_mask_token);
+  PK_FIELD(packed);
+  PK_FIELD(rstd);
+  PK_FIELD(batch);
+  PK_FIELD(tokens);
+  PK_FIELD(content_channels);
+  PK_FIELD(position_channels);
+  PK_FIELD(packed_channels);
+  PK_FIELD(content_type);
+  PK_FIELD(positions_type);
+  PK_FIELD(packed_type);
+  PK_FIELD(normalize);
+  PK_FIELD(eps);
+  PK_FIELD(flat);
+  PK_FIELD(rows_per_tile);
+  PK_FIELD(blocks);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
+}  // namespace perceiver

@@ -1,0 +1,180 @@
+"""pack_inputs on CUDA C++: plan, fill the parameter struct, launch. Forward only."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends.cuda import (
+    ELEMENT_TYPES,
+    MAX_CHANNELS,
+    address,
+    binding,
+    filled,
+    reasons_against_device_and_dtype,
+)
+from perceiver_kernels.device import DeviceFacts, device_facts
+from perceiver_kernels.problem import PackProblem, pad_channels
+
+COMPOSITE = False
+
+# Of csrc/kernels/pack.cuh and csrc/include/perceiver/device/tile_pipeline.cuh: kPipelineSlots, kHeaderBytes.
+SLOTS = 2
+HEADER_BYTES = 128
+# What the driver keeps of the shared memory for every resident block (CUDA C++ Programming Guide).
+RESERVED_BYTES = 1024
+# 8 rows are a multiple of 16 bytes for every element type and channel count, so tiles start on 16 bytes.
+ROW_MULTIPLE = 8
+MAX_ROWS_PER_TILE = 256
+
+
+def reasons_against(problem: PackProblem) -> list[str]:
+    """Sentences that say why this kernel cannot serve ``problem``."""
+    reasons = reasons_against_device_and_dtype(problem.device_type, problem.content_dtype, problem.dtype)
+    if problem.fourier:
+        reasons.append("cuda packs positions given as channels, it does not compute Fourier features")
+    if problem.needs_grad:
+        reasons.append("cuda packs without gradient to the content")
+    if problem.C > MAX_CHANNELS:
+        reasons.append(f"cuda packs up to {MAX_CHANNELS} channels, got {problem.C}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class PackTiles:
+    """How rows are dealt out: ``blocks`` resident blocks, each taking tiles of ``rows_per_tile`` in turn."""
+
+    flat: bool
+    """Content is copied as one aligned run per batch entry through shared memory, not by elements."""
+    rows_per_tile: int
+    blocks: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_tiles(
+    batch: int, tokens: int, channels: int, itemsize: int, flat: bool, device: DeviceFacts
+) -> PackTiles:
+    """Tiles that fill shared memory at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like)."""
+    row_bytes = channels * itemsize
+    shared_per_sm = device.smem_bytes + RESERVED_BYTES
+    if flat:
+        resident = 6 if channels <= 384 else 4
+        slot_bytes = (shared_per_sm // resident - RESERVED_BYTES - HEADER_BYTES) // SLOTS // 128 * 128
+        rows = slot_bytes // row_bytes
+    else:
+        resident = 2 if channels <= 512 else 1
+        rows = 64
+    rows = max(ROW_MULTIPLE, min(rows, MAX_ROWS_PER_TILE) // ROW_MULTIPLE * ROW_MULTIPLE)
+    # Small inputs: rather smaller tiles than idle multiprocessors.
+    while rows > ROW_MULTIPLE and batch * math.ceil(tokens / rows) < resident * device.sm_count:
+        rows = max(ROW_MULTIPLE, rows // 2 // ROW_MULTIPLE * ROW_MULTIPLE)
+    shared_bytes = HEADER_BYTES + SLOTS * math.ceil(rows * row_bytes / 128) * 128 if flat else 0
+    resident = min(resident, shared_per_sm // (shared_bytes + RESERVED_BYTES))
+    blocks = min(batch * math.ceil(tokens / rows), resident * device.sm_count)
+    return PackTiles(flat, rows, blocks, shared_bytes)
+
+
+def _content_fields(content: Tensor, key_mask: Tensor | None, alone: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether ``content`` is flat, and the fields for it and its contiguous mask; joins adjoining batches."""
+    batch, tokens, C = content.shape
+    strides = content.stride()
+    aligned = alone and content.data_ptr() % 16 == 0
+    flat = aligned and strides[1:] == (C, 1) and strides[0] * content.element_size() % 16 == 0
+    if aligned and content.is_contiguous():
+        flat, batch, tokens, strides = True, 1, batch * tokens, (0, C, 1)
+    fields = {
+        "content": address(content),
+        "content_type": ELEMENT_TYPES[content.dtype],
+        "content_channels": C,
+        "stride_content_batch": strides[0],
+        "stride_content_token": strides[1],
+        "stride_content_channel": strides[2],
+        "key_mask": address(key_mask),
+        "stride_key_mask_batch": tokens,
+        "stride_key_mask_token": 1,
+        "batch": batch,
+        "tokens": tokens,
+    }
+    return flat, fields
+
+
+def _position_fields(positions: Tensor | None) -> dict[str, Any]:
+    strides = (0, 0, 0) if positions is None else (0, *positions.stride())[-3:]
+    return {
+        "positions": address(positions),
+        "positions_type": 0 if positions is None else ELEMENT_TYPES[positions.dtype],
+        "position_channels": 0 if positions is None else positions.shape[-1],
+        "stride_positions_batch": strides[0],
+        "stride_positions_token": strides[1],
+        "stride_positions_channel": strides[2],
+    }
+
+
+def pack_inputs_forward(
+    content: Tensor,
+    positions: Tensor | None,
+    fourier: Tensor | None,
+    key_mask: Tensor | None,
+    *,
+    normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Normalised, joined, padded, cast: packed = pad((x - mean(x)) * rstd), x = content ++ positions in fp32.
+
+    Args:
+        content: bf16, fp16 or fp32 ``[B, M, C_content]``, any strides.
+        positions: channels ``[M, P]`` or ``[B, M, P]`` of any of these types, or None.
+        fourier: None; this kernel computes no Fourier features.
+        key_mask: bool ``[B, M]``, True where a token is visible; the others become zeros with rstd 0.
+        normalize: False only joins, pads and casts.
+        eps: added to the variance.
+        dtype: of the result: bf16, fp16 or fp32.
+
+    Returns:
+        packed ``[B, M, C_padded]`` and rstd fp32 ``[B, M]``, or ``[0]`` without normalisation.
+
+    Raises:
+        RuntimeError: the library refused or the launch failed; the message says why.
+    """
+    assert fourier is None, "reasons_against refuses Fourier features"
+    B, M, C_content = content.shape
+    if positions is not None and positions.dtype not in ELEMENT_TYPES:
+        positions = positions.float()
+    channels = C_content + (0 if positions is None else positions.shape[-1])
+    packed = torch.empty(B, M, pad_channels(channels), dtype=dtype, device=content.device)
+    rstd = torch.empty((B, M) if normalize else (0,), dtype=torch.float32, device=content.device)
+    if B * M == 0:
+        return packed, rstd
+    # One byte a token: a copy of a broadcast mask costs nothing beside the content.
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    flat, content_fields = _content_fields(content, key_mask, alone=positions is None)
+    batch, tokens = content_fields["batch"], content_fields["tokens"]
+    tiles = plan_tiles(batch, tokens, channels, content.element_size(), flat, device_facts(content.device))
+    with torch.cuda.device(content.device):
+        params = filled(
+            binding().PackForwardParams(),
+            {
+                **content_fields,
+                **_position_fields(positions),
+                "packed": packed.data_ptr(),
+                "packed_type": ELEMENT_TYPES[dtype],
+                "packed_channels": packed.shape[-1],
+                "rstd": address(rstd),
+                "normalize": int(normalize),
+                "eps": eps,
+                "flat": int(flat),
+                "rows_per_tile": tiles.rows_per_tile,
+                "blocks": tiles.blocks,
+                "device": content.get_device(),
+                "stream": torch.cuda.current_stream(content.device).cuda_stream,
+            },
+        )
+        binding().pack_inputs_fwd(params)
+    return packed, rstd
