@@ -1,0 +1,26 @@
+"""perceiver_kernels: fused kernels for input-to-latent cross-attention (Perceiver and relatives), for PyTorch."""
+
+from perceiver_kernels.dispatch import backends, use_backend
+from perceiver_kernels.functional import (
+    Explanation,
+    attention,
+    explain,
+    input_cross_attention,
+    pack_inputs,
+    shared_kv_attention,
+)
+from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
+
+__all__ = [
+    "Explanation",
+    "FourierPositions",
+    "InputArray",
+    "PackedInputs",
+    "attention",
+    "backends",
+    "explain",
+    "input_cross_attention",
+    "pack_inputs",
+    "shared_kv_attention",
+    "use_backend",
+]

@@ -1,0 +1,60 @@
+"""Checks that the constructors of inputs share; every message names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RAW_DTYPES = (*FLOAT_DTYPES, torch.uint8)
+
+_Shape = tuple[int | None, ...]
+
+
+def check_tensor(
+    name: str, value: object, layout: str, *shapes: _Shape, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
+    """Raise unless value is a tensor of one of these dtypes and shapes; None in a shape fits any size."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        hint = ", True = visible" if dtypes == (torch.bool,) else ""
+        raise TypeError(f"{name} must be {allowed}{hint}, got {str(value.dtype).removeprefix('torch.')}")
+    got = tuple(value.shape)
+    ranked = (shape for shape in shapes if len(shape) == len(got))
+    if not any(all(want in (None, size) for want, size in zip(shape, got, strict=True)) for shape in ranked):
+        raise ValueError(f"{name} must be {layout}, got {got}")
+
+
+def check_numbers(name: str, values: object, *, positive: bool) -> tuple[float, ...]:
+    rule = "a tuple of finite positive numbers" if positive else "a tuple of finite numbers"
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{name} must be {rule}, got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {rule}, got {values!r}")
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"{name} must be {rule}, got {values!r}")
+    return tuple(float(value) for value in values)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_patch(name: str, patch: object, sizes: tuple[int, ...], axes: str) -> None:
+    """Raise unless patch holds one positive integer for each axis and divides its size."""
+    if not isinstance(patch, (tuple, list)) or not all(is_integer(part) for part in patch):
+        raise TypeError(f"{name} must be integers for {axes}, got {patch!r}")
+    if len(patch) != len(sizes) or any(p < 1 or size % p for p, size in zip(patch, sizes, strict=True)):
+        raise ValueError(f"{name} must be positive and divide {axes} = {sizes}, got {tuple(patch)}")
+
+
+def check_range(start: int, stop: int | None, length: int) -> tuple[int, int]:
+    stop = length if stop is None else stop
+    if not 0 <= start <= stop <= length:
+        raise ValueError(f"start, stop must satisfy 0 <= start <= stop <= M={length}, got {start}, {stop}")
+    return start, stop

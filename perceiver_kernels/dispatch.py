@@ -1,0 +1,126 @@
+"""Which backend serves a call: one literal table, refusals in sentences, no silent fallback from an explicit choice."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from perceiver_kernels.problem import PROBLEMS, Problem
+
+ENVIRONMENT_VARIABLE = "PERCEIVER_KERNELS_BACKEND"
+BACKENDS = ("cuda", "triton", "sdpa", "reference")
+
+# operation -> backend -> module, in order of preference.
+TABLE: dict[str, dict[str, str]] = {
+    "pack_inputs": {"cuda": "cuda.pack", "triton": "triton.pack", "sdpa": "sdpa", "reference": "reference"},
+    "shared_kv_attention": {"triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference"},
+    "attention": {"sdpa": "sdpa", "reference": "reference"},
+}
+
+
+def _parse_names(names: tuple[str, ...], source: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{source} must name backends among {', '.join(BACKENDS)}, got {name!r}")
+    return names
+
+
+_active: tuple[str, ...] | None = None
+"""Backends that the surrounding ``use_backend`` allows, in order; None: all, in the table's order."""
+
+_environment = tuple(name for name in os.environ.get(ENVIRONMENT_VARIABLE, "").replace(",", " ").split())
+
+
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Restrict every call inside the block to ``names``, tried in that order; a call that none can serve raises.
+
+    A backend that lacks an operation altogether is passed over for that operation only if another name in the list has it.
+    The environment variable ``PERCEIVER_KERNELS_BACKEND`` (names separated by commas) does the same for a process.
+
+    Raises:
+        ValueError: a name that is not one of cuda, triton, sdpa, reference.
+    """
+    global _active
+    if not names:
+        raise ValueError("use_backend needs at least one backend name")
+    previous, _active = _active, _parse_names(names, "use_backend")
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+@functools.cache
+def _unavailable(name: str) -> str | None:
+    """Why backend ``name`` cannot run in this process, or None."""
+    if name in ("reference", "sdpa"):
+        return None
+    package = importlib.import_module(f"perceiver_kernels.backends.{name}")
+    return package.unavailable()
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Every backend, whether it can run in this process, and if not, why."""
+    return {name: (_unavailable(name) is None, _unavailable(name) or "available") for name in BACKENDS}
+
+
+# Filled by ``load``; a plain dictionary, because torch.compile can read one but cannot trace an import.
+_modules: dict[tuple[str, str], ModuleType] = {}
+
+
+def load(op: str, backend: str) -> ModuleType:
+    """The module that serves ``op`` for ``backend``; ``select`` has imported it before compiled code gets here."""
+    if (op, backend) not in _modules:
+        _modules[op, backend] = importlib.import_module(f"perceiver_kernels.backends.{TABLE[op][backend]}")
+    return _modules[op, backend]
+
+
+def refusals(problem: Problem, name: str) -> list[str]:
+    """Why backend ``name`` cannot serve ``problem``; empty where it can."""
+    if name not in TABLE[problem.OP]:
+        return [f"{name} has no {problem.OP}"]
+    reason = _unavailable(name)
+    return [reason] if reason else load(problem.OP, name).reasons_against(problem)
+
+
+def _failure(problem: Problem, reasons: dict[str, list[str]]) -> ValueError:
+    lines = [f"no backend can serve {problem.OP} as asked"]
+    lines += [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
+    return ValueError("\n".join(lines))
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, static_values: tuple[Any, ...], names: tuple[str, ...]) -> str:
+    problem = PROBLEMS[op](*static_values)
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        reasons[name] = refusals(problem, name)
+        if not reasons[name]:
+            return name
+    raise _failure(problem, reasons)
+
+
+def candidates(op: str, backend: str | None) -> tuple[str, ...]:
+    """The backends that may serve ``op``: the explicit one, or those in force, or all of the table."""
+    if backend is not None:
+        return _parse_names((backend,), "backend")
+    if _active is not None:
+        return _active
+    return _parse_names(_environment, ENVIRONMENT_VARIABLE) or tuple(TABLE[op])
+
+
+def select(problem: Problem, backend: str | None = None) -> str:
+    """The backend that serves ``problem``; static facts decide, never sizes, so compiled graphs are not specialised.
+
+    Raises:
+        ValueError: ``backend`` (or every backend in force) cannot serve the problem; the message holds every reason.
+    """
+    return _choose(problem.OP, problem.static_values(), candidates(problem.OP, backend))

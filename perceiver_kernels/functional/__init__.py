@@ -1,0 +1,8 @@
+"""The documented functions. One call goes problem (checks) -> select (which backend) -> op or composition -> kernel."""
+
+from perceiver_kernels.functional.attention import attention, shared_kv_attention
+from perceiver_kernels.functional.cross_attention import input_cross_attention
+from perceiver_kernels.functional.explanation import Explanation, explain
+from perceiver_kernels.functional.packing import pack_inputs
+
+__all__ = ["Explanation", "attention", "explain", "input_cross_attention", "pack_inputs", "shared_kv_attention"]

@@ -1,0 +1,136 @@
+"""Chunked cross-attention: pack a chunk, attend, merge the softmax state, next chunk.
+
+Nothing proportional to M is stored but the raw inputs, which may lie in host memory. The backward packs every chunk again and
+adds its part of the query gradient; with the merged (z, lse) of the forward each chunk's gradient is exact on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from perceiver_kernels.dispatch import select
+from perceiver_kernels.functional.common import dropout_seed
+from perceiver_kernels.inputs import InputArray, TokenSlice
+from perceiver_kernels.ops import pack as pack_op
+from perceiver_kernels.ops import shared_kv as shared_kv_op
+from perceiver_kernels.problem import PackProblem, SharedKVProblem, pad_channels
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """What stays the same over the chunks of one call."""
+
+    chunk_size: int
+    dtype: torch.dtype
+    normalize: bool
+    eps: float
+    scale: float
+    dropout_p: float
+    channels: int
+
+    @property
+    def channels_padded(self) -> int:
+        return pad_channels(self.channels)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call: its inputs, settings and the backends that pack and attend."""
+
+    source: InputArray
+    settings: ChunkSettings
+    pack_backend: str
+    attention_backend: str
+
+    def chunks(self, device: torch.device) -> Iterator[tuple[int, int, TokenSlice, Tensor, Tensor]]:
+        """(start, stop, raw tokens, packed tokens, rstd) of every chunk, on ``device``."""
+        settings, M = self.settings, self.source.length
+        for start in range(0, M, settings.chunk_size):
+            stop = min(start + settings.chunk_size, M)
+            part = self.source.slice(start, stop, device=device, dtype=_float_dtype(self.source, settings.dtype))
+            packed, rstd = pack_op.PACK_FORWARD(
+                part.content, part.positions, part.fourier, part.key_mask, settings.normalize, settings.eps, settings.dtype,
+                self.pack_backend,
+            )  # fmt: skip
+            yield start, stop, part, packed, rstd
+
+
+def _float_dtype(source: InputArray, dtype: torch.dtype) -> torch.dtype | None:
+    """Raw floats stay as they are; integers become float32 before the statistics are taken."""
+    if source.content.is_floating_point():
+        return None
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Chunked(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, content: Tensor, seed: Tensor | None, run: _Run) -> tuple[Tensor, Tensor, Tensor]:
+        settings = run.settings
+        state: tuple[Any, Any, Any] = (None, None, None)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        for start, _, part, packed, _ in run.chunks(q.device):
+            state = shared_kv_op.FORWARD(
+                q, packed, part.key_mask, None, seed, settings.scale, settings.dropout_p, start, *state, wide,
+                run.attention_backend,
+            )  # fmt: skip
+        if state[0] is None:
+            rows = q.shape[:2]
+            state = (q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide), q.new_zeros(rows, dtype=wide))
+        z, lse, rho = state
+        z = z.to(q.dtype)
+        ctx.save_for_backward(q, z, lse, rho, seed)
+        ctx.set_materialize_grads(False)
+        ctx.run = run
+        ctx.content = content
+        return z, lse, rho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
+        q, z, lse, rho, seed = ctx.saved_tensors
+        run, settings = ctx.run, ctx.run.settings
+        needs_dq, needs_dx = ctx.needs_input_grad[:2]
+        dz = torch.zeros_like(z) if dz is None else dz
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.zeros(q.shape, dtype=wide, device=q.device) if needs_dq else None
+        dcontent = torch.empty_like(ctx.content) if needs_dx else None
+        for start, stop, part, packed, rstd in run.chunks(q.device):
+            dq_part, dx = shared_kv_op.BACKWARD(
+                dz, dlse, drho, q, packed, z, lse, rho, part.key_mask, None, seed, settings.scale, settings.dropout_p, start,
+                needs_dq, needs_dx, wide, run.attention_backend,
+            )  # fmt: skip
+            if dq is not None:
+                dq += dq_part
+            if dcontent is not None:
+                dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
+                    dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
+                    run.pack_backend,
+                )  # fmt: skip
+        return None if dq is None else dq.to(q.dtype), dcontent, None, None
+
+
+def chunked_attention(
+    q: Tensor, source: InputArray, settings: ChunkSettings, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, lse, rho) of absorbed queries q [B, R, C_padded] over inputs that are packed ``chunk_size`` tokens at a time.
+
+    Gradients reach q and, where it requires one, ``source.content``; learned positions are not supported in chunks.
+    """
+    if isinstance(source.positions, Tensor) and source.positions.requires_grad and torch.is_grad_enabled():
+        raise ValueError("chunk_size needs positions without gradient: learned positions are trained on whole inputs")
+    part = source.slice(0, 0, device=q.device, dtype=_float_dtype(source, settings.dtype))
+    pack_problem = PackProblem.of(
+        part.content, part.positions, part.fourier, part.key_mask, None, settings.normalize, settings.dtype
+    )
+    attention_problem = SharedKVProblem.of(
+        q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True
+    )
+    run = _Run(source, settings, select(pack_problem, backend), select(attention_problem, backend))
+    return _Chunked.apply(q, source.content, dropout_seed(settings.dropout_p, q.device), run)

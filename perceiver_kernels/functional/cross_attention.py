@@ -1,0 +1,220 @@
+"""Input-to-latent cross-attention, projections included: absorbed, projected or chunked, with one result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver_kernels.absorption import absorb_queries, project_values, with_zero_gradient
+from perceiver_kernels.device import device_facts
+from perceiver_kernels.functional.attention import attend_shared, attention
+from perceiver_kernels.functional.chunked import ChunkSettings, chunked_attention
+from perceiver_kernels.functional.common import autocast_dtype, visible
+from perceiver_kernels.functional.packing import pack_inputs
+from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.plan import plan_cross_attention
+from perceiver_kernels.problem import (
+    CrossAttentionProblem,
+    check_dropout,
+    check_scale,
+    check_shape,
+    check_tensor,
+)
+
+Method = Literal["absorbed", "projected"]
+Inputs = Tensor | InputArray | PackedInputs
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Weights of the key and value projections and of the LayerNorm before them, in nn.Linear's layout."""
+
+    w_k: Tensor
+    w_v: Tensor
+    b_k: Tensor | None
+    b_v: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+    def check(self, H: int, d_qk: int, d_v: int, C: int) -> None:
+        for name, tensor, axis, size in (
+            ("b_k", self.b_k, "H*d_qk", H * d_qk), ("b_v", self.b_v, "H*d_v", H * d_v),
+            ("norm_weight", self.norm_weight, "C", C), ("norm_bias", self.norm_bias, "C", C),
+        ):  # fmt: skip
+            if tensor is not None:
+                check_tensor(name, tensor)
+                check_shape(name, tensor, axis, (size,))
+
+
+def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -> InputArray | PackedInputs:
+    if isinstance(inputs, (InputArray, PackedInputs)):
+        if key_mask is not None or lengths is not None:
+            raise ValueError(f"key_mask and lengths must come with the {type(inputs).__name__}, not beside it")
+        return inputs
+    check_tensor("inputs", inputs)
+    return InputArray.tokens(inputs, key_mask=key_mask, lengths=lengths)
+
+
+def _requires_gradient(source: InputArray | PackedInputs) -> bool:
+    tensors = (source.data,) if isinstance(source, PackedInputs) else (source.content, source.positions)
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def describe(
+    q: Tensor,
+    inputs: Inputs,
+    weights: Projections,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[CrossAttentionProblem, InputArray | PackedInputs]:
+    """The checked problem of one call and its inputs in one of two forms."""
+    check_tensor("q", q)
+    source = _as_source(inputs, key_mask, lengths)
+    if isinstance(source, PackedInputs):
+        (B, M, _), dtype = source.data.shape, source.data.dtype
+    else:
+        B, M = source.batch, source.length
+        dtype = autocast_dtype(q) or q.dtype
+    problem = CrossAttentionProblem.of(
+        q, weights.w_k, weights.w_v, B=B, M=M, C=source.channels, dtype=dtype, packed=isinstance(source, PackedInputs),
+        inputs_need_grad=_requires_gradient(source),
+    )  # fmt: skip
+    weights.check(problem.H, problem.d_qk, problem.d_v, problem.C)
+    return problem, source
+
+
+def _absorbed(
+    problem: CrossAttentionProblem, q: Tensor, packed: PackedInputs, weights: Projections, scale: float,
+    dropout_p: float, backend: str | None,
+) -> Tensor:  # fmt: skip
+    absorbed = absorb_queries(q, weights.w_k, weights.norm_weight, packed.data.shape[-1], problem.dtype)
+    absorbed = absorbed.expand(problem.B, -1, -1)
+    z, _, rho = attend_shared(
+        absorbed, packed.data, packed.key_mask, packed.lengths, scale, dropout_p, False, backend
+    )
+    full = packed.key_mask is None and packed.lengths is None and dropout_p == 0.0 and problem.M > 0
+    return _values_of(problem, z, None if full else rho, weights)
+
+
+def _values_of(problem: CrossAttentionProblem, z: Tensor, rho: Tensor | None, weights: Projections) -> Tensor:
+    out = project_values(
+        z, rho, problem.H, weights.w_v.to(problem.dtype), weights.b_v, weights.norm_weight, weights.norm_bias
+    )
+    return with_zero_gradient(out, weights.b_k)
+
+
+def _projected(
+    problem: CrossAttentionProblem, q: Tensor, packed: PackedInputs, weights: Projections, scale: float,
+    dropout_p: float, backend: str | None,
+) -> Tensor:  # fmt: skip
+    inputs = packed.data[..., : problem.C]
+    if weights.norm_weight is not None:
+        inputs = inputs * weights.norm_weight
+    if weights.norm_bias is not None:
+        inputs = inputs + weights.norm_bias
+    inputs = inputs.to(problem.dtype)
+
+    def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = F.linear(inputs, weight.to(problem.dtype), None if bias is None else bias.to(problem.dtype))
+        return rows.unflatten(-1, (problem.H, -1)).transpose(1, 2)  # [B, H, M, d]
+
+    key, value = heads(weights.w_k, weights.b_k), heads(weights.w_v, weights.b_v)
+    q = q.to(problem.dtype).expand(problem.B, -1, -1, -1)
+    key_mask = visible(packed.key_mask, packed.lengths, problem.M)
+    return attention(q, key, value, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend)
+
+
+def _absorbed_chunked(
+    problem: CrossAttentionProblem, q: Tensor, source: InputArray, weights: Projections, settings: ChunkSettings,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    absorbed = absorb_queries(q, weights.w_k, weights.norm_weight, settings.channels_padded, problem.dtype)
+    absorbed = absorbed.expand(problem.B, -1, -1)
+    z, _, rho = chunked_attention(absorbed, source, settings, backend)
+    return _values_of(problem, z, rho, weights)
+
+
+def _on_device(source: InputArray, device: torch.device) -> InputArray:
+    """The raw inputs on the queries' device; whole, so only for inputs that are not chunked."""
+    moved = {
+        name: value.to(device)
+        for name in ("content", "positions", "coordinates", "key_mask", "lengths")
+        if isinstance(value := getattr(source, name), Tensor) and value.device != device
+    }
+    return replace(source, **moved) if moved else source
+
+
+def input_cross_attention(
+    q: Tensor,
+    inputs: Tensor | InputArray | PackedInputs,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    chunk_size: int | None = None,
+    method: Method | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-attention of latent queries to an input array, key and value projections included.
+
+    ``out = softmax(scale q k^T) v`` with ``k = W_k y + b_k``, ``v = W_v y + b_v`` and ``y = g x_hat + b`` (LayerNorm of the
+    inputs). Absorbed, the projections act on the latent side and neither k, v nor y is ever stored; projected, they are
+    computed as written. Both give the same result; a roofline estimate chooses (docs/encode.md).
+
+    Args:
+        q: ``[B, H, N, d_qk]``, or batch 1 for queries shared by the batch.
+        inputs: ``[B, M, C]``, an InputArray, or PackedInputs (packed once for several calls).
+        w_k: ``[H*d_qk, C]``. w_v: ``[H*d_v, C]``. Weights in nn.Linear's layout.
+        b_k: ``[H*d_qk]``. b_v: ``[H*d_v]``.
+        norm_weight: ``[C]``, LayerNorm's weight g. norm_bias: ``[C]``, its bias b.
+        normalize: apply LayerNorm's normalisation to the inputs. PackedInputs carry their own answer.
+        eps: LayerNorm's.
+        scale: factor on the scores; None is ``1/sqrt(d_qk)``.
+        key_mask: bool ``[B, M]``, True where a token is visible. lengths: int32 ``[B]``, instead of ``key_mask``.
+        dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
+        chunk_size: tokens packed and attended at a time; memory is then independent of M, forward and backward.
+        method: ``"absorbed"`` or ``"projected"``; None lets the planner choose.
+        backend: a backend's name; it never falls back.
+
+    Returns:
+        ``[B, H, N, d_v]``. A query that sees no token gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; the message names it.
+
+    Source: Jaegle et al. 2021 (Perceiver), section 3.1; the absorbed form is derived in docs/encode.md.
+    """
+    if method not in (None, "absorbed", "projected"):
+        raise ValueError(f"method must be 'absorbed', 'projected' or None, got {method!r}")
+    check_scale(scale)
+    check_dropout(dropout_p)
+    weights = Projections(w_k, w_v, b_k, b_v, norm_weight, norm_bias)
+    problem, source = describe(q, inputs, weights, key_mask, lengths)
+    scale = problem.d_qk**-0.5 if scale is None else float(scale)
+    if chunk_size is not None:
+        if method == "projected":
+            raise ValueError("chunk_size needs method='absorbed': projected keys and values are proportional to M")
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+        if isinstance(source, InputArray):
+            settings = ChunkSettings(chunk_size, problem.dtype, normalize, eps, scale, dropout_p, source.channels)
+            return _absorbed_chunked(problem, q, source, weights, settings, backend)
+    if method is None:
+        method = "absorbed" if chunk_size else plan_cross_attention(problem, device_facts(q.device)).method
+    if isinstance(source, InputArray):
+        source = pack_inputs(_on_device(source, q.device), normalize=normalize, eps=eps, dtype=problem.dtype, backend=backend)
+    run = _absorbed if method == "absorbed" else _projected
+    return run(problem, q, source, weights, scale, dropout_p, backend)

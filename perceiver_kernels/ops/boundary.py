@@ -1,0 +1,58 @@
+"""What every operation's boundary shares: definition, the double-backward refusal, folding of mapped axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_NAMESPACE = "perceiver_kernels"
+
+
+def define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "CPU", implementation)
+    torch.library.impl(qualified, "CUDA", implementation)
+    torch.library.register_fake(qualified, fake)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+class _NoDoubleBackward(Function):
+    """Identity whose gradient raises: kernel backwards are not differentiable themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "perceiver_kernels: kernel backends have no second derivative; "
+            'pass backend="reference" or use_backend("sdpa", "reference"), whose double backward torch derives'
+        )
+
+
+def refuse_double_backward(gradient: Tensor | None, anchor: Tensor | None) -> Tensor | None:
+    if gradient is None or anchor is None or not torch.is_grad_enabled() or not anchor.requires_grad:
+        return gradient
+    return _NoDoubleBackward.apply(gradient, anchor)
+
+
+def transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+class BatchFold:
+    """Folds a mapped axis of size ``size`` into batch axis 0 of size ``batch``: [V, B, ...] -> [V*B, ...]."""
+
+    def __init__(self, size: int, batch: int) -> None:
+        self.size, self.batch = size, batch
+
+    def __call__(self, tensor: Tensor, dim: int | None, rank: int | None = None) -> Tensor:
+        tensor = tensor.expand(self.size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        if rank is not None and tensor.ndim == rank:
+            tensor = tensor[:, None].expand(self.size, self.batch, *tensor.shape[1:])
+        return tensor.flatten(0, 1)

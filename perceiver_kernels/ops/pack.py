@@ -1,0 +1,135 @@
+"""The pack_inputs boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from perceiver_kernels.dispatch import load
+from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
+from perceiver_kernels.problem import pad_channels
+
+def _pack_forward(
+    content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
+    dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return load("pack_inputs", backend).pack_inputs_forward(
+        content, positions, fourier, key_mask, normalize=normalize, eps=eps, dtype=dtype
+    )
+
+
+def _pack_forward_fake(
+    content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
+    dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    channels = content.shape[2]
+    if positions is not None:
+        channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
+    packed = content.new_empty((*content.shape[:2], pad_channels(channels)), dtype=dtype)
+    rstd = content.new_empty(content.shape[:2] if normalize else (0,), dtype=torch.float32)
+    return packed, rstd
+
+
+def _pack_backward(
+    dpacked: Tensor, packed: Tensor, rstd: Tensor, content_channels: int, channels: int, normalize: bool, dtype: torch.dtype,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return load("pack_inputs", backend).pack_inputs_backward(
+        dpacked, packed, rstd, content_channels=content_channels, channels=channels, normalize=normalize, dtype=dtype
+    )
+
+
+def _pack_backward_fake(
+    dpacked: Tensor, packed: Tensor, rstd: Tensor, content_channels: int, channels: int, normalize: bool, dtype: torch.dtype,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return dpacked.new_empty((*dpacked.shape[:2], content_channels), dtype=dtype)
+
+
+PACK_FORWARD = define(
+    "pack_inputs_forward",
+    "(Tensor content, Tensor? positions, Tensor? fourier, Tensor? key_mask, bool normalize, float eps, ScalarType dtype, "
+    "str backend) -> (Tensor, Tensor)",
+    _pack_forward,
+    _pack_forward_fake,
+)
+PACK_BACKWARD = define(
+    "pack_inputs_backward",
+    "(Tensor dpacked, Tensor packed, Tensor rstd, int content_channels, int channels, bool normalize, ScalarType dtype, "
+    "str backend) -> Tensor",
+    _pack_backward,
+    _pack_backward_fake,
+)
+
+
+def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) -> tuple[Any, ...]:
+    nothing = (None,) * 7
+    if dpacked is None or not ctx.needs_input_grad[0]:
+        return (None, *nothing)
+    packed, rstd = ctx.saved_tensors
+    gradient = PACK_BACKWARD(dpacked, packed, rstd, *ctx.arguments)
+    return (refuse_double_backward(gradient, dpacked), *nothing)
+
+
+def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    content, positions, fourier, _, normalize, _, _, backend = inputs
+    packed, rstd = output
+    channels = content.shape[2]
+    if positions is not None:
+        channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
+    ctx.save_for_backward(packed, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.arguments = (content.shape[2], channels, normalize, content.dtype, backend)
+
+
+class _Pack(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = PACK_FORWARD(*inputs)
+        _save_pack(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_pack_gradient)
+
+
+class _PackFunctorch(Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return PACK_FORWARD(*inputs)
+
+    setup_context = staticmethod(_save_pack)
+    backward = staticmethod(_pack_gradient)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """The mapped axis is folded into the batch; positions shared by the batch stay shared."""
+        content, positions, fourier, key_mask, *rest = inputs
+        size = info.batch_size
+        fold = BatchFold(size, content.shape[0 if in_dims[0] is None else 1 if in_dims[0] == 0 else 0])
+        content = fold(content, in_dims[0])
+        if positions is not None and (in_dims[1] is not None or positions.ndim == 3):
+            positions = fold(positions, in_dims[1], rank=3)
+        if key_mask is not None:
+            key_mask = fold(key_mask, in_dims[3])
+        packed, rstd = pack_inputs(content, positions, fourier, key_mask, *rest)
+        return (packed.unflatten(0, (size, -1)), rstd.unflatten(0, (size, -1)) if rest[0] else rstd), (
+            0,
+            0 if rest[0] else None,
+        )
+
+
+def pack_inputs(
+    content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
+    dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Differentiable pack on a kernel backend; see functional.pack_inputs."""
+    inputs = (content, positions, fourier, key_mask, normalize, eps, dtype, backend)
+    if transforms_active():
+        return _PackFunctorch.apply(*inputs)
+    if torch.is_grad_enabled() and content.requires_grad:
+        return _Pack.apply(*inputs)
+    return PACK_FORWARD(*inputs)

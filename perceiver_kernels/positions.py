@@ -1,0 +1,140 @@
+"""Where tokens are: Fourier features as data, and the coordinates of dense grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.checks import check_numbers, check_range
+
+# Rows of FourierPositions.table hold the axis, the frequency and one of these kinds.
+KIND_RAW, KIND_SIN, KIND_COS = 0, 1, 2
+
+_CONSTANTS: dict[tuple[Hashable, torch.device], Tensor] = {}
+
+
+def constant(key: Hashable, device: torch.device, build: Callable[[], Sequence[Any]]) -> Tensor:
+    """The fp32 tensor of build() on device, made once: a later call copies nothing and suits a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(build(), dtype=torch.float32, device=device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    constant = _CONSTANTS.get((key, device))
+    if constant is None:
+        # An inference tensor could never be saved for a later backward pass.
+        with torch.inference_mode(False):
+            constant = torch.tensor(build(), dtype=torch.float32, device=device)
+        # A fake tensor must not outlive the mode that made it.
+        if type(constant) is Tensor:
+            _CONSTANTS[key, device] = constant
+    return constant
+
+
+@dataclass(frozen=True)
+class FourierPositions:
+    """Fourier features of coordinates x_a: their values, and sines and cosines at num_bands frequencies.
+
+    x_a, sin(pi * f_ab * x_a), cos(pi * f_ab * x_a),   f_ab = linspace(1, max_resolution[a] / 2, num_bands)[b]
+
+    Args:
+        num_bands: frequencies for each axis, at least 1.
+        max_resolution: one number for each axis; half of it is the highest frequency.
+        include_raw: whether the coordinates themselves are features too.
+        order: channel order. "deepmind": [raw | sin, axis-major | cos, axis-major];
+            "perceiver-pytorch": for each axis [sin | cos | raw].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+
+    Source: Perceiver, arXiv 2103.03206, section 3.2. Frequencies are rounded to fp32 once.
+    """
+
+    num_bands: int
+    max_resolution: tuple[float, ...]
+    include_raw: bool = True
+    order: Literal["deepmind", "perceiver-pytorch"] = "deepmind"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_bands, bool) or not isinstance(self.num_bands, int):
+            raise TypeError(f"num_bands must be an integer, got {self.num_bands!r}")
+        if self.num_bands < 1:
+            raise ValueError(f"num_bands must be at least 1, got {self.num_bands}")
+        resolution = check_numbers("max_resolution", self.max_resolution, positive=True)
+        if not resolution:
+            raise ValueError("max_resolution must hold one number for each axis, got ()")
+        object.__setattr__(self, "max_resolution", resolution)
+        if not isinstance(self.include_raw, bool):
+            raise TypeError(f"include_raw must be a bool, got {self.include_raw!r}")
+        if self.order not in ("deepmind", "perceiver-pytorch"):
+            raise ValueError(f"order must be 'deepmind' or 'perceiver-pytorch', got {self.order!r}")
+
+    @property
+    def num_axes(self) -> int:
+        """Coordinates of one token."""
+        return len(self.max_resolution)
+
+    @property
+    def channels(self) -> int:
+        """Features of one token."""
+        return self.num_axes * (2 * self.num_bands + self.include_raw)
+
+    def table(self, device: torch.device | str | None = None) -> Tensor:
+        """The features as data: x_a (kind 0), sin(pi * x_a * f) (kind 1) or cos(pi * x_a * f) (kind 2).
+
+        Args:
+            device: where the table lives; torch's default device when None.
+
+        Returns:
+            fp32 [3, channels]: rows axis a, frequency f (0 for kind 0), kind. Kept by device: read only.
+        """
+        device = torch.get_default_device() if device is None else torch.device(device)
+        return constant(self, device, self._table_rows)
+
+    def _table_rows(self) -> list[tuple[float, ...]]:
+        raw = [[(axis, 0.0, KIND_RAW)] if self.include_raw else [] for axis in range(self.num_axes)]
+        waves: dict[int, list[list[tuple[int, float, int]]]] = {KIND_SIN: [], KIND_COS: []}
+        for axis, resolution in enumerate(self.max_resolution):
+            step = (resolution / 2 - 1) / max(self.num_bands - 1, 1)
+            for kind, bands_by_axis in waves.items():
+                bands_by_axis.append([(axis, 1 + band * step, kind) for band in range(self.num_bands)])
+        if self.order == "deepmind":
+            groups = [*raw, *waves[KIND_SIN], *waves[KIND_COS]]
+        else:
+            by_axis = zip(waves[KIND_SIN], waves[KIND_COS], raw, strict=True)
+            groups = [group for axis_groups in by_axis for group in axis_groups]
+        return list(zip(*(feature for group in groups for feature in group), strict=True))
+
+
+def grid_coordinates(
+    shape: Sequence[int], start: int = 0, stop: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Coordinates of the tokens start..stop of a dense row-major grid, each axis linspace(-1, 1, size).
+
+    Args:
+        shape: sizes of the grid; an axis of size 1 is at -1, as numpy's linspace has it.
+        start, stop: tokens of the flattened grid; all of them by default.
+        device: of the result.
+
+    Returns:
+        fp32 [stop - start, len(shape)]; independent of how the grid is cut into ranges.
+
+    Raises:
+        ValueError: start and stop are not a range of the grid.
+
+    Source: Perceiver, arXiv 2103.03206, section 3.2 (positions in [-1, 1] along every axis).
+    """
+    shape = tuple(shape)
+    start, stop = check_range(start, stop, math.prod(shape))
+    index = torch.arange(start, stop, device=device)
+    coordinates = torch.empty(stop - start, len(shape), dtype=torch.float32, device=device)
+    for axis, size in enumerate(shape):
+        # fp64 first, so that every device rounds to the same fp32 values.
+        ticks = torch.linspace(-1, 1, size, dtype=torch.float64, device=device).float()
+        inner = max(math.prod(shape[axis + 1 :]), 1)
+        coordinates[:, axis] = ticks[index // inner % max(size, 1)]
+    return coordinates

@@ -1,0 +1,339 @@
+"""Problems: what one call asks for, checked once, with every axis named.
+
+``Problem.of(...)`` is the only place that validates tensors. A problem holds plain values, no tensors. Its *static* part (all
+but the sizes that vary between calls) decides which backend serves it; the sizes decide how (plan.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+MAX_CHANNELS = 1024
+CHANNEL_MULTIPLE = 16
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pad_channels(channels: int) -> int:
+    """``channels`` rounded up to a multiple of 16: rows of 16 bytes or more, as TMA descriptors need."""
+    return -(-channels // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_rank(name: str, tensor: Tensor, axes: str) -> None:
+    if tensor.ndim != axes.count(",") + 1:
+        raise ValueError(f"{name} must be [{axes}], got {shape_of(tensor)}")
+
+
+def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...]) -> None:
+    """Compare ``tensor.shape`` with ``expected``; the message names each axis that was expected."""
+    if shape_of(tensor) != tuple(expected):
+        names = [axis.strip() for axis in axes.split(",")]
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(names, expected, strict=True))
+        raise ValueError(f"{name} must be [{axes}] with {sizes}, got {shape_of(tensor)}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """``tensor`` must have the dtype and device of ``other``."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+
+
+def check_key_visibility(key_mask: Tensor | None, lengths: Tensor | None, B: int, M: int, device: torch.device) -> None:
+    """A key mask is bool [B, M], True where a token is visible; lengths are int32 [B]; not both."""
+    if key_mask is not None and lengths is not None:
+        raise ValueError("key_mask and lengths exclude each other: give one of them")
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask)
+        if key_mask.dtype != torch.bool:
+            raise TypeError(
+                f"key_mask must be torch.bool (True = the token is visible), got {key_mask.dtype}, "
+                "whose polarity is ambiguous; convert it with .bool() or ~mask.bool()"
+            )
+        check_shape("key_mask", key_mask, "B, M", (B, M))
+        if key_mask.device != device:
+            raise ValueError(f"key_mask must be on {device}, got {key_mask.device}")
+    if lengths is not None:
+        check_tensor("lengths", lengths)
+        if lengths.dtype != torch.int32:
+            raise TypeError(f"lengths must be torch.int32 [B], got {lengths.dtype}")
+        check_shape("lengths", lengths, "B", (B,))
+        if lengths.device != device:
+            raise ValueError(f"lengths must be on {device}, got {lengths.device}")
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Base of all problems; ``SIZES`` names the fields that vary between calls of the same compiled model."""
+
+    OP: ClassVar[str] = ""
+    SIZES: ClassVar[tuple[str, ...]] = ()
+
+    def static_values(self) -> tuple[Any, ...]:
+        """The field values with every size replaced by -1: what choosing a backend may depend on."""
+        return tuple(-1 if f.name in self.SIZES else getattr(self, f.name) for f in fields(self))
+
+    def with_sizes(self, **sizes: int) -> Any:
+        return replace(self, **sizes)
+
+
+@dataclass(frozen=True)
+class PackProblem(Problem):
+    """Normalise, concatenate, pad and cast inputs: [B, M, C_content] (+ positions) to [B, M, C_padded]."""
+
+    OP: ClassVar[str] = "pack_inputs"
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "M")
+
+    B: int
+    M: int
+    C_content: int
+    C_positions: int
+    content_dtype: torch.dtype
+    dtype: torch.dtype
+    device_type: str
+    fourier: bool
+    positions_batched: bool
+    normalize: bool
+    masked: bool
+    needs_grad: bool
+
+    @property
+    def C(self) -> int:
+        return self.C_content + self.C_positions
+
+    @property
+    def C_padded(self) -> int:
+        return pad_channels(self.C)
+
+    @classmethod
+    def of(
+        cls,
+        content: Tensor,
+        positions: Tensor | None,
+        fourier: Tensor | None,
+        key_mask: Tensor | None,
+        lengths: Tensor | None,
+        normalize: bool,
+        dtype: torch.dtype | None,
+    ) -> PackProblem:
+        """Check the tensors of one pack: content [B, M, C_content], positions [M, P] or [B, M, P], fourier [3, F]."""
+        check_tensor("content", content)
+        check_floating("content", content)
+        check_rank("content", content, "B, M, C_content")
+        B, M, C_content = content.shape
+        C_positions, batched = 0, False
+        if positions is not None:
+            check_tensor("positions", positions)
+            check_floating("positions", positions)
+            check_device("positions", positions, "content", content)
+            batched = positions.ndim == 3
+            if batched:
+                check_shape("positions", positions, "B, M, P", (B, M, positions.shape[-1]))
+            else:
+                check_rank("positions", positions, "M, P")
+                check_shape("positions", positions, "M, P", (M, positions.shape[-1]))
+            C_positions = positions.shape[-1] if fourier is None else fourier.shape[-1]
+        channels = C_content + C_positions
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"content and positions must have 1 to {MAX_CHANNELS} channels together, got {channels}")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        check_key_visibility(key_mask, lengths, B, M, content.device)
+        return cls(
+            B=B, M=M, C_content=int(C_content), C_positions=int(C_positions), content_dtype=content.dtype, dtype=dtype or content.dtype,
+            device_type=content.device.type, fourier=fourier is not None, positions_batched=batched, normalize=normalize,
+            masked=key_mask is not None or lengths is not None, needs_grad=needs_gradient(content, positions),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SharedKVProblem(Problem):
+    """z = softmax(scale q x^T) x with keys and values one tensor: q [B, R, C], x [B, M, C]."""
+
+    OP: ClassVar[str] = "shared_kv_attention"
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "R", "M")
+
+    B: int
+    R: int
+    M: int
+    C: int
+    dtype: torch.dtype
+    device_type: str
+    masked: bool
+    dropout: bool
+    needs_lse: bool
+    needs_grad: bool
+
+    @classmethod
+    def of(
+        cls, q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, scale: float, dropout_p: float,
+        needs_lse: bool,
+    ) -> SharedKVProblem:  # fmt: skip
+        """Check q [B, R, C], x [B, M, C], key_mask bool [B, M] or lengths int32 [B]."""
+        for name, tensor, axes in (("q", q, "B, R, C"), ("x", x, "B, M, C")):
+            check_tensor(name, tensor)
+            check_floating(name, tensor)
+            check_rank(name, tensor, axes)
+        B, R, C = q.shape
+        M = x.shape[1]
+        if not 1 <= C <= MAX_CHANNELS:
+            raise ValueError(f"q must have 1 to {MAX_CHANNELS} channels, got C={C}")
+        check_shape("x", x, "B, M, C", (B, M, C))
+        check_like("x", x, "q", q)
+        check_key_visibility(key_mask, lengths, B, M, q.device)
+        check_scale(scale)
+        check_dropout(dropout_p)
+        return cls(
+            B=B, R=R, M=M, C=int(C), dtype=q.dtype, device_type=q.device.type,
+            masked=key_mask is not None or lengths is not None, dropout=dropout_p > 0.0, needs_lse=needs_lse,
+            needs_grad=needs_gradient(q, x),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionProblem(Problem):
+    """out = softmax(scale q k^T + mask) v: query [B, H, Lq, d_qk], key [B, H_kv, Lk, d_qk], value [B, H_kv, Lk, d_v]."""
+
+    OP: ClassVar[str] = "attention"
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "Lq", "Lk")
+
+    B: int
+    H: int
+    Lq: int
+    Lk: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    device_type: str
+    mask: str
+    is_causal: bool
+    dropout: bool
+    needs_lse: bool
+    needs_grad: bool
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool,
+        dropout_p: float, scale: float | None, enable_gqa: bool, needs_lse: bool,
+    ) -> AttentionProblem:  # fmt: skip
+        """Check the tensors of one attention call; batches and heads of key and value may be broadcast (size 1)."""
+        for name, tensor, axes in (
+            ("query", query, "B, H, Lq, d_qk"), ("key", key, "B, H, Lk, d_qk"), ("value", value, "B, H, Lk, d_v"),
+        ):  # fmt: skip
+            check_tensor(name, tensor)
+            check_floating(name, tensor)
+            check_rank(name, tensor, axes)
+        B, H, Lq, d_qk = query.shape
+        H_kv, Lk, d_v = key.shape[1], key.shape[2], value.shape[3]
+        B = max(B, key.shape[0])
+        check_shape("key", key, "B, H, Lk, d_qk", (key.shape[0], H_kv, Lk, d_qk))
+        check_shape("value", value, "B, H, Lk, d_v", (key.shape[0], H_kv, Lk, d_v))
+        if key.shape[0] not in (1, B) or query.shape[0] not in (1, B):
+            raise ValueError(f"query and key must have one batch size (or 1), got {query.shape[0]} and {key.shape[0]}")
+        if H_kv not in (1, H) and not (enable_gqa and H % H_kv == 0):
+            hint = "a divisor of the query heads" if enable_gqa else "the query heads or 1 (see enable_gqa)"
+            raise ValueError(f"key must have {hint}, H={H}, got H={H_kv}")
+        check_like("key", key, "query", query)
+        check_like("value", value, "query", query)
+        check_scale(scale)
+        check_dropout(dropout_p)
+        if attn_mask is not None and (is_causal or key_mask is not None):
+            raise ValueError("attn_mask excludes is_causal and key_mask: fold them into one mask")
+        if key_mask is not None:
+            check_key_visibility(key_mask, None, B, Lk, query.device)
+        if attn_mask is not None:
+            check_tensor("attn_mask", attn_mask)
+            if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+                raise TypeError(f"attn_mask must be bool, float32 or query's dtype {query.dtype}, got {attn_mask.dtype}")
+        return cls(
+            B=B, H=int(H), Lq=Lq, Lk=Lk, d_qk=int(d_qk), d_v=int(d_v), dtype=query.dtype, device_type=query.device.type,
+            mask="attn_mask" if attn_mask is not None else "key_mask" if key_mask is not None else "none",
+            is_causal=is_causal, dropout=dropout_p > 0.0, needs_lse=needs_lse,
+            needs_grad=needs_gradient(query, key, value),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CrossAttentionProblem(Problem):
+    """Input-to-latent cross-attention with its key and value projections: what the absorbed-or-projected choice needs."""
+
+    OP: ClassVar[str] = "input_cross_attention"
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "N", "M")
+
+    B: int
+    H: int
+    N: int
+    M: int
+    C: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    device_type: str
+    packed: bool
+    needs_grad: bool
+    inputs_need_grad: bool
+
+    @classmethod
+    def of(
+        cls, q: Tensor, w_k: Tensor, w_v: Tensor, *, B: int, M: int, C: int, dtype: torch.dtype, packed: bool,
+        inputs_need_grad: bool,
+    ) -> CrossAttentionProblem:  # fmt: skip
+        """Check q [B or 1, H, N, d_qk], w_k [H*d_qk, C] and w_v [H*d_v, C] against inputs of [B, M, C]."""
+        for name, tensor, axes in (("q", q, "B, H, N, d_qk"), ("w_k", w_k, "H*d_qk, C"), ("w_v", w_v, "H*d_v, C")):
+            check_tensor(name, tensor)
+            check_floating(name, tensor)
+            check_rank(name, tensor, axes)
+            check_device(name, tensor, "q", q)
+        _, H, N, d_qk = q.shape
+        if q.shape[0] not in (1, B):
+            raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, got {shape_of(q)}")
+        if not 1 <= C <= MAX_CHANNELS:
+            raise ValueError(f"inputs must have 1 to {MAX_CHANNELS} channels, got C={C}")
+        check_shape("w_k", w_k, "H*d_qk, C", (H * d_qk, C))
+        if w_v.shape[0] % H:
+            raise ValueError(f"w_v must be [H*d_v, C] with H={H}, got {shape_of(w_v)}")
+        check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
+        return cls(
+            B=B, H=int(H), N=N, M=M, C=int(C), d_qk=int(d_qk), d_v=int(w_v.shape[0]) // int(H), dtype=dtype, device_type=q.device.type,
+            packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,
+        )  # fmt: skip
+
+
+PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem)}

@@ -1,0 +1,66 @@
+"""What can be exercised in this process: which backends, on which device, in which dtypes, at which sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from perceiver_kernels.backends.triton import interpreted
+from perceiver_kernels.dispatch import TABLE, backends, refusals
+from perceiver_kernels.problem import Problem
+from perceiver_kernels.testing.cases import EncodeCase
+
+KERNEL_BACKENDS = ("cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One backend of one operation in one dtype."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the backend is a forward and backward kernel pair, not a composition of torch's operations."""
+        return self.backend in KERNEL_BACKENDS
+
+    def refusals(self, problem: Problem) -> list[str]:
+        """Why the backend cannot serve the problem; empty where it can."""
+        return refusals(problem, self.backend)
+
+
+def machine() -> str:
+    """ "interpreter" under TRITON_INTERPRET=1, else "gpu" where there is one, else "cpu"."""
+    if interpreted():
+        return "interpreter"
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Tested dtypes: the interpreter computes bf16 wrongly, so that it is tested on a GPU."""
+    if machine() == "interpreter":
+        return torch.float32, torch.float16
+    return torch.float32, torch.float16, torch.bfloat16
+
+
+def targets(op: str) -> list[Target]:
+    """Every available backend of ``op`` in every dtype; in the interpreter Triton alone, the others run outside it."""
+    where = machine()
+    names = [name for name in TABLE[op] if backends()[name][0]]
+    if where == "interpreter":
+        names = [name for name in names if name == "triton"]
+    return [Target(op, name, "cuda" if where == "gpu" else "cpu", dtype) for name in names for dtype in dtypes()]
+
+
+def sized(case: EncodeCase) -> EncodeCase:
+    """``case`` at a size that this machine computes in a fraction of a second: several tiles of keys on each."""
+    limits = {"interpreter": (160, 16, 2), "cpu": (256, 24, 2), "gpu": (2048, 160, 3)}
+    inputs, latents, batch = limits[machine()]
+    return case.scaled(max_inputs=inputs, max_latents=latents, max_batch=batch)

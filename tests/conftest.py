@@ -1,0 +1,57 @@
+"""What all tests share: the gpu marker, seeds, poisoned memory, backends as parameters, skips counted by reason."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from perceiver_kernels.testing import poisoned_memory
+from perceiver_kernels.testing.targets import machine, targets
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: one thread each.
+        torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``target`` runs over the backends of the module's OP that this process can run, times dtypes."""
+    if "target" in metafunc.fixturenames:
+        found = targets(metafunc.module.OP)
+        metafunc.parametrize("target", found, ids=[str(target) for target in found])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if machine() == "gpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skips by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5d}  {reason}")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same state of torch's generators."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN (the largest integer) until it is written."""
+    with poisoned_memory():
+        yield
