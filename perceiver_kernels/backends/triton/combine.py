@@ -1,0 +1,138 @@
+"""Reductions over splits, in a fixed order, and the row products the backward needs.
+
+``merge_states`` folds the softmax states of S splits (and the state of earlier chunks) into one:
+lse = log sum_s exp(lse_s), z = sum_s exp(lse_s - lse) z_s. ``sum_splits`` adds partial gradients. Both read 4 B S R C bytes.
+One program reduces BLOCK_C columns of one row over all splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perceiver_kernels.backends.triton.primitives import LN_2, LOG2_E
+
+_LN_2 = tl.constexpr(LN_2)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _split_weights(lse_part, o_part, m_split, m, l):
+    """Base-2 lse of splits, and (m, l) continued over them."""
+    b_lse = tl.load(lse_part + o_part, mask=m_split, other=-float("inf")) * _LOG2_E
+    m_new = tl.maximum(m, tl.max(b_lse, 0))
+    safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(b_lse - safe), 0)
+    return b_lse, m_new, l
+
+
+@triton.jit
+def _combine_kernel(
+    part, lse_part, rho_part, z_state, lse_state, rho_state, z, lse, rho, R, C, S,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, MERGE: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)  # row of [B * R]
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    i_b, i_r = i_row // R, i_row % R
+    total = 0.0
+    if MERGE:
+        m, l = -float("inf"), 0.0
+        if HAS_STATE:
+            m, l = tl.load(lse_state + i_row) * _LOG2_E, 1.0
+            l = tl.where(m == -float("inf"), 0.0, l)
+        for s in range(0, S, BLOCK_S):
+            o_s = s + tl.arange(0, BLOCK_S)
+            _, m, l = _split_weights(lse_part, (i_b * S + o_s) * R + i_r, o_s < S, m, l)
+        # An empty row has l = 0: its weights, its sum and its rho come out 0, its lse -inf.
+        total = tl.where(l == 0.0, float("inf"), m + tl.log2(tl.where(l == 0.0, 1.0, l)))
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    b_rho = 0.0
+    if HAS_STATE:
+        weight = tl.exp2(tl.load(lse_state + i_row) * _LOG2_E - total) if MERGE else 1.0
+        acc += weight * tl.load(z_state + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if MERGE:
+            b_rho += weight * tl.load(rho_state + i_row)
+    for s in range(0, S, BLOCK_S):
+        o_s = s + tl.arange(0, BLOCK_S)
+        o_part = (i_b * S + o_s) * R + i_r
+        values = tl.load(part + o_part[:, None] * C + o_c[None, :], mask=(o_s < S)[:, None] & m_c[None, :], other=0.0)
+        values = values.to(tl.float32)
+        if MERGE:
+            weights = tl.exp2(tl.load(lse_part + o_part, mask=o_s < S, other=-float("inf")) * _LOG2_E - total)
+            b_rho += tl.sum(weights * tl.load(rho_part + o_part, mask=o_s < S, other=0.0), 0)
+            values = values * weights[:, None]
+        acc += tl.sum(values, 0)
+    tl.store(z + i_row * C + o_c, acc.to(z.dtype.element_ty), mask=m_c)
+    if MERGE:
+        if tl.program_id(1) == 0:
+            tl.store(lse + i_row, tl.where(total == float("inf"), -float("inf"), total * _LN_2))
+            tl.store(rho + i_row, b_rho)
+
+
+def _launch_combine(
+    part: Tensor, lse_part: Tensor | None, rho_part: Tensor | None, state: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    out: Tensor, lse: Tensor | None, rho: Tensor | None,
+) -> None:  # fmt: skip
+    B, S, R, C = part.shape
+    block_c = min(triton.next_power_of_2(C), 256)
+    block_s = min(triton.next_power_of_2(S), 16)
+    z_state, lse_state, rho_state = state or (part, lse_part, rho_part)
+    _combine_kernel[(B * R, triton.cdiv(C, block_c))](
+        part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, BLOCK_S=block_s, BLOCK_C=block_c,
+        MERGE=lse_part is not None, HAS_STATE=state is not None, num_warps=2,
+    )  # fmt: skip
+
+
+def merge_states(
+    part: Tensor, lse_part: Tensor, rho_part: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, lse, rho) of all splits: part [B, S, R, C], lse_part and rho_part [B, S, R], all fp32."""
+    B, _, R, C = part.shape
+    z = torch.empty(B, R, C, dtype=dtype, device=part.device)
+    lse = torch.empty(B, R, dtype=torch.float32, device=part.device)
+    rho = torch.empty_like(lse)
+    _launch_combine(part, lse_part, rho_part, state, z, lse, rho)
+    return z, lse, rho
+
+
+def sum_splits(part: Tensor, dtype: torch.dtype, earlier: Tensor | None = None) -> Tensor:
+    """``earlier`` [B, R, C] (0 if None) plus the sum over splits of part [B, S, R, C] fp32."""
+    out = torch.empty(part.shape[0], *part.shape[2:], dtype=dtype, device=part.device)
+    _launch_combine(part, None, None, None if earlier is None else (earlier, None, None), out, None, None)
+    return out
+
+
+@triton.jit
+def _delta_kernel(
+    dz, z, dlse, drho, rho, delta, R, C, stride_dz_b, stride_dz_r,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DRHO: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(1).to(tl.int64)
+    o_rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = tl.arange(0, BLOCK_C)
+    m_rows = o_rows < R
+    mask = m_rows[:, None] & (o_c < C)[None, :]
+    o_flat = i_b * R + o_rows
+    b_dz = tl.load(dz + i_b * stride_dz_b + o_rows[:, None] * stride_dz_r + o_c[None, :], mask=mask, other=0.0)
+    b_z = tl.load(z + o_flat[:, None] * C + o_c[None, :], mask=mask, other=0.0)
+    b_delta = tl.sum(b_dz.to(tl.float32) * b_z.to(tl.float32), 1)
+    if HAS_DRHO:
+        b_delta += tl.load(drho + o_flat, mask=m_rows, other=0.0) * tl.load(rho + o_flat, mask=m_rows, other=0.0)
+    if HAS_DLSE:
+        b_delta -= tl.load(dlse + o_flat, mask=m_rows, other=0.0)
+    tl.store(delta + o_flat, b_delta, mask=m_rows)
+
+
+def row_products(dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor) -> Tensor:
+    """delta = rowsum(dz z) + drho rho - dlse: fp32 [B, R]; z contiguous, dz with unit stride along C."""
+    B, R, C = z.shape
+    delta = torch.empty(B, R, dtype=torch.float32, device=z.device)
+    block_r = 4
+    _delta_kernel[(triton.cdiv(R, block_r), B)](
+        dz, z, dlse, drho, rho, delta, R, C, dz.stride(0), dz.stride(1), BLOCK_R=block_r,
+        BLOCK_C=triton.next_power_of_2(C), HAS_DLSE=dlse is not None, HAS_DRHO=drho is not None, num_warps=4,
+    )  # fmt: skip
+    return delta

@@ -1,0 +1,65 @@
+"""How launchers hand tensors and options to kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Statistics = tuple[Tensor, Tensor, Tensor | None]
+Visibility = tuple[Tensor | None, Tensor | None]
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with stride 1 along its last axis, copied only if it has not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Whether TMA can read the tensor as [B, rows, C]: 16-byte base and row pitch, and no stride of 0."""
+    size = tensor.element_size()
+    strides_fit = all(
+        stride * size % 16 == 0 and (stride > 0 or n == 1)
+        for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    )
+    return strides_fit and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of [B, R, C] with tiles of ``rows`` x ``columns`` in one batch entry; past the ends it reads zeros."""
+    B, R, C = tensor.shape
+    strides = [tensor.stride(0) if B > 1 else R * tensor.stride(1), tensor.stride(1), 1]
+    return TensorDescriptor(tensor, [B, R, C], strides, [1, rows, columns])
+
+
+def row_arguments(tensor: Tensor, rows: int, pieces: tuple[int, ...], tma: bool) -> tuple[Any, ...]:
+    """What a kernel reads row tiles from: one descriptor per column piece (at most three), or the tensor's pointer."""
+    if not tma:
+        return tensor, None, None
+    return (*(descriptor(tensor, rows, width) for width in pieces), None, None)[:3]
+
+
+def tile_argument(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """What a kernel reads two-dimensional tiles from: a descriptor or the tensor's pointer."""
+    return descriptor(tensor, rows, columns) if tma else tensor
+
+
+def dropout_arguments(dropout_p: float, seed: Tensor | None, key_offset: int) -> tuple[Any, int, float, int]:
+    """(seed, threshold, 1 / (1 - p), key offset): a weight is kept iff its 32-bit word reaches the threshold."""
+    return seed, round(dropout_p * 2**32), 1.0 / (1.0 - dropout_p), key_offset
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Kernels take the maximum before scaling, so the scale must be positive: its sign (or zero) moves into q."""
+    if scale > 0.0:
+        return q, scale
+    return (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+
+
+def stack_row_blocks(q: Tensor, dz: Tensor, block: int) -> Tensor:
+    """Every block of query rows above the same rows of dz: [B, 2 R', C], R' = R rounded up to ``block``, zero past R."""
+    padding = -q.shape[1] % block
+    blocks = [torch.nn.functional.pad(t, (0, 0, 0, padding)) if padding else t for t in (q, dz)]
+    return torch.stack([t.unflatten(1, (-1, block)) for t in blocks], 2).flatten(1, 3)

@@ -1,0 +1,182 @@
+"""Pack kernels: one pass over the inputs, forward and backward.
+
+forward: one program per (BLOCK_M tokens, group of batch entries). Positions that the batch shares (dense channels or Fourier
+features) are computed once per program and reused for every batch entry of the group. Reads B M C_content e_in (+ positions),
+writes B M C_padded e_out + 4 B M (rstd). backward: one program per BLOCK_M tokens of [B * M]; reads two packed arrays, writes
+the content's gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from perceiver_kernels.backends.triton.primitives import piece_columns
+
+_PI = tl.constexpr(3.141592653589793)
+
+
+@triton.jit
+def _fourier_columns(positions, table, o_m, m_m, stride_p_m, o_f, m_f, F):
+    """Feature channels o_f of tokens o_m: the coordinate itself, sin(pi c f) or cos(pi c f), as the table [3, F] says."""
+    axis = tl.load(table + o_f, mask=m_f, other=0.0).to(tl.int32)
+    frequency = tl.load(table + F + o_f, mask=m_f, other=0.0)
+    kind = tl.load(table + 2 * F + o_f, mask=m_f, other=0.0)
+    mask = m_m[:, None] & m_f[None, :]
+    coordinate = tl.load(positions + o_m[:, None] * stride_p_m + axis[None, :], mask=mask, other=0.0).to(tl.float32)
+    # In half turns, reduced to [-1, 1] before the quarter turn of the cosine is added: no accuracy is lost to large angles.
+    turns = coordinate * frequency[None, :]
+    turns = turns - 2.0 * tl.floor(turns * 0.5 + 0.5) + tl.where(kind == 2.0, 0.5, 0.0)[None, :]
+    return tl.where((kind == 0.0)[None, :], coordinate, tl.sin(turns * _PI))
+
+
+@triton.jit
+def _position_pieces(
+    positions, table, o_m, m_m, stride_p_m, C_content, C, PIECES: tl.constexpr, FOURIER: tl.constexpr
+):  # fmt: skip
+    """Position channels in their columns (content columns zero), fp32, in pieces."""
+    pieces = ()
+    for i in tl.static_range(len(PIECES)):
+        o_p = piece_columns(PIECES, i) - C_content
+        m_p = (o_p >= 0) & (o_p < C - C_content)
+        if FOURIER:
+            tile = _fourier_columns(positions, table, o_m, m_m, stride_p_m, o_p, m_p, C - C_content)
+            tile = tl.where(m_m[:, None] & m_p[None, :], tile, 0.0)
+        else:
+            mask = m_m[:, None] & m_p[None, :]
+            tile = tl.load(positions + o_m[:, None] * stride_p_m + o_p[None, :], mask=mask, other=0.0).to(tl.float32)
+        pieces = pieces + (tile,)
+    return pieces
+
+
+@triton.jit
+def _content_pieces(content, o_m, visible, stride_c_m, stride_c_c, C_content, PIECES: tl.constexpr):
+    pieces = ()
+    for i in tl.static_range(len(PIECES)):
+        o_c = piece_columns(PIECES, i)
+        mask = visible[:, None] & (o_c < C_content)[None, :]
+        tile = tl.load(content + o_m[:, None] * stride_c_m + o_c[None, :] * stride_c_c, mask=mask, other=0.0)
+        pieces = pieces + (tile.to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _row_sum(pieces):
+    total = tl.sum(pieces[0], 1)
+    for i in tl.static_range(1, len(pieces)):
+        total += tl.sum(pieces[i], 1)
+    return total
+
+
+@triton.jit
+def _add(a, b):
+    pieces = ()
+    for i in tl.static_range(len(a)):
+        pieces = pieces + (a[i] + b[i],)
+    return pieces
+
+
+@triton.jit
+def _multiply(a, b):
+    pieces = ()
+    for i in tl.static_range(len(a)):
+        pieces = pieces + (a[i] * b[i],)
+    return pieces
+
+
+@triton.jit
+def _centered(pieces, mean, C, PIECES: tl.constexpr):
+    """pieces - mean [ROWS] on the C real columns, 0 on padding."""
+    centered = ()
+    for i in tl.static_range(len(PIECES)):
+        real = piece_columns(PIECES, i) < C
+        centered = centered + (tl.where(real[None, :], pieces[i] - mean[:, None], 0.0),)
+    return centered
+
+
+@triton.jit
+def _store_vectors(pointer, tile, o_m, m_m, C_padded, START: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """Store a tile [BLOCK_M, WIDTH] as 16-byte vectors.
+
+    The reshape frees the store from the layout of loads whose rows are unaligned: those coalesce one element a thread.
+    """
+    o_v = tl.arange(0, WIDTH // 8)
+    o_c = START + o_v[:, None] * 8 + tl.arange(0, 8)[None, :]  # [WIDTH / 8, 8]
+    p = pointer + (o_m * C_padded)[:, None, None] + o_c[None, :, :]
+    mask = m_m[:, None, None] & (o_c < C_padded)[None, :, :]
+    tl.store(p, tile.to(pointer.dtype.element_ty).reshape(BLOCK_M, WIDTH // 8, 8), mask=mask)
+
+
+@triton.constexpr_function
+def _start(pieces, i):
+    return sum(pieces[:i])
+
+
+@triton.jit
+def _pack_fwd_kernel(
+    content, positions, table, key_mask, packed, rstd, B, M, C_content, C, C_padded, eps, batch_per_program,
+    stride_c_b, stride_c_m, stride_c_c, stride_p_b, stride_p_m,
+    PIECES: tl.constexpr, BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, FOURIER: tl.constexpr, BATCHED: tl.constexpr,
+    NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    first = tl.program_id(1).to(tl.int64) * batch_per_program
+    if POSITIONS and not BATCHED:
+        shared = _position_pieces(positions, table, o_m, m_m, stride_p_m, C_content, C, PIECES, FOURIER)
+    for i_b in range(first, tl.minimum(first + batch_per_program, B)):
+        visible = m_m
+        if MASKED:
+            visible = m_m & (tl.load(key_mask + i_b * M + o_m, mask=m_m, other=0) != 0)
+        x = _content_pieces(content + i_b * stride_c_b, o_m, visible, stride_c_m, stride_c_c, C_content, PIECES)
+        if POSITIONS:
+            if BATCHED:
+                x = _add(x, _position_pieces(
+                    positions + i_b * stride_p_b, table, o_m, visible, stride_p_m, C_content, C, PIECES, FOURIER
+                ))  # fmt: skip
+            else:
+                x = _add(x, shared)
+        scale = visible.to(tl.float32)
+        if NORMALIZE:
+            x = _centered(x, _row_sum(x) / C, C, PIECES)
+            row_rstd = tl.rsqrt(_row_sum(_multiply(x, x)) / C + eps)
+            scale = tl.where(visible, row_rstd, 0.0)
+            tl.store(rstd + i_b * M + o_m, scale, mask=m_m)
+        for i in tl.static_range(len(PIECES)):
+            _store_vectors(
+                packed + i_b * M * C_padded, x[i] * scale[:, None], o_m, m_m, C_padded, _start(PIECES, i), BLOCK_M, PIECES[i]
+            )
+
+
+@triton.jit
+def _packed_pieces(pointer, o_m, m_m, C, C_padded, PIECES: tl.constexpr):
+    pieces = ()
+    for i in tl.static_range(len(PIECES)):
+        o_c = piece_columns(PIECES, i)
+        mask = m_m[:, None] & (o_c < C)[None, :]
+        tile = tl.load(pointer + o_m[:, None] * C_padded + o_c[None, :], mask=mask, other=0.0)
+        pieces = pieces + (tile.to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _pack_bwd_kernel(
+    dpacked, packed, rstd, dcontent, rows, C_content, C, C_padded,
+    PIECES: tl.constexpr, BLOCK_M: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """dcontent = rstd (dy - mean(dy) - x_hat mean(dy x_hat)); masked tokens have rstd 0."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    dy = _packed_pieces(dpacked, o_m, m_m, C, C_padded, PIECES)
+    if NORMALIZE:
+        x_hat = _packed_pieces(packed, o_m, m_m, C, C_padded, PIECES)
+        row_rstd = tl.load(rstd + o_m, mask=m_m, other=0.0)
+        mean = _row_sum(dy) / C
+        projection = _row_sum(_multiply(dy, x_hat)) / C
+    for i in tl.static_range(len(PIECES)):
+        o_c = piece_columns(PIECES, i)
+        value = dy[i]
+        if NORMALIZE:
+            value = (value - mean[:, None] - x_hat[i] * projection[:, None]) * row_rstd[:, None]
+        mask = m_m[:, None] & (o_c < C_content)[None, :]
+        tl.store(dcontent + o_m[:, None] * C_content + o_c[None, :], value.to(dcontent.dtype.element_ty), mask=mask)

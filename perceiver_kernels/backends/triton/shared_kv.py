@@ -1,0 +1,175 @@
+"""shared_kv_attention on Triton: allocate, describe, launch, reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from perceiver_kernels.backends.triton import reasons_against_device_and_dtype, wide
+from perceiver_kernels.backends.triton.combine import merge_states, row_products, sum_splits
+from perceiver_kernels.backends.triton.describe import (
+    Statistics,
+    Visibility,
+    can_describe,
+    dropout_arguments,
+    positive_scale,
+    row_arguments,
+    stack_row_blocks,
+    unit_stride,
+)
+from perceiver_kernels.backends.triton.primitives import LOG2_E
+from perceiver_kernels.backends.triton.shared_kv_kernels import (
+    _shared_kv_bwd_dq_kernel,
+    _shared_kv_bwd_dx_kernel,
+    _shared_kv_fwd_kernel,
+)
+from perceiver_kernels.device import device_facts, float32_precision
+from perceiver_kernels.plan import SharedKVPlan, plan_shared_kv
+from perceiver_kernels.problem import CHANNEL_MULTIPLE, SharedKVProblem
+from perceiver_kernels.tiles import Tile
+
+COMPOSITE = False
+
+
+def reasons_against(problem: SharedKVProblem) -> list[str]:
+    """Sentences that say why these kernels cannot serve ``problem``."""
+    reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype)
+    if problem.C % CHANNEL_MULTIPLE:
+        reasons.append(f"triton takes channels padded to a multiple of {CHANNEL_MULTIPLE}, got C={problem.C}")
+    return reasons
+
+
+def _plan(q: Tensor, x: Tensor) -> SharedKVPlan:
+    B, R, C = q.shape
+    problem = SharedKVProblem(
+        B=B, R=R, M=x.shape[1], C=C, dtype=q.dtype, device_type=q.device.type, masked=False, dropout=False,
+        needs_lse=True, needs_grad=False,
+    )  # fmt: skip
+    return plan_shared_kv(problem, device_facts(q.device))
+
+
+def _options(tile: Tile, tma: bool, dropout_p: float) -> dict[str, Any]:
+    return {
+        "PIECES": tile.pieces, "BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "STAGES": tile.num_stages, "TMA": tma,
+        "DROPOUT": dropout_p > 0.0, "PRECISION": float32_precision(), "num_warps": tile.num_warps,
+    }  # fmt: skip
+
+
+def shared_kv_attention_forward(
+    q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float,
+    dropout_seed: Tensor | None, key_offset: int, state: tuple[Tensor, Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None, plan: SharedKVPlan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(z, lse, rho), continued from the ``state`` of earlier keys where one is given."""
+    B, R, C = q.shape
+    M, dtype = x.shape[1], out_dtype or q.dtype
+    if B * R == 0 or M == 0:
+        return _empty_state(q, state, dtype)
+    q, x = unit_stride(q), unit_stride(x)
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    plan = plan or _plan(q, x)
+    if plan.forward is None:
+        with torch.cuda.device_of(q):
+            return wide.forward(
+                q, x, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, key_offset=key_offset,
+                state=state, dtype=dtype, plan=plan.wide, tma=plan.tma,
+            )  # fmt: skip
+    q, scale = positive_scale(q, scale)
+    tile, S = plan.forward, plan.forward_splits
+    tma = plan.tma and can_describe(x)
+    single = S == 1 and state is None
+    part = torch.empty(B, S, R, C, dtype=dtype if single else torch.float32, device=q.device)
+    lse_part = torch.empty(B, S, R, dtype=torch.float32, device=q.device)
+    rho_part = torch.empty_like(lse_part)
+    with torch.cuda.device_of(q):
+        _shared_kv_fwd_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
+            q, *row_arguments(x, tile.block_kv, tile.pieces, tma), part, lse_part, rho_part, key_mask, lengths,
+            *dropout_arguments(dropout_p, dropout_seed, key_offset), scale * LOG2_E, R, M, C, S,
+            plan.forward_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1),
+            MASKED=key_mask is not None, HAS_LENGTHS=lengths is not None, **_options(tile, tma, dropout_p),
+        )  # fmt: skip
+        if single:
+            return part[:, 0], lse_part[:, 0], rho_part[:, 0]
+        return merge_states(part, lse_part, rho_part, state, dtype)
+
+
+def _empty_state(
+    q: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    if state is not None:
+        return state[0].to(dtype), state[1].clone(), state[2].clone()
+    rows = q.shape[:2]
+    lse = torch.full(rows, -torch.inf, dtype=torch.float32, device=q.device)
+    return torch.zeros(q.shape, dtype=dtype, device=q.device), lse, torch.zeros_like(lse)
+
+
+def shared_kv_attention_backward(
+    dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
+    key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
+    key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None = None,
+    plan: SharedKVPlan | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dq = scale ds x and dx = scale ds^T q + (d p)^T dz, ds = p (d (dz x^T + drho) - delta)."""
+    B, R, C = q.shape
+    if B * R == 0 or x.shape[1] == 0:
+        dq = torch.zeros(q.shape, dtype=dq_dtype or q.dtype, device=q.device) if needs_dq else None
+        return dq, torch.zeros_like(x) if needs_dx else None
+    dz, q, x = unit_stride(dz), unit_stride(q), unit_stride(x)
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    drho = drho if dropout_p > 0.0 else None  # without dropout rho is constant: its gradient cancels
+    drho = None if drho is None else drho.contiguous()
+    plan = plan or _plan(q, x)
+    dropout = dropout_arguments(dropout_p, dropout_seed, key_offset)
+    with torch.cuda.device_of(q):
+        delta = row_products(dz, z, None if dlse is None else dlse.contiguous(), drho, rho)
+        statistics = (lse, delta, drho)
+        wide_dq, wide_dx = needs_dq and plan.dq is None, needs_dx and plan.dx is None
+        dq = dx = None
+        if wide_dq or wide_dx:
+            dq, dx = wide.backward(
+                q, x, dz, statistics, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+                key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_dtype=dq_dtype or q.dtype, plan=plan.wide,
+                tma=plan.tma,
+            )  # fmt: skip
+        if needs_dq and not wide_dq:
+            dq = _launch_dq(q, x, dz, statistics, lengths, dropout, dropout_p, scale, plan, dq_dtype)
+        if needs_dx and not wide_dx:
+            dx = _launch_dx(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan)
+    return dq, dx
+
+
+def _launch_dq(
+    q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, lengths: Tensor | None, dropout: tuple[Any, ...],
+    dropout_p: float, scale: float, plan: SharedKVPlan, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    B, R, C = q.shape
+    tile, S = plan.dq, plan.dq_splits
+    tma = plan.tma and can_describe(x)
+    dtype = dtype or q.dtype
+    part = torch.empty(B, S, R, C, dtype=dtype if S == 1 else torch.float32, device=q.device)
+    _shared_kv_bwd_dq_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
+        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, lengths, *dropout, scale, R, x.shape[1], C, S,
+        plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
+        HAS_DRHO=statistics[2] is not None, HAS_LENGTHS=lengths is not None, **_options(tile, tma, dropout_p),
+    )  # fmt: skip
+    return part[:, 0] if S == 1 else sum_splits(part, dtype)
+
+
+def _launch_dx(
+    q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, masks: Visibility, dropout: tuple[Any, ...],
+    dropout_p: float, scale: float, plan: SharedKVPlan,
+) -> Tensor:  # fmt: skip
+    B, R, C = q.shape
+    M, tile = x.shape[1], plan.dx
+    rows = stack_row_blocks(q, dz, tile.block_q)
+    tma = plan.tma and can_describe(rows)
+    dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device)
+    _shared_kv_bwd_dx_kernel[(triton.cdiv(M, tile.block_kv) * B,)](
+        *row_arguments(rows, 2 * tile.block_q, tile.pieces, tma), x, *statistics, dx, *masks, *dropout, scale, R, M, C,
+        rows.stride(0), rows.stride(1), x.stride(0), x.stride(1), MASKED=masks[0] is not None,
+        HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None, **_options(tile, tma, dropout_p),
+    )  # fmt: skip
+    return dx

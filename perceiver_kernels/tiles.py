@@ -1,0 +1,129 @@
+"""Tile shapes of the Triton kernels: tables of measured choices, and the rules that say which of them fit a device.
+
+Times behind the tables are medians on an H200 (bf16, torch 2.11, triton 3.6) at the published sizes; docs/kernels.md has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+from perceiver_kernels.device import DeviceFacts
+
+Kind = Literal["forward", "dq", "dx"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One fused program: column pieces of a row, query rows, keys, warps, software-pipeline stages."""
+
+    pieces: tuple[int, ...]
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def columns(self) -> int:
+        return sum(self.pieces)
+
+    def shared_bytes(self, kind: Kind, itemsize: int) -> int:
+        """Shared memory of operands: what stays for the whole program, and one streamed tile a stage."""
+        resident, streamed = {
+            "forward": (self.block_q, self.block_kv),
+            "dq": (2 * self.block_q, self.block_kv),
+            "dx": (self.block_kv, 2 * self.block_q),
+        }[kind]
+        return (resident + streamed * self.num_stages) * self.columns * itemsize
+
+    def accumulator_registers(self, kind: Kind) -> int:
+        """fp32 accumulator registers of one thread."""
+        rows = self.block_kv if kind == "dx" else self.block_q
+        return rows * self.columns // (32 * self.num_warps)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """One program of a tiled product: output rows and columns, depth of one step, warps, stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def column_pieces(channels: int, limit: int = 3) -> tuple[int, ...]:
+    """Powers of two, widest first, whose sum covers ``channels`` (a multiple of 16) in at most ``limit`` pieces.
+
+    272 = 256 + 16, 336 = 256 + 64 + 16, 704 = 512 + 128 + 64; 496 would take five and is rounded up to 512.
+    """
+    units = channels // 16
+    while units.bit_count() > limit:
+        units += 1
+    return tuple(16 << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1)
+
+
+# (widest row, block_q, block_kv, warps, stages), first fit wins. Hopper, 16-bit: two warpgroups hold a full-width accumulator
+# of 128 rows up to about 336 columns; fewer stages than these cost 15 to 40 %.
+_FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
+    "forward": ((64, 256, 64, 8, 3), (128, 128, 128, 8, 3), (336, 128, 64, 8, 3), (400, 128, 32, 8, 2)),
+    "dq": ((128, 128, 64, 8, 3), (256, 128, 64, 8, 2), (272, 128, 32, 8, 3), (336, 128, 32, 8, 2)),
+    "dx": ((128, 64, 64, 4, 2), (256, 64, 64, 4, 1), (272, 64, 128, 8, 2), (336, 32, 128, 8, 3)),
+}
+# Ampere and Ada, 16-bit: synchronous matrix instructions keep operands in registers too, so 64 rows over eight warps.
+_FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
+    "forward": ((128, 64, 64, 4, 2), (336, 64, 32, 8, 2)),
+    "dq": ((128, 64, 32, 4, 2), (336, 64, 32, 8, 1)),
+    "dx": ((128, 32, 64, 4, 2), (336, 32, 64, 8, 1)),
+}
+# Shared memory that a program needs beyond its operands: barriers, reductions across warps.
+_SHARED_RESERVE = 1024
+
+
+def fused_tile(kind: Kind, channels: int, itemsize: int, device: DeviceFacts) -> Tile | None:
+    """The fused kernel's tile for rows of ``channels``, or None where no full-width accumulator fits.
+
+    fp32 rows are twice as wide in shared memory and their exact products live in registers: they take the wide kernels.
+    """
+    if itemsize != 2:
+        return None
+    pieces = column_pieces(channels)
+    table = _FUSED_HOPPER if device.capability >= (9, 0) and device.smem_bytes >= 200_000 else _FUSED_AMPERE
+    for widest, block_q, block_kv, warps, stages in table[kind]:
+        tile = Tile(pieces, block_q, block_kv, warps, stages)
+        if tile.columns <= widest and tile.shared_bytes(kind, itemsize) + _SHARED_RESERVE <= device.smem_bytes:
+            return tile
+    return None
+
+
+WideKind = Literal["weights", "weights_backward", "values", "dx"]
+
+_WIDE_HOPPER: dict[WideKind, ProductTile] = {
+    "weights": ProductTile(64, 256, 64, 4, 4),
+    "weights_backward": ProductTile(64, 128, 64, 4, 3),
+    "values": ProductTile(128, 256, 64, 8, 3),
+    "dx": ProductTile(128, 256, 64, 8, 3),
+}
+_WIDE_AMPERE: dict[WideKind, ProductTile] = {
+    "weights": ProductTile(128, 128, 32, 8, 3),
+    "weights_backward": ProductTile(64, 128, 32, 8, 3),
+    "values": ProductTile(128, 128, 32, 8, 3),
+    "dx": ProductTile(128, 128, 32, 8, 3),
+}
+_WIDE_FLOAT32: dict[WideKind, ProductTile] = {
+    "weights": ProductTile(64, 64, 32, 4, 2),
+    "weights_backward": ProductTile(32, 64, 32, 4, 2),
+    "values": ProductTile(64, 64, 32, 4, 2),
+    "dx": ProductTile(64, 64, 32, 4, 2),
+}
+
+
+def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts) -> ProductTile:
+    """The product tile of a wide-channel kernel; it does not depend on the channel count."""
+    if itemsize != 2:
+        return _WIDE_FLOAT32[kind]
+    hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
+    return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
