@@ -1,0 +1,5 @@
+"""Models built from the layers of ``perceiver_kernels.nn``."""
+
+from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
+
+__all__ = ["Perceiver", "PerceiverConfig"]

@@ -1,0 +1,15 @@
+"""Layers: cross-attention that reads long inputs, latent self-attention, feed-forward, and blocks of them."""
+
+from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
+from perceiver_kernels.nn.blocks import CrossBlock, FeedForward, LatentBlock
+from perceiver_kernels.nn.positions import LearnedPositions
+
+__all__ = [
+    "CrossAttention",
+    "CrossBlock",
+    "FeedForward",
+    "LatentBlock",
+    "LearnedPositions",
+    "Linear",
+    "SelfAttention",
+]

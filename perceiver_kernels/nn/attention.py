@@ -1,0 +1,293 @@
+"""Attention layers: latents that read an input array, and latents that read each other.
+
+Every layer is pre-norm and owns its norms and its residual, so a block is a plain sequence of layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels import functional
+from perceiver_kernels.inputs import InputArray, PackedInputs
+
+Method = Literal["absorbed", "projected"]
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` with the initialisation of the Perceiver: weights truncated normal, biases zero.
+
+    w ~ N(0, 1/in_features), cut at two standard deviations and rescaled to keep that variance.
+
+    Source: deepmind-research/perceiver (variance scaling over the fan-in, scale 1).
+    """
+
+    def reset_parameters(self) -> None:
+        # 0.8796... is the standard deviation of a unit normal cut at +-2.
+        std = self.in_features**-0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, L, H*d] -> [B, H, L, d], a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H*d]; a view when there is one head or the heads already lie inside the rows."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def check_widths(num_heads: int, **channels: int) -> None:
+    """Every width must be a positive multiple of ``num_heads``."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    for name, width in channels.items():
+        if width < 1 or width % num_heads:
+            raise ValueError(f"{name} must be a positive multiple of num_heads={num_heads}, got {width}")
+
+
+def check_probability(name: str, p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p!r}")
+
+
+def check_reading(chunk_size: int | None, method: str | None) -> None:
+    """How a cross-attention reads its inputs: ``method`` by name, ``chunk_size`` tokens at a time."""
+    if method not in ("absorbed", "projected", None):
+        raise ValueError(f'method must be "absorbed", "projected" or None, got {method!r}')
+    if chunk_size is None:
+        return
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    if method == "projected":
+        raise ValueError('chunk_size needs method="absorbed" or None, got "projected", which stores keys and values')
+
+
+def check_sequence(name: str, x: Tensor, axes: str, channels: int) -> None:
+    if x.ndim != 3 or x.shape[-1] != channels:
+        raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
+
+
+class CrossAttention(nn.Module):
+    """Latents read an input array of any length.
+
+        q = W_q LN(latents) + b_q
+        k_j = W_k LN(x_j) + b_k,   v_j = W_v LN(x_j) + b_v
+        out = W_o softmax(q k^T / sqrt(d_qk)) v + b_o  (+ latents, when ``residual``)
+
+    Keys and values are not computed when it is cheaper not to: W_k, W_v and the affine part of the inputs' LayerNorm
+    then act on the latent side, which gives the same result ("absorbed", see ``functional.input_cross_attention``).
+    In that form ``b_k`` and the LayerNorm's bias drop out of the scores, so ``k_proj.bias`` has an exactly zero gradient.
+
+    Args:
+        latent_dim: D, channels of the latents.
+        input_dim: C, channels of the inputs, content and positions together.
+        num_heads: H.
+        qk_channels: H * d_qk, width of all queries; ``input_dim`` when None.
+        v_channels: H * d_v, width of all values; ``qk_channels`` when None.
+        out_channels: channels of the result; ``latent_dim`` when None, as ``residual`` requires.
+        bias: biases of the query, key and value projections.
+        out_bias: bias of the output projection.
+        norm_latents: LayerNorm on the latents.
+        norm_inputs: LayerNorm on the inputs.
+        residual: add the latents, as they came in, to the result.
+        dropout: probability of dropping an attention weight, in training.
+        eps: of both LayerNorms.
+        chunk_size: inputs are packed and read this many tokens at a time, so that memory does not grow with M.
+        method: "absorbed" or "projected"; None lets the planner compare their predicted times.
+
+    Source: Perceiver, arXiv 2103.03206, section 3.1.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        input_dim: int,
+        *,
+        num_heads: int = 1,
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
+        out_channels: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        norm_latents: bool = True,
+        norm_inputs: bool = True,
+        residual: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        chunk_size: int | None = None,
+        method: Method | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        qk_channels = input_dim if qk_channels is None else qk_channels
+        v_channels = qk_channels if v_channels is None else v_channels
+        out_channels = latent_dim if out_channels is None else out_channels
+        check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
+        check_probability("dropout", dropout)
+        if residual and out_channels != latent_dim:
+            raise ValueError(f"out_channels must be latent_dim={latent_dim} with a residual, got {out_channels}")
+        check_reading(chunk_size, method)
+        self.latent_dim, self.input_dim, self.num_heads = latent_dim, input_dim, num_heads
+        self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
+        self.residual, self.dropout, self.eps = residual, dropout, eps
+        self.chunk_size, self.method = chunk_size, method
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm_latents = nn.LayerNorm(latent_dim, eps, **where) if norm_latents else None
+        self.norm_inputs = nn.LayerNorm(input_dim, eps, **where) if norm_inputs else None
+        self.q_proj = Linear(latent_dim, qk_channels, bias, **where)
+        self.k_proj = Linear(input_dim, qk_channels, bias, **where)
+        self.v_proj = Linear(input_dim, v_channels, bias, **where)
+        self.out_proj = Linear(v_channels, out_channels, out_bias, **where)
+
+    def forward(
+        self,
+        latents: Tensor,
+        inputs: Tensor | InputArray | PackedInputs,
+        key_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Read ``inputs`` into ``latents``.
+
+        Args:
+            latents: [B, N, D], or [1, N, D] to share one set over the batch (its query is then projected once).
+            inputs: [B, M, C] tensor, InputArray, or PackedInputs shared by several layers.
+            key_mask: bool [B, M], True where a token is visible; for inputs that do not bring their own.
+            lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
+
+        Returns:
+            [B, N, out_channels].
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape, dtype or device, named.
+        """
+        check_sequence("latents", latents, "B, N, D", self.latent_dim)
+        if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
+            raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
+        normed = latents if self.norm_latents is None else self.norm_latents(latents)
+        attended = functional.input_cross_attention(
+            split_heads(self.q_proj(normed), self.num_heads),  # [B or 1, H, N, d_qk]
+            inputs,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            b_k=self.k_proj.bias,
+            b_v=self.v_proj.bias,
+            norm_weight=None if self.norm_inputs is None else self.norm_inputs.weight,
+            norm_bias=None if self.norm_inputs is None else self.norm_inputs.bias,
+            normalize=self.norm_inputs is not None,
+            eps=self.eps,
+            key_mask=key_mask,
+            lengths=lengths,
+            dropout_p=self.dropout if self.training else 0.0,
+            chunk_size=self.chunk_size,
+            method=self.method,
+        )
+        out = self.out_proj(merge_heads(attended))
+        return latents + out if self.residual else out
+
+    def flops(self, batch: int, N: int, M: int, *, latent_batch: int | None = None, method: Method = "projected") -> int:
+        """FLOPs of the matrix products of one forward, a multiply and an add counted as two.
+
+        projected: 2BM C(d_k + d_v) + 2BNM(d_k + d_v),      d_k, d_v the widths of all heads together
+        absorbed:  2BN C(d_k + d_v) + 4BHNM C
+        both:      + 2bND d_k + 2BN d_v D_out,               b = ``latent_batch`` (the batch when None)
+        """
+        d_k, d_v, C = self.qk_channels, self.v_channels, self.input_dim
+        b = batch if latent_batch is None else latent_batch
+        total = 2 * b * N * self.latent_dim * d_k + 2 * batch * N * d_v * self.out_channels
+        if method == "projected":
+            return total + 2 * batch * M * C * (d_k + d_v) + 2 * batch * N * M * (d_k + d_v)
+        return total + 2 * N * C * (b * d_k + batch * d_v) + 4 * batch * self.num_heads * N * M * C
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, residual={self.residual}, dropout={self.dropout}, "
+            f"chunk_size={self.chunk_size}, method={self.method}"
+        )
+
+
+class SelfAttention(nn.Module):
+    """Every token of a sequence reads all of them.
+
+        q, k, v = W_qkv LN(x) + b_qkv
+        out = W_o softmax(q k^T / sqrt(d_qk)) v + b_o  (+ x, when ``residual``)
+
+    Args:
+        dim: D, channels of the sequence.
+        num_heads: H.
+        qk_channels: H * d_qk; ``dim`` when None.
+        v_channels: H * d_v; ``qk_channels`` when None.
+        bias: bias of the query, key and value projection, which is one matrix of rows [q | k | v].
+        out_bias: bias of the output projection.
+        norm: LayerNorm on the sequence.
+        residual: add the sequence, as it came in, to the result.
+        dropout: probability of dropping an attention weight, in training.
+        eps: of the LayerNorm.
+
+    Source: Perceiver, arXiv 2103.03206, section 3.1; Attention Is All You Need, arXiv 1706.03762.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        norm: bool = True,
+        residual: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        qk_channels = dim if qk_channels is None else qk_channels
+        v_channels = qk_channels if v_channels is None else v_channels
+        check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
+        check_probability("dropout", dropout)
+        self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
+        self.qk_channels, self.v_channels = qk_channels, v_channels
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, eps, **where) if norm else None
+        self.qkv_proj = Linear(dim, 2 * qk_channels + v_channels, bias, **where)
+        self.out_proj = Linear(v_channels, dim, out_bias, **where)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Attend over a sequence.
+
+        Args:
+            x: [B, N, D].
+            key_mask: bool [B, N], True where a token may be read.
+
+        Returns:
+            [B, N, D].
+        """
+        check_sequence("x", x, "B, N, D", self.dim)
+        qkv = self.qkv_proj(x if self.norm is None else self.norm(x))
+        query, key, value = qkv.split((self.qk_channels, self.qk_channels, self.v_channels), dim=-1)
+        attended = functional.attention(
+            split_heads(query, self.num_heads),
+            split_heads(key, self.num_heads),
+            split_heads(value, self.num_heads),
+            key_mask=key_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out = self.out_proj(merge_heads(attended))
+        return x + out if self.residual else out
+
+    def flops(self, batch: int, N: int) -> int:
+        """FLOPs of the matrix products of one forward: 2BND(2 d_k + 2 d_v) + 2BN^2(d_k + d_v)."""
+        d_k, d_v = self.qk_channels, self.v_channels
+        return 4 * batch * N * self.dim * (d_k + d_v) + 2 * batch * N * N * (d_k + d_v)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, residual={self.residual}, dropout={self.dropout}"

@@ -1,0 +1,184 @@
+"""Feed-forward layer, blocks and learned positions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import perceiver_kernels
+from perceiver_kernels import functional
+from perceiver_kernels.inputs import InputArray
+from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions
+
+B, N, M, D, C = 2, 6, 19, 16, 11
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Every parameter random, so that no bias is zero and no LayerNorm weight is one."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        with torch.no_grad():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return module
+
+
+def as_torch_layer(block: LatentBlock, widening_factor: int) -> nn.TransformerEncoderLayer:
+    """torch's pre-norm encoder layer with the block's own parameters."""
+    layer = nn.TransformerEncoderLayer(
+        D, block.attention.num_heads, widening_factor * D, dropout=0.0, activation="gelu", batch_first=True,
+        norm_first=True,
+    )  # fmt: skip
+    layer.norm1, layer.norm2 = block.attention.norm, block.feed_forward.norm
+    layer.self_attn.in_proj_weight = block.attention.qkv_proj.weight
+    layer.self_attn.in_proj_bias = block.attention.qkv_proj.bias
+    layer.self_attn.out_proj = block.attention.out_proj
+    layer.linear1, layer.linear2 = block.feed_forward.up_proj, block.feed_forward.down_proj
+    return layer
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("widening_factor", [1, 4])
+def test_latent_block_equals_torch_encoder_layer(widening_factor: int, masked: bool) -> None:
+    block = randomised(LatentBlock(D, 4, widening_factor=widening_factor))
+    layer = as_torch_layer(block, widening_factor)
+    x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    key_mask = torch.tensor([[True] * N, [True] * 3 + [False] * 3]) if masked else None
+    actual = block(x, key_mask)
+    oracle = layer(x, src_key_padding_mask=None if key_mask is None else ~key_mask)
+    torch.testing.assert_close(actual, oracle)
+    leaves = (x, *block.parameters())
+    upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2))
+    for a, o in zip(torch.autograd.grad(actual, leaves, upstream), torch.autograd.grad(oracle, leaves, upstream), strict=True):
+        torch.testing.assert_close(a, o)
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_feed_forward_as_written(gelu: str, norm: bool, residual: bool) -> None:
+    layer = randomised(FeedForward(D, 3, gelu=gelu, norm=norm, residual=residual)).double()
+    x = torch.randn(B, N, D, dtype=torch.float64)
+    y = F.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias) if norm else x
+    hidden = y @ layer.up_proj.weight.T + layer.up_proj.bias
+    if gelu == "exact":
+        active = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    else:
+        active = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    expected = active @ layer.down_proj.weight.T + layer.down_proj.bias + (x if residual else 0)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_feed_forward_dropout_spares_the_residual() -> None:
+    layer = randomised(FeedForward(D, dropout=0.5))
+    x = torch.randn(64, N, D)
+    torch.manual_seed(0)
+    added = layer(x) - x
+    dropped = added == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    undropped = layer.eval()(x) - x
+    torch.testing.assert_close(added[~dropped], 2 * undropped[~dropped], rtol=1e-4, atol=1e-5)
+
+
+def test_cross_block_is_attention_then_feed_forward() -> None:
+    block = randomised(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, gelu="tanh"))
+    latents, inputs = torch.randn(1, N, D), torch.randn(B, M, C)
+    lengths = torch.tensor([M, 4], dtype=torch.int32)
+    read = block.attention(latents, inputs, lengths=lengths)
+    assert torch.equal(block(latents, inputs, lengths=lengths), block.feed_forward(read))
+    assert block.feed_forward.hidden_dim == 2 * D and block.feed_forward.gelu == "tanh"
+
+
+def test_cross_block_without_residual_forgets_the_latents() -> None:
+    block = randomised(CrossBlock(D, C, residual=False, method="absorbed"))
+    latents, inputs = torch.randn(B, N, D), torch.randn(B, 1, C)
+    # With one token every query reads the same value, so nothing of the latents is left.
+    torch.testing.assert_close(block(latents, inputs), block(torch.zeros_like(latents), inputs))
+
+
+def test_flops_are_those_that_run() -> None:
+    latent, cross = LatentBlock(D, 2, widening_factor=2), CrossBlock(D, 16, method="projected")
+    x = torch.randn(B, N, D)
+    with torch.no_grad(), perceiver_kernels.use_backend("reference"):
+        with FlopCounterMode(display=False) as counter:
+            latent(x)
+        assert counter.get_total_flops() == latent.flops(B, N)
+        with FlopCounterMode(display=False) as counter:
+            cross(x, torch.randn(B, M, 16))
+        assert counter.get_total_flops() == cross.flops(B, N, M)
+
+
+def test_dropout_reaches_both_layers() -> None:
+    for block in (LatentBlock(D, attention_dropout=0.1, dropout=0.2), CrossBlock(D, C, attention_dropout=0.1, dropout=0.2)):
+        assert block.attention.dropout == 0.1 and block.feed_forward.dropout == 0.2
+
+
+def test_blocks_copy_and_move() -> None:
+    block = CrossBlock(D, C, dtype=torch.float64)
+    assert {p.dtype for p in block.parameters()} == {torch.float64}
+    twin = copy.deepcopy(block)
+    latents, inputs = torch.randn(B, N, D).double(), torch.randn(B, M, C).double()
+    assert torch.equal(twin(latents, inputs), block(latents, inputs))
+    assert {p.device.type for p in LatentBlock(D, device="meta").parameters()} == {"meta"}
+
+
+def test_learned_positions_receive_their_gradient() -> None:
+    """The module's table beside the content is the concatenation, and learns through it."""
+    positions = LearnedPositions(M, 4)
+    block = randomised(CrossBlock(D, C + 4))
+    content, latents = torch.randn(B, M, C, requires_grad=True), torch.randn(1, N, D)
+    leaves = (positions.weight, content)
+    actual = block(latents, InputArray.tokens(content, positions()))
+    oracle = block(latents, torch.cat((content, positions.weight.expand(B, -1, -1)), -1))
+    torch.testing.assert_close(actual, oracle)
+    for a, o in zip(
+        torch.autograd.grad(actual.square().sum(), leaves), torch.autograd.grad(oracle.square().sum(), leaves), strict=True
+    ):
+        assert o.abs().max() > 0
+        torch.testing.assert_close(a, o)
+
+
+def test_learned_positions_are_not_trained_in_chunks() -> None:
+    """Their gradient would be lost: the layer says so, and reads them where no gradient is wanted."""
+    positions, block = LearnedPositions(M, 4), CrossBlock(D, C + 4, chunk_size=5)
+    content, latents = torch.randn(B, M, C), torch.randn(1, N, D)
+    with pytest.raises(ValueError, match="chunk_size needs positions without gradient"):
+        block(latents, InputArray.tokens(content, positions()))
+    with torch.no_grad():
+        whole = block(latents, torch.cat((content, positions().expand(B, -1, -1)), -1))
+        torch.testing.assert_close(block(latents, InputArray.tokens(content, positions())), whole)
+
+
+def test_learned_positions_pack_beside_the_content() -> None:
+    positions = LearnedPositions(M, 4)
+    packed = functional.pack_inputs(torch.randn(B, M, C), positions())
+    packed.data.square().sum().backward()
+    assert packed.channels == C + 4 and positions.weight.grad is not None
+
+
+def test_learned_positions_start_as_the_latents_do() -> None:
+    torch.manual_seed(0)
+    weight = LearnedPositions(500, 128).weight
+    assert weight.shape == (500, 128)
+    assert abs(weight.std() - 0.02) < 2e-4 and abs(weight.mean()) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FeedForward(D, 0), "widening_factor must be at least 1, got 0"),
+        (lambda: FeedForward(D, gelu="fast"), 'gelu must be "exact" or "tanh", got \'fast\''),
+        (lambda: FeedForward(D, dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
+        (lambda: LatentBlock(D, 3), "qk_channels must be a positive multiple of num_heads=3, got 16"),
+        (lambda: LearnedPositions(0, 4), "length and channels must be at least 1, got 0 and 4"),
+        (lambda: FeedForward(D)(torch.randn(B, N, D + 1)), r"x must be \[B, N, D\] with D=16, got \(2, 6, 17\)"),
+        (lambda: LatentBlock(D)(torch.randn(N, D)), r"x must be \[B, N, D\] with D=16, got \(6, 16\)"),
+    ],
+)
+def test_wrong_use_is_named(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
