@@ -1,5 +1,7 @@
 """perceiver_kernels: fused kernels for input-to-latent cross-attention (Perceiver and relatives), for PyTorch."""
 
+# The subpackage first: importing it later would replace the function ``backends`` by the module of the same name.
+import perceiver_kernels.backends  # noqa: F401
 from perceiver_kernels.dispatch import backends, use_backend
 from perceiver_kernels.functional import (
     Explanation,

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from perceiver_kernels.ops.boundary import transforms_active
+
 
 class _ZeroGradient(Function):
     """Identity in ``value``; ``parameter`` takes part with a gradient that is exactly zero."""
@@ -45,42 +47,78 @@ def with_zero_gradient(value: Tensor, parameter: Tensor | None) -> Tensor:
     return _ZeroGradient.apply(value, parameter)
 
 
+class _ProductInFloat32(Function):
+    """a b for 16-bit matrices on a GPU, accumulated and returned in fp32: the product is rounded once, by whoever needs it."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        gradient = gradient.to(a.dtype)
+        needs_a, needs_b = ctx.needs_input_grad
+        return gradient @ b.mT if needs_a else None, a.mT @ gradient if needs_b else None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 or wider: a [..., K], b [K, C] of one dtype."""
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    if half and a.is_cuda and a.dtype == b.dtype and not transforms_active():
+        return _ProductInFloat32.apply(a.flatten(0, -2), b).unflatten(0, a.shape[:-1])
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def _pad_last(tensor: Tensor | None, padding: int) -> Tensor | None:
+    return F.pad(tensor, (0, padding)) if padding and tensor is not None else tensor
+
+
 def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
     """q' = g (W_k^T q) per head, heads folded into rows: [B, H, N, d_qk] to [B, H*N, channels].
 
     The product is accumulated and scaled in fp32 (fp64 for fp64) and rounded to ``dtype`` once; columns past C are zero.
     """
     B, H, N, d_qk = q.shape
-    C = w_k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weight = w_k.to(wide).view(H, d_qk, C)
-    if norm_weight is not None:
-        weight = weight * norm_weight.to(wide)
-    absorbed = torch.matmul(q.to(wide), weight).reshape(B, H * N, C)
-    return F.pad(absorbed, (0, channels - C)).to(dtype) if channels != C else absorbed.to(dtype)
+    padding = channels - w_k.shape[1]
+    weight, scale = _pad_last(w_k, padding), _pad_last(norm_weight, padding)
+    if H == 1:
+        absorbed = _wide_product(q[:, 0], weight)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        absorbed = torch.matmul(q.to(wide), weight.to(wide).view(H, d_qk, channels)).view(B, H * N, channels)
+    if scale is not None:
+        absorbed = absorbed * scale
+    return absorbed.to(dtype)
 
 
 def project_values(
     z: Tensor, rho: Tensor | None, H: int, w_v: Tensor, b_v: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """out = W_v (g z + b rho) + b_v rho per head: z [B, H*N, >= C], rho [B, H*N] or None for 1, to [B, H, N, d_v]."""
-    B, rows, _ = z.shape
-    C = w_v.shape[1]
-    z = z[..., :C]
-    mean_input = z
-    if norm_weight is not None:
-        mean_input = z * norm_weight
-    if norm_bias is not None:
-        shift = norm_bias if rho is None else norm_bias * rho[..., None]
-        mean_input = mean_input + shift
-    mean_input = mean_input.to(w_v.dtype)
-    if H == 1:
-        bias = b_v if rho is None else None
-        out = F.linear(mean_input, w_v, bias)[:, None]  # [B, 1, N, d_v]
+    """out = W_v (g z + b rho) + b_v rho per head: z [B, H*N, C_padded], rho [B, H*N] or None for 1, to [B, H, N, d_v].
+
+    Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
+    """
+    B, rows, channels = z.shape
+    padding = channels - w_v.shape[1]
+    weight, scale, shift = (_pad_last(t, padding) for t in (w_v, norm_weight, norm_bias))
+    if scale is not None and shift is not None and rho is None and scale.dtype == z.dtype == shift.dtype:
+        z = torch.addcmul(shift, z, scale)
     else:
-        heads = mean_input.view(B, H, rows // H, C)
-        out = torch.matmul(heads, w_v.view(H, -1, C).transpose(1, 2))
+        z = z if scale is None else z * scale
+        if shift is not None:
+            z = z + (shift if rho is None else shift * rho[..., None])
+    z = z.to(w_v.dtype)
+    if H == 1:
+        out = F.linear(z, weight, b_v if rho is None else None)[:, None]  # [B, 1, N, d_v]
+    else:
+        out = torch.matmul(z.view(B, H, rows // H, channels), weight.view(H, -1, channels).mT)
         if b_v is not None and rho is None:
             out = out + b_v.view(H, 1, -1)
     if b_v is not None and rho is not None:

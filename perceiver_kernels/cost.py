@@ -51,11 +51,11 @@ def absorbed_cost(p: CrossAttentionProblem) -> Cost:
     R, itemsize = p.H * p.N, p.dtype.itemsize
     cost = Cost(0.0, 0.0) if p.packed else pack_cost(p.B, p.M, p.C, p.C, itemsize, itemsize)
     latent = Cost(2.0 * p.B * R * p.C * (p.d_qk + p.d_v), 0.0)
-    cost += shared_kv_cost(p.B, R, p.M, p.C, itemsize) + latent
+    cost = cost + shared_kv_cost(p.B, R, p.M, p.C, itemsize) + latent
     if p.needs_grad:
-        cost += shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=3) + latent + latent
+        cost = cost + (shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=3) + latent + latent)
     if p.inputs_need_grad:
-        cost += shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=4, reads=3)
+        cost = cost + (shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=4, reads=3))
     return cost
 
 
@@ -65,9 +65,9 @@ def projected_cost(p: CrossAttentionProblem) -> Cost:
     projection = Cost(2.0 * p.B * p.M * p.C * width, p.B * p.M * (p.C + width) * itemsize)
     scores = 2.0 * p.B * p.N * p.M
     cost = Cost(0.0, 2.0 * p.B * p.M * p.C * itemsize)
-    cost += projection + Cost(scores * width, p.B * p.M * width * itemsize)
+    cost = cost + (projection + Cost(scores * width, p.B * p.M * width * itemsize))
     if p.needs_grad:
-        cost += projection + Cost(scores * p.H * (3 * p.d_qk + 2 * p.d_v), 3.0 * p.B * p.M * width * itemsize)
+        cost = cost + (projection + Cost(scores * p.H * (3 * p.d_qk + 2 * p.d_v), 3.0 * p.B * p.M * width * itemsize))
     if p.inputs_need_grad:
-        cost += projection
+        cost = cost + (projection)
     return cost

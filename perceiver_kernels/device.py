@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +42,11 @@ A100 = DeviceFacts("NVIDIA A100", "cuda", (8, 0), 108, 166_912, 40 << 20, 250e12
 CPU = DeviceFacts("cpu", "cpu", (0, 0), 1, 1 << 30, 16 << 20, 0.1e12, 20e9)
 
 
-@functools.cache
-def _cuda_facts(index: int) -> DeviceFacts:
+# A plain dictionary, because torch.compile reads one but sees through functools.cache.
+_cuda_facts: dict[int, DeviceFacts] = {}
+
+
+def _query_cuda(index: int) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     if "H200" in properties.name:
         return H200
@@ -68,7 +70,10 @@ def device_facts(device: torch.device) -> DeviceFacts:
     """Facts of ``device``; a CPU gets nominal figures, so that plans can be made and read anywhere."""
     if device.type != "cuda":
         return CPU
-    return _cuda_facts(device.index if device.index is not None else torch.cuda.current_device())
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _cuda_facts:
+        _cuda_facts[index] = _query_cuda(index)
+    return _cuda_facts[index]
 
 
 def float32_precision() -> str:

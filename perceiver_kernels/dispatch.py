@@ -99,6 +99,11 @@ def _failure(problem: Problem, reasons: dict[str, list[str]]) -> ValueError:
 
 @torch.compiler.assume_constant_result
 def _choose(op: str, static_values: tuple[Any, ...], names: tuple[str, ...]) -> str:
+    return _choose_once(op, static_values, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_once(op: str, static_values: tuple[Any, ...], names: tuple[str, ...]) -> str:
     problem = PROBLEMS[op](*static_values)
     reasons: dict[str, list[str]] = {}
     for name in names:

@@ -155,10 +155,13 @@ class PackPlan:
 
 
 def plan_pack(B: int, M: int, C_padded: int, *, shared: bool, device: DeviceFacts) -> PackPlan:
-    """With positions that the batch shares, one program serves as many batch entries as still fill the device."""
-    block_m = 4
+    """One warp and about 2,048 channels a program: rows are reduced within a warp (8 warps took 3.5 times as long, H200).
+
+    With positions that the batch shares, one program serves as many batch entries as still fill the device.
+    """
+    block_m = max(1, min(64, 1 << (2048 // C_padded).bit_length() - 1 if C_padded <= 2048 else 1))
     tiles = math.ceil(M / block_m)
     groups = 1 if shared else B
-    while groups < B and tiles * groups < 8 * device.sm_count:
+    while groups < B and tiles * groups < 16 * device.sm_count:
         groups += 1
-    return PackPlan(column_pieces(C_padded), block_m, math.ceil(B / groups), 4)
+    return PackPlan(column_pieces(C_padded), block_m, math.ceil(B / groups), 1)

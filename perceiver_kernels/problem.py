@@ -105,10 +105,12 @@ class Problem:
 
     OP: ClassVar[str] = ""
     SIZES: ClassVar[tuple[str, ...]] = ()
+    FIELDS: ClassVar[tuple[str, ...]] = ()
 
     def static_values(self) -> tuple[Any, ...]:
         """The field values with every size replaced by -1: what choosing a backend may depend on."""
-        return tuple(-1 if f.name in self.SIZES else getattr(self, f.name) for f in fields(self))
+        sizes = self.SIZES
+        return tuple([-1 if name in sizes else getattr(self, name) for name in self.FIELDS])
 
     def with_sizes(self, **sizes: int) -> Any:
         return replace(self, **sizes)
@@ -177,8 +179,9 @@ class PackProblem(Problem):
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         check_key_visibility(key_mask, lengths, B, M, content.device)
         return cls(
-            B=B, M=M, C_content=int(C_content), C_positions=int(C_positions), content_dtype=content.dtype, dtype=dtype or content.dtype,
-            device_type=content.device.type, fourier=fourier is not None, positions_batched=batched, normalize=normalize,
+            B=B, M=M, C_content=int(C_content), C_positions=int(C_positions), content_dtype=content.dtype,
+            dtype=dtype or content.dtype, device_type=content.device.type, fourier=fourier is not None,
+            positions_batched=batched, normalize=normalize,
             masked=key_mask is not None or lengths is not None, needs_grad=needs_gradient(content, positions),
         )  # fmt: skip
 
@@ -331,9 +334,11 @@ class CrossAttentionProblem(Problem):
             raise ValueError(f"w_v must be [H*d_v, C] with H={H}, got {shape_of(w_v)}")
         check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
         return cls(
-            B=B, H=int(H), N=N, M=M, C=int(C), d_qk=int(d_qk), d_v=int(w_v.shape[0]) // int(H), dtype=dtype, device_type=q.device.type,
-            packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,
+            B=B, H=int(H), N=N, M=M, C=int(C), d_qk=int(d_qk), d_v=int(w_v.shape[0]) // int(H), dtype=dtype,
+            device_type=q.device.type, packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,
         )  # fmt: skip
 
 
 PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem)}
+for _problem in PROBLEMS.values():
+    _problem.FIELDS = tuple(field.name for field in fields(_problem))

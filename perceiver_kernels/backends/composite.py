@@ -11,12 +11,13 @@ from torch import Tensor
 from perceiver_kernels import reference
 
 
-
 def pack_inputs_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, *, normalize: bool,
     eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    packed, rstd = reference.pack_inputs(content, positions, fourier, key_mask=key_mask, normalize=normalize, eps=eps, dtype=dtype)
+    packed, rstd = reference.pack_inputs(
+        content, positions, fourier, key_mask=key_mask, normalize=normalize, eps=eps, dtype=dtype
+    )
     return packed, rstd if normalize else rstd.new_empty(0)
 
 

@@ -110,21 +110,23 @@ def shared_kv_attention(
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names it.
     """
-    clean = isinstance(x, PackedInputs)
+    check_tensor("q", q)
     if isinstance(x, PackedInputs):
         if key_mask is not None or lengths is not None:
             raise ValueError("key_mask and lengths must be given to pack_inputs, whose PackedInputs carry them")
-        x, key_mask, lengths = x.data, x.key_mask, x.lengths
-    check_tensor("q", q)
-    check_tensor("x", x)
-    q, x = cast_for_autocast(q, x)
-    SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, return_lse)
+        data, key_mask, lengths = x.data, x.key_mask, x.lengths
+    else:
+        check_tensor("x", x)
+        data = x
+    q, data = cast_for_autocast(q, data)
+    SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse)
+    seen = None if isinstance(x, PackedInputs) else visible(key_mask, lengths, data.shape[1])
+    if seen is not None:
+        data = torch.where(seen[..., None], data, 0.0)
     channels = q.shape[-1]
     padding = pad_channels(channels) - channels
     if padding:
-        q, x = torch.nn.functional.pad(q, (0, padding)), torch.nn.functional.pad(x, (0, padding))
-    if not clean and (key_mask is not None or lengths is not None):
-        x = torch.where(visible(key_mask, lengths, x.shape[1])[..., None], x, 0.0)
-    z, lse, _ = attend_shared(q, x, key_mask, lengths, scale, dropout_p, return_lse, backend)
+        q, data = torch.nn.functional.pad(q, (0, padding)), torch.nn.functional.pad(data, (0, padding))
+    z, lse, _ = attend_shared(q, data, key_mask, lengths, scale, dropout_p, return_lse, backend)
     z = z[..., :channels] if padding else z
     return (z, lse) if return_lse else z

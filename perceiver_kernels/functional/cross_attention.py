@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ def _absorbed_chunked(
 
 def _on_device(source: InputArray, device: torch.device) -> InputArray:
     """The raw inputs on the queries' device; whole, so only for inputs that are not chunked."""
-    moved = {
+    moved: dict[str, Any] = {
         name: value.to(device)
         for name in ("content", "positions", "coordinates", "key_mask", "lengths")
         if isinstance(value := getattr(source, name), Tensor) and value.device != device

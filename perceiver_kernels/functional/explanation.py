@@ -72,8 +72,10 @@ def _explain_shared_kv(
     scale: float = 1.0, dropout_p: float = 0.0, return_lse: bool = False, backend: str | None = None,
 ) -> Explanation:  # fmt: skip
     if isinstance(x, PackedInputs):
-        x, key_mask, lengths = x.data, x.key_mask, x.lengths
-    problem = SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, return_lse)
+        data, key_mask, lengths = x.data, x.key_mask, x.lengths
+    else:
+        data = x
+    problem = SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse)
     cost = shared_kv_cost(problem.B, problem.R, problem.M, problem.C, q.dtype.itemsize)
     plan = planning.plan_shared_kv(problem.with_sizes(C=pad_channels(problem.C)), device_facts(q.device))
     return _explain(problem, cost, plan, q.device, q.dtype, backend)
@@ -85,7 +87,8 @@ def _explain_pack(
     dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> Explanation:  # fmt: skip
     if not isinstance(content, InputArray):
-        grid = tuple(content.shape[1:-1])
+        dense = isinstance(positions, FourierPositions) and coordinates is None
+        grid = tuple(content.shape[1:-1]) if dense else None
         content = InputArray(content.flatten(1, -2), positions, coordinates, grid, key_mask, lengths)
     part = content.slice(dtype=None if content.content.is_floating_point() else torch.get_default_dtype())
     problem = PackProblem.of(
@@ -133,9 +136,12 @@ def _explain_cross_attention(
         inner_cost = shared_kv_cost(inner.B, inner.R, inner.M, inner.C, problem.dtype.itemsize)
     else:
         cost = projected_cost(problem)
-        inner = AttentionProblem(problem.B, problem.H, problem.N, problem.M, problem.d_qk, problem.d_v, problem.dtype,
-                                 problem.device_type, "key_mask" if masked else "none", False, dropout, False, grad)  # fmt: skip
-        inner_plan, inner_cost = None, Cost(2.0 * problem.B * problem.N * problem.M * problem.H * (problem.d_qk + problem.d_v), 0.0)
+        inner = AttentionProblem(
+            problem.B, problem.H, problem.N, problem.M, problem.d_qk, problem.d_v, problem.dtype, problem.device_type,
+            "key_mask" if masked else "none", False, dropout, False, grad,
+        )  # fmt: skip
+        scores = 2.0 * problem.B * problem.H * problem.N * problem.M
+        inner_plan, inner_cost = None, Cost(scores * (problem.d_qk + problem.d_v), 0.0)
     part = _explain(inner, inner_cost, inner_plan, q.device, problem.dtype, backend)
     seconds = cost.seconds(device, problem.dtype)
     return Explanation(problem.OP, problem, part.backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, (part,))

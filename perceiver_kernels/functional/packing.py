@@ -41,7 +41,7 @@ def _is_packed_already(content: Tensor, problem: PackProblem) -> bool:
         not problem.normalize
         and not problem.masked
         and problem.C_positions == 0
-        and problem.C == problem.C_padded
+        and problem.C_padded == problem.C
         and problem.dtype == content.dtype
         and content.stride(-1) == 1
         and content.stride(1) % 8 == 0

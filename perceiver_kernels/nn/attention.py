@@ -5,15 +5,17 @@ Every layer is pre-norm and owns its norms and its residual, so a block is a pla
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray, PackedInputs
 
 Method = Literal["absorbed", "projected"]
+P = TypeVar("P", Tensor, "Tensor | None")
 
 
 class Linear(nn.Linear):
@@ -71,6 +73,15 @@ def check_reading(chunk_size: int | None, method: str | None) -> None:
 def check_sequence(name: str, x: Tensor, axes: str, channels: int) -> None:
     if x.ndim != 3 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
+
+
+def _zeros_after(parameter: P, count: int, dim: int = 0) -> P:
+    """``parameter`` (None stays None) with ``count`` zeros after it along ``dim``: one kernel, where F.pad takes two."""
+    if parameter is None or count == 0:
+        return parameter
+    shape = list(parameter.shape)
+    shape[dim] = count
+    return torch.cat([parameter, parameter.new_zeros(shape)], dim)
 
 
 class CrossAttention(nn.Module):
@@ -171,13 +182,17 @@ class CrossAttention(nn.Module):
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
+        qk_padding, v_padding = self._padding(latents)
+        query, key, value = self.q_proj, self.k_proj, self.v_proj
+        q = F.linear(normed, _zeros_after(query.weight, qk_padding), _zeros_after(query.bias, qk_padding))
         attended = functional.input_cross_attention(
-            split_heads(self.q_proj(normed), self.num_heads),  # [B or 1, H, N, d_qk]
+            split_heads(q, self.num_heads),  # [B or 1, H, N, d_qk]
             inputs,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            b_k=self.k_proj.bias,
-            b_v=self.v_proj.bias,
+            _zeros_after(key.weight, qk_padding),
+            _zeros_after(value.weight, v_padding),
+            b_k=_zeros_after(key.bias, qk_padding),
+            b_v=_zeros_after(value.bias, v_padding),
+            scale=(self.qk_channels // self.num_heads) ** -0.5,
             norm_weight=None if self.norm_inputs is None else self.norm_inputs.weight,
             norm_bias=None if self.norm_inputs is None else self.norm_inputs.bias,
             normalize=self.norm_inputs is not None,
@@ -188,8 +203,18 @@ class CrossAttention(nn.Module):
             chunk_size=self.chunk_size,
             method=self.method,
         )
-        out = self.out_proj(merge_heads(attended))
+        out = F.linear(merge_heads(attended), _zeros_after(self.out_proj.weight, v_padding, 1), self.out_proj.bias)
         return latents + out if self.residual else out
+
+    def _padding(self, latents: Tensor) -> tuple[int, int]:
+        """Zero channels added to queries and keys, and to values: with one head of odd width (261) they change nothing.
+
+        On a GPU matrix products whose rows are not multiples of 16 bytes run five times slower (41 us instead of 8 for
+        4,096 x 1,024 x 261 in bf16 on an H200).
+        """
+        if self.num_heads > 1 or not latents.is_cuda:
+            return 0, 0
+        return -self.qk_channels % 8, -self.v_channels % 8
 
     def flops(self, batch: int, N: int, M: int, *, latent_batch: int | None = None, method: Method = "projected") -> int:
         """FLOPs of the matrix products of one forward, a multiply and an add counted as two.

@@ -12,6 +12,7 @@ from perceiver_kernels.dispatch import load
 from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
 from perceiver_kernels.problem import pad_channels
 
+
 def _pack_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
     dtype: torch.dtype, backend: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,12 @@ def targets(op: str) -> list[Target]:
 
 
 def sized(case: EncodeCase) -> EncodeCase:
-    """``case`` at a size that this machine computes in a fraction of a second: several tiles of keys on each."""
-    limits = {"interpreter": (160, 16, 2), "cpu": (256, 24, 2), "gpu": (2048, 160, 3)}
-    inputs, latents, batch = limits[machine()]
-    return case.scaled(max_inputs=inputs, max_latents=latents, max_batch=batch)
+    """``case`` at a size that this machine computes in about a second: several tiles of keys, remainders kept."""
+    if machine() == "interpreter":
+        return case.scaled(max_inputs=130, max_latents=max(1, 20 // case.H), max_batch=1)
+    return case.scaled(max_inputs=2048, max_latents=160, max_batch=3) if machine() == "gpu" else case.scaled()
+
+
+def one_for_each_width(cases: Iterable[EncodeCase]) -> list[EncodeCase]:
+    """The first case of every padded channel count: what a machine that is short of time needs of a list."""
+    return list({case.C_padded: case for case in reversed(list(cases))}.values())[::-1]

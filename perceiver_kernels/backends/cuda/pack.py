@@ -28,8 +28,6 @@ SLOTS = 2
 HEADER_BYTES = 128
 # What the driver keeps of the shared memory for every resident block (CUDA C++ Programming Guide).
 RESERVED_BYTES = 1024
-# 8 rows are a multiple of 16 bytes for every element type and channel count, so tiles start on 16 bytes.
-ROW_MULTIPLE = 8
 MAX_ROWS_PER_TILE = 256
 
 
@@ -70,10 +68,13 @@ def plan_tiles(
     else:
         resident = 2 if channels <= 512 else 1
         rows = 64
-    rows = max(ROW_MULTIPLE, min(rows, MAX_ROWS_PER_TILE) // ROW_MULTIPLE * ROW_MULTIPLE)
+    # The rows that a block takes at once, 8, 16 or 32 lanes each. A multiple of 8 rows is one of 16 bytes for
+    # every element type and channel count, so that every tile starts on 16 bytes.
+    together = 32 if channels <= 64 else 16 if channels <= 128 else 8
+    rows = max(together, min(rows, MAX_ROWS_PER_TILE) // together * together)
     # Small inputs: rather smaller tiles than idle multiprocessors.
-    while rows > ROW_MULTIPLE and batch * math.ceil(tokens / rows) < resident * device.sm_count:
-        rows = max(ROW_MULTIPLE, rows // 2 // ROW_MULTIPLE * ROW_MULTIPLE)
+    while rows > together and batch * math.ceil(tokens / rows) < resident * device.sm_count:
+        rows = max(together, rows // 2 // together * together)
     shared_bytes = HEADER_BYTES + SLOTS * math.ceil(rows * row_bytes / 128) * 128 if flat else 0
     resident = min(resident, shared_per_sm // (shared_bytes + RESERVED_BYTES))
     blocks = min(batch * math.ceil(tokens / rows), resident * device.sm_count)

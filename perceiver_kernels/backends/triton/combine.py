@@ -66,10 +66,9 @@ def _combine_kernel(
             values = values * weights[:, None]
         acc += tl.sum(values, 0)
     tl.store(z + i_row * C + o_c, acc.to(z.dtype.element_ty), mask=m_c)
-    if MERGE:
-        if tl.program_id(1) == 0:
-            tl.store(lse + i_row, tl.where(total == float("inf"), -float("inf"), total * _LN_2))
-            tl.store(rho + i_row, b_rho)
+    if MERGE and tl.program_id(1) == 0:
+        tl.store(lse + i_row, tl.where(total == float("inf"), -float("inf"), total * _LN_2))
+        tl.store(rho + i_row, b_rho)
 
 
 def _launch_combine(

@@ -13,7 +13,22 @@ import triton.language as tl
 
 from perceiver_kernels.backends.triton.primitives import piece_columns
 
-_PI = tl.constexpr(3.141592653589793)
+
+@triton.jit
+def _sin_half_turns(t, quarter):
+    """sin(pi t), or cos(pi t) where ``quarter``: |error| < 2e-7 in fp32 for any |t| < 2**22.
+
+    t = n + r with |r| <= 1/2 exactly; sin(pi t) = (-1)^n sin(pi r), cos(pi t) = (-1)^n sin(pi (1/2 - |r|)). The Taylor series
+    through x^11 is exact to 6e-8 on a quarter turn and costs a tenth of a general sine.
+    """
+    n = tl.floor(t + 0.5)
+    r = t - n
+    r = tl.where(quarter, 0.5 - tl.abs(r), r)
+    y = r * r
+    series = -0.5992645293 + y * (0.0821458866 - 0.0073704309 * y)
+    series = 3.1415926536 + y * (-5.1677127800 + y * (2.5501640399 + y * series))
+    odd = n - 2.0 * tl.floor(n * 0.5)
+    return r * series * (1.0 - 2.0 * odd)
 
 
 @triton.jit
@@ -24,10 +39,8 @@ def _fourier_columns(positions, table, o_m, m_m, stride_p_m, o_f, m_f, F):
     kind = tl.load(table + 2 * F + o_f, mask=m_f, other=0.0)
     mask = m_m[:, None] & m_f[None, :]
     coordinate = tl.load(positions + o_m[:, None] * stride_p_m + axis[None, :], mask=mask, other=0.0).to(tl.float32)
-    # In half turns, reduced to [-1, 1] before the quarter turn of the cosine is added: no accuracy is lost to large angles.
-    turns = coordinate * frequency[None, :]
-    turns = turns - 2.0 * tl.floor(turns * 0.5 + 0.5) + tl.where(kind == 2.0, 0.5, 0.0)[None, :]
-    return tl.where((kind == 0.0)[None, :], coordinate, tl.sin(turns * _PI))
+    wave = _sin_half_turns(coordinate * frequency[None, :], (kind == 2.0)[None, :])
+    return tl.where((kind == 0.0)[None, :], coordinate, wave)
 
 
 @triton.jit

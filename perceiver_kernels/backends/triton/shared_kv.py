@@ -151,8 +151,8 @@ def _launch_dq(
     dtype = dtype or q.dtype
     part = torch.empty(B, S, R, C, dtype=dtype if S == 1 else torch.float32, device=q.device)
     _shared_kv_bwd_dq_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
-        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, lengths, *dropout, scale, R, x.shape[1], C, S,
-        plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
+        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, lengths, *dropout, scale, R, x.shape[1],
+        C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
         HAS_DRHO=statistics[2] is not None, HAS_LENGTHS=lengths is not None, **_options(tile, tma, dropout_p),
     )  # fmt: skip
     return part[:, 0] if S == 1 else sum_splits(part, dtype)

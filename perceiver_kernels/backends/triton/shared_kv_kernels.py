@@ -38,7 +38,9 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def _load_rows(x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, PIECES: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
+def _load_rows(
+    x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, PIECES: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr
+):
     """Rows start..start+ROWS of x: with TMA (x, x_1, x_2) are descriptors of its column pieces, without x is a pointer."""
     if TMA:
         pieces = load_rows_tma((x, x_1, x_2), i_b, start, ROWS, PIECES)
@@ -95,8 +97,8 @@ def _dropout_tile(seed, threshold, inverse_keep, i_b, o_rows, o_keys, key_offset
 
 @triton.jit
 def _shared_kv_fwd_kernel(
-    q, x, x_1, x_2, z, lse, rho, key_mask, lengths, seed, threshold, inverse_keep, key_offset, scale_log2, R, M, C, S, keys_per_split,
-    stride_q_b, stride_q_r, stride_x_b, stride_x_m,
+    q, x, x_1, x_2, z, lse, rho, key_mask, lengths, seed, threshold, inverse_keep, key_offset, scale_log2, R, M, C, S,
+    keys_per_split, stride_q_b, stride_q_r, stride_x_b, stride_x_m,
     PIECES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +188,8 @@ def _shared_kv_bwd_dx_kernel(
         o_rows = i_row + tl.arange(0, BLOCK_Q)
         m_rows = o_rows < R
         b_rows = _load_rows(
-            rows, rows_1, rows_2, i_b, 2 * i_row, 2 * (i_row + BLOCK_Q), stride_rows_b, stride_rows_r, C, PIECES, 2 * BLOCK_Q, TMA
+            rows, rows_1, rows_2, i_b, 2 * i_row, 2 * (i_row + BLOCK_Q), stride_rows_b, stride_rows_r, C, PIECES, 2 * BLOCK_Q,
+            TMA,
         )
         b_lse, b_delta, b_drho = row_statistics(lse, delta, drho, i_b, o_rows, m_rows, R, HAS_DRHO)
         s, dp = split_columns(dot_transposed(b_x, b_rows, PRECISION), BLOCK_KV, BLOCK_Q)  # [BLOCK_KV, BLOCK_Q] each

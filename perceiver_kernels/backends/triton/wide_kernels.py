@@ -1,12 +1,12 @@
 """Shared-KV attention for wide channels, where an accumulator of all C columns does not fit one program.
 
-The keys are taken in chunks. A *scores* kernel writes the weights of a chunk, [B, R, chunk], to a workspace that does not grow
-with M; a *values* kernel multiplies them with the chunk's keys, a block of columns at a time. Both are plain tiled products that
+The keys are taken in chunks. A *weights* kernel writes those of a chunk, [B, R, chunk], to a workspace whose size does not depend
+on M; a *values* kernel multiplies them with the chunk's keys, a block of columns at a time. Both are plain tiled products that
 read their operands tile by tile over C, so any C runs at full tile width and nothing is computed twice.
 
-Tiles: weights BLOCK_Q x BLOCK_KV over BLOCK_C channels; values BLOCK_Q x BLOCK_COL over BLOCK_K keys; dx BLOCK_KV x BLOCK_COL over
-BLOCK_K rows. FLOPs: forward 4BRMC, dq 6BRMC, dx 8BRMC as in the fused kernels. Device memory beyond theirs: the weights once
-written and once read, 4 B R M e bytes forward and for dq, 8 for dx, from the L2 while the workspace fits it.
+Tiles: weights BLOCK_Q x BLOCK_KV over BLOCK_C channels; values BLOCK_Q x BLOCK_COL over BLOCK_K keys; dx BLOCK_KV x BLOCK_COL
+over BLOCK_K rows. FLOPs: forward 4BRMC, dq 6BRMC, dx 8BRMC as in the fused kernels. Device memory beyond theirs: the weights
+once written and once read, 4 B R M e bytes forward and for dq, 8 for dx, from the L2 while the workspace fits it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _load_tile(
-    source, i_b, row, column, row_end, column_end, stride_b, stride_r, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+    source, i_b, row, column, row_end, column_end, stride_b, stride_r,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Tile [ROWS, COLUMNS] at (row, column) of batch entry i_b of a descriptor (TMA) or pointer; zero past the ends."""
     if TMA:
@@ -112,8 +113,8 @@ def _wide_weights_bwd_kernel(
 ):  # fmt: skip
     """scale ds of one tile and, with STORE_P, the (dropped-out) weights R' rows below it, R' = R in whole row tiles.
 
-    ``rows`` holds every BLOCK_Q query rows above the same rows of dz. Invisible keys need no mask: their x is zero in the values
-    kernel, and their rows of dx are cleared there; p, held at or below 1, is finite.
+    ``rows`` holds every BLOCK_Q query rows above the same rows of dz. Invisible keys need no mask: their x is zero in the
+    values kernel, and their rows of dx are cleared there; p, held at or below 1, is finite.
     """
     row_tiles = tl.cdiv(R, BLOCK_Q)
     i_row, i_tile, i_b = _tile_position(key_tiles, row_tiles)
