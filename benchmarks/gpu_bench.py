@@ -1,0 +1,230 @@
+"""Everything that is claimed about one GPU, measured in one call: `make gpu-bench` runs this file.
+
+Parts, in this order; each writes <output>/<part>.json after every row:
+
+- correctness: the self-test of every backend; then every gradient of full-size cases against fp64
+- kernels: pack, shared-KV attention forward, backward to queries and to inputs, beside stock attention
+- layers: LayerNorm, projections, attention, output projection, beside every stock implementation
+- memory: extra peak bytes against M, until stock PyTorch runs out of memory
+- ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
+- hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
+
+A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import large  # noqa: E402
+import tables  # noqa: E402
+
+from perceiver_kernels.cli import bench, check, measure, memory  # noqa: E402
+from perceiver_kernels.cli.console import Console  # noqa: E402
+from perceiver_kernels.cli.report import Report  # noqa: E402
+from perceiver_kernels.cli.stock import Peer  # noqa: E402
+from perceiver_kernels.cli.workload import PASSES, Pass, Workload  # noqa: E402
+from perceiver_kernels.testing.cases import ENCODE  # noqa: E402
+
+KERNEL_CASES = ("imagenet", "longctx", "flow", "multimodal", "c128", "c64")
+LAYER_CASES = ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud")
+JUDGED_CASES = ("imagenet", "flow", "multimodal")
+COMPILED_CASES = ("imagenet", "resampler")
+"""Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
+KERNEL_PEERS = ["eager", "efficient", "cudnn"]
+PHOTOGRAPH_SIDE = 10_000
+TEN_MILLION = 10 * 2**20
+MEMORY_SIZES = tuple(4**power for power in range(5, 13))
+
+
+@dataclasses.dataclass
+class Context:
+    """What every part needs."""
+
+    output: Path
+    console: Console
+    device: torch.device
+    dtype: torch.dtype
+    deadline: float
+    cases: tuple[str, ...] | None
+    peers: list[str] | None
+    compiled: bool
+    seconds: float
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def report(self, part: str) -> Report:
+        return Report(part, self.output / f"{part}.json")
+
+    def chosen(self, names: tuple[str, ...]) -> list[Any]:
+        return [ENCODE[name] for name in names if self.cases is None or name in self.cases]
+
+    def out_of_time(self, what: str) -> bool:
+        """Whether the budget is used up; says so."""
+        if time.monotonic() < self.deadline:
+            return False
+        self.console.warn(f"skipped for lack of time: {what}")
+        return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen parts and print the summary last."""
+    arguments = _arguments(argv)
+    if not torch.cuda.is_available():
+        print("gpu_bench: PyTorch finds no GPU here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    context = Context(
+        Path(arguments.output), Console(sys.stdout, plain=True), torch.device("cuda"), torch.bfloat16,
+        time.monotonic() + arguments.budget, arguments.cases, arguments.peers, not arguments.no_compile,
+        arguments.seconds,
+    )  # fmt: skip
+    for part in arguments.parts:
+        if context.out_of_time(part):
+            continue
+        started = time.monotonic()
+        context.console.heading(part)
+        try:
+            PARTS[part](context)
+        except Exception as error:
+            # One part's defect must not cost the others their turn on the GPU.
+            traceback.print_exc()
+            context.failures.append(f"{part}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        measure.release()
+        context.console.line(f"[{part}: {time.monotonic() - started:.0f} s]")
+    context.console.heading("summary")
+    for line in tables.summary(tables.load(context.output)):
+        context.console.line(line)
+    for failure in context.failures:
+        context.console.warn(f"WRONG: {failure}")
+    return 1 if context.failures else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(name for name in text.split(",") if name)
+
+    parser = argparse.ArgumentParser(description="Measure everything that is claimed about one GPU.")
+    parser.add_argument("--parts", type=names, default=tuple(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--cases", type=names, help="only these cases")
+    parser.add_argument("--peers", type=bench.split_names, help="only these stock implementations ('none')")
+    parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the JSON files")
+    parser.add_argument(
+        "--budget", type=float, default=540.0, help="seconds after which no part or case starts"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="sampling time per implementation and pass"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile of the stock layer"
+    )
+    arguments = parser.parse_args(argv)
+    unknown = [part for part in arguments.parts if part not in PARTS]
+    unknown += [case for case in arguments.cases or () if case not in ENCODE]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    return arguments
+
+
+def correctness(context: Context) -> None:
+    """Self-test of every backend, then full-size gradients against fp64."""
+    report = context.report("correctness")
+    context.failures += check.run(report, context.console, context.device)
+    judge = bench.Bench(report, context.console, context.device, context.dtype)
+    for case in context.chosen(JUDGED_CASES):
+        if context.out_of_time(case.name):
+            return
+        work = Workload(case, context.device, context.dtype)
+        for name in ("pack", "attend", "dq", "dx", "backward-inputs"):
+            judge.judge_pass(work, PASSES[name])
+        del work
+        measure.release()
+    context.failures += judge.failures
+    report.close()
+
+
+def kernels(context: Context) -> None:
+    """The kernels by themselves."""
+    passes = [each for each in PASSES.values() if each.level == "kernel"]
+    peers = KERNEL_PEERS if context.peers is None else context.peers
+    _timed(context, "kernels", KERNEL_CASES, passes, peers)
+
+
+def layers(context: Context) -> None:
+    """The whole layer."""
+    passes = [each for each in PASSES.values() if each.level == "layer"]
+    _timed(context, "layers", LAYER_CASES, passes, context.peers)
+
+
+def _timed(
+    context: Context, part: str, names: tuple[str, ...], passes: list[Pass], peers: list[str] | None
+) -> None:
+    report = context.report(part)
+    judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
+    judge.measure_ceilings()
+    for case in context.chosen(names):
+        if context.out_of_time(f"{part} of {case.name}"):
+            break
+        judge.case(case, passes, peers, compiled=context.compiled and case.name in COMPILED_CASES)
+    context.failures += judge.failures
+    report.close()
+
+
+def memory_against_inputs(context: Context) -> None:
+    """Extra peak bytes against M at ImageNet's channels and latents."""
+    report = context.report("memory")
+    report.set(memory_method=measure.MEMORY_METHOD[context.device.type])
+    sweep = memory.Sweep(report, context.console, context.device, context.dtype)
+    case = dataclasses.replace(ENCODE["imagenet"], B=1)
+    peers = [Peer.parse(name) for name in ("eager", "efficient-pad8")]
+    sweep.run(case, MEMORY_SIZES, ["forward", "backward"], peers)
+    sweep.show()
+    report.close()
+
+
+def ten_million(context: Context) -> None:
+    """10,485,760 inputs x 261 channels, resident on the GPU."""
+    report = context.report("ten-million")
+    judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
+    judge.measure_ceilings()
+    case = dataclasses.replace(ENCODE["imagenet"], name="ten-million", B=1, M=TEN_MILLION)
+    passes = [PASSES[name] for name in ("forward", "backward", "backward-inputs")]
+    work = Workload(case, context.device, context.dtype)
+    for each in passes:
+        if not context.out_of_time(each.title):
+            judge.measure_pass(work, each, [])
+    context.failures += judge.failures
+    report.close()
+
+
+def hundred_million(context: Context) -> None:
+    """100,000,000 pixels in host memory."""
+    report = context.report("hundred-million")
+    context.failures += large.measure_photograph(
+        report, context.console, context.device, side=PHOTOGRAPH_SIDE
+    )
+    report.close()
+
+
+PARTS: dict[str, Callable[[Context], None]] = {
+    "correctness": correctness,
+    "kernels": kernels,
+    "layers": layers,
+    "memory": memory_against_inputs,
+    "ten-million": ten_million,
+    "hundred-million": hundred_million,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Tables of README.md and docs from benchmarks/results/*.json; `python benchmarks/tables.py` rewrites them.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; all between is generated. With
+`--check` nothing is written; the exit code is 1 when a table is not what the JSON gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "encode.md")
+OURS_NAMES = ("ours", "ours-chunked")
+PASS_TITLES = {
+    "pack": "pack",
+    "attend": "forward",
+    "dq": "backward to the queries",
+    "dx": "backward to the inputs",
+    "forward": "forward",
+    "forward-packed": "forward, packed once",
+    "backward": "forward + backward, inputs need no gradient",
+    "backward-inputs": "forward + backward, inputs too",
+}
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+NOT_MEASURED = "_Not measured yet: `make gpu-bench` on a GPU fills this in._"
+
+Results = dict[str, dict[str, Any]]
+
+
+def load(folder: Path = RESULTS) -> Results:
+    """Return part name -> report, for every JSON file of a folder."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def rewritten(text: str, results: Results) -> str:
+    """Return a document with every marked table generated anew."""
+
+    def table(match: re.Match[str]) -> str:
+        lines = TABLES[match["name"]](results) or [NOT_MEASURED]
+        return match[1] + "\n".join(lines) + "\n" + match[3]
+
+    return MARKED.sub(table, text)
+
+
+def kernels(results: Results) -> list[str]:
+    """Kernels by themselves: time, rate, share of the floor, and stock attention given keys and values."""
+    return _beside_stock(results, "kernels", ("pack", "attend", "dq", "dx"))
+
+
+def layers(results: Results) -> list[str]:
+    """Whole layers beside the best stock implementation."""
+    return _beside_stock(results, "layers", ("forward", "forward-packed", "backward", "backward-inputs"))
+
+
+def memory(results: Results) -> list[str]:
+    """Extra peak memory, forward and backward, against M."""
+    rows = [row for row in _rows(results, "memory") if row["pass"] == "backward"]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    cells = {(row["M"], row["implementation"]): row for row in rows}
+    table = [
+        [f"{M:,}", *(_memory_cell(cells.get((M, name))) for name in names)]
+        for M in dict.fromkeys(row["M"] for row in rows)
+    ]
+    return [_where(results["memory"]), "", *_markdown(["inputs M", *names], table)]
+
+
+def large(results: Results) -> list[str]:
+    """Ten and a hundred million inputs."""
+    table = []
+    for row in _rows(results, "ten-million"):
+        if row.get("kind") == "bench" and row.get("p50_ms") is not None:
+            title = f"{row['shape']['M']:,} x {row['shape']['C']}, {PASS_TITLES[row['pass']]}"
+            table.append([title, row["implementation"], _ms(row["p50_ms"]), _bytes(row["peak_extra_bytes"])])
+    for row in _rows(results, "hundred-million"):
+        title = f"{row['M']:,} x {row['C']} from host memory, {PASS_TITLES[row['pass']]}"
+        seconds, peak = _ms(1e3 * row["seconds"]), _bytes(row["peak_extra_bytes"])
+        table.append([title, row["implementation"], seconds, peak])
+    header = ["inputs, pass", "implementation", "ms", "extra peak memory"]
+    return _markdown(header, table) if table else []
+
+
+def summary(results: Results) -> list[str]:
+    """Return the short table that a benchmark run prints last, as aligned text."""
+    rows = [row for part in ("kernels", "layers", "ten-million") for row in _rows(results, part)]
+    header, table = _comparison(rows)
+    widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *table]
+    ]
+
+
+TABLES: dict[str, Callable[[Results], list[str]]] = {
+    "kernels": kernels,
+    "layers": layers,
+    "memory": memory,
+    "large": large,
+}
+
+
+def _beside_stock(results: Results, part: str, passes: Iterable[str]) -> list[str]:
+    rows = [row for row in _rows(results, part) if row.get("pass") in passes]
+    header, table = _comparison(rows)
+    return [_where(results[part]), "", *_markdown(header, table)] if table else []
+
+
+def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """One line for each case and pass: ours, and the fastest stock implementation that ran."""
+    header = [
+        "case",
+        "pass",
+        "ms",
+        "TFLOP/s",
+        "of floor",
+        "extra memory",
+        "fastest stock",
+        "its ms",
+        "its memory",
+    ]
+    timed = [row for row in rows if row.get("p50_ms") is not None]
+    table = []
+    for ours in (row for row in timed if row["implementation"] == "ours"):
+        same = [row for row in timed if (row["case"], row["pass"]) == (ours["case"], ours["pass"])]
+        if ours["pass"] == "forward-packed":
+            # Stock PyTorch has no packed form: its forward is what this replaces.
+            same = [row for row in timed if (row["case"], row["pass"]) == (ours["case"], "forward")]
+        stock = [row for row in same if row["implementation"] not in OURS_NAMES]
+        best = min(stock, key=lambda row: row["p50_ms"], default=None)
+        rate = f"{ours['tflops']:.0f}" if ours["flops"] else "-"
+        peer = (
+            [best["implementation"], _ms(best["p50_ms"]), _bytes(best["peak_extra_bytes"])]
+            if best
+            else ["-"] * 3
+        )
+        own = [_ms(ours["p50_ms"]), rate, f"{100 * ours['of_floor']:.0f} %", _bytes(ours["peak_extra_bytes"])]
+        table.append([ours["case"], PASS_TITLES[ours["pass"]], *own, *peer])
+    return header, table
+
+
+def _rows(results: Results, part: str) -> list[dict[str, Any]]:
+    return results.get(part, {}).get("rows", [])
+
+
+def _where(report: dict[str, Any]) -> str:
+    """One sentence: on what this was measured, and the ceilings found there."""
+    environment, ceilings = report["environment"], report.get("ceilings")
+    gpus, torch = environment["gpus"], environment["torch"]["version"]
+    device = gpus[0]["name"] if gpus else "a CPU"
+    sentence = f"{device}, {report.get('dtype', 'bfloat16')}, torch {torch}, triton {environment['triton']}"
+    if ceilings:
+        sentence += (
+            f"; ceilings {ceilings['tflops']:.0f} TFLOP/s and {ceilings['gbytes_per_s'] / 1e3:.1f} TB/s"
+        )
+    return f"{sentence}, {report['started'][:10]}."
+
+
+def _memory_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if row["failure"]:
+        return "out of memory" if row["failure"].startswith("out of memory") else "cannot"
+    return _bytes(row["peak_extra_bytes"])
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _markdown(header: list[str], table: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *table]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the documents, or check them."""
+    parser = argparse.ArgumentParser(description="Generate the tables of README.md and docs.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 when a table is out of date"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    arguments = parser.parse_args(argv)
+    results, stale = load(arguments.results), []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        new = rewritten(text, results)
+        if new != text:
+            stale.append(path.name)
+            if not arguments.check:
+                path.write_text(new)
+    if stale:
+        print(("out of date: " if arguments.check else "rewritten: ") + ", ".join(stale))
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

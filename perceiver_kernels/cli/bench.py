@@ -1,0 +1,334 @@
+"""`perceiver-kernels bench encode`: named cases against named stock implementations, correctness first.
+
+For every case and pass the specification is computed in fp64, our result is judged against it, and only a
+result that passes is timed; a wrong one ends the command with exit code 1. A peer that cannot run keeps its
+row, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from perceiver_kernels.cli import info, measure
+from perceiver_kernels.cli.console import Console, format_bytes, format_ms
+from perceiver_kernels.cli.gate import Gate, Verdict
+from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.stock import peers_for
+from perceiver_kernels.cli.workload import (
+    CHUNKED,
+    OURS,
+    PASSES,
+    Pass,
+    Workload,
+    chunk_size,
+    flops,
+    least_bytes,
+    pass_names,
+)
+from perceiver_kernels.dispatch import backends, use_backend
+from perceiver_kernels.testing.cases import ENCODE
+
+HELP = "time named cases against named stock implementations; refuses to time a wrong result"
+DEFAULT_CASES = ("imagenet", "longctx", "flow", "multimodal")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPU_INPUTS = 2048
+"""Input tokens that a case is cut to on a CPU, unless --max-inputs says otherwise."""
+COLUMNS = (
+    "implementation",
+    "ms",
+    "p20..p80",
+    "host us",
+    "TFLOP/s",
+    "of floor",
+    "extra memory",
+    "error",
+    "eager's",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("what", choices=["encode"], help="the regime: few latents read many inputs")
+    parser.add_argument(
+        "--case", nargs="+", metavar="NAME", help=f"default on a GPU: {' '.join(DEFAULT_CASES)}"
+    )
+    parser.add_argument("--passes", type=split_names, metavar="NAME,...", help=f"of {','.join(PASSES)}")
+    parser.add_argument(
+        "--peers", type=split_names, metavar="NAME,...", help="stock implementations ('none' for none)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile of the stock layer"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="sampling time per implementation and pass"
+    )
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say where and in what to compute."""
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--backend", metavar="NAME,...", help="allow these backends only, tried in this order"
+    )
+    parser.add_argument(
+        "--max-inputs", type=int, metavar="M", help=f"cut cases to M inputs (default on a CPU: {CPU_INPUTS})"
+    )
+
+
+def split_names(text: str) -> list[str]:
+    """Read names separated by commas; 'none' is the empty list."""
+    return [] if text == "none" else [name for name in text.split(",") if name]
+
+
+def execute(arguments: argparse.Namespace, console: Console) -> int:
+    """Run the benchmark; exit code 1 when a result of ours was wrong."""
+    device, dtype = device_and_dtype(arguments)
+    cases = cases_named(arguments.case, device, arguments.max_inputs)
+    passes = pass_names(arguments.passes)
+    peers_for(arguments.peers, (8,), device, compiled=False)  # a wrong name fails before anything is measured
+    report = Report("bench encode", arguments.json)
+    bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
+    console.line(f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}")
+    with backend_scope(arguments.backend):
+        bench.measure_ceilings()
+        for case in cases:
+            bench.case(
+                case, passes, arguments.peers, compiled=device.type == "cuda" and not arguments.no_compile
+            )
+    report.close()
+    return 1 if bench.failures else 0
+
+
+def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Return where and in what to compute; CommandError for a GPU that is not there."""
+    found = torch.cuda.is_available()
+    if arguments.device == "cuda" and not found:
+        raise CommandError("--device cuda: PyTorch finds no GPU here (perceiver-kernels info says more)")
+    device = torch.device(arguments.device or ("cuda" if found else "cpu"))
+    return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def cases_named(names: list[str] | None, device: torch.device, max_inputs: int | None) -> list[Any]:
+    """Return the cases asked for, cut to what the device can do."""
+    for name in names or ():
+        if name not in ENCODE:
+            raise unknown_name("case", name, ENCODE)
+    if max_inputs is not None and max_inputs < 1:
+        raise CommandError(f"--max-inputs must be at least 1, got {max_inputs}")
+    chosen = [ENCODE[name] for name in names or [name for name in DEFAULT_CASES if name in ENCODE]]
+    if device.type == "cpu":
+        return [case.scaled(max_inputs=max_inputs or CPU_INPUTS) for case in chosen]
+    return [dataclasses.replace(case, M=min(case.M, max_inputs or case.M)) for case in chosen]
+
+
+@contextlib.contextmanager
+def backend_scope(names: str | None) -> Iterator[None]:
+    """Allow the backends of a list with commas in the body, tried in that order; all of them for None."""
+    if names is None:
+        yield
+        return
+    known, asked = backends(), split_names(names)
+    for name in asked:
+        if name not in known:
+            raise unknown_name("backend", name, known)
+        available, reason = known[name]
+        if not available:
+            raise CommandError(f"backend {name} is not available: {reason}")
+    with use_backend(*asked):
+        yield
+
+
+@dataclasses.dataclass
+class Bench:
+    """Measures cases into a report and prints each table as it is done; `failures` says what was wrong.
+
+    Not strict, only a useless result is wrong: for inputs that somebody chose, such as a blank picture, on
+    which the textbook can be exact by luck.
+    """
+
+    report: Report
+    console: Console
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float = 0.3
+    strict: bool = True
+    ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def measure_ceilings(self) -> None:
+        """Measure the product and copy rates that percentages refer to."""
+        self.ceilings = measure.ceilings(self.device, self.dtype)
+        self.report.set(
+            ceilings=self.ceilings,
+            dtype=str(self.dtype).removeprefix("torch."),
+            time_method=measure.TIME_METHOD[self.device.type],
+            memory_method=measure.MEMORY_METHOD[self.device.type],
+        )
+        self.console.line(
+            f"ceilings measured here: {self.ceilings['tflops']:.4g} TFLOP/s in a large matrix product, "
+            f"{self.ceilings['gbytes_per_s']:.4g} GB/s in a large copy"
+        )
+
+    def case(self, case: Any, passes: list[Pass], peer_names: list[str] | None, *, compiled: bool) -> None:
+        """Measure every pass of one case."""
+        self.console.heading(describe(case))
+        peers = peers_for(peer_names, (case.d_qk, case.d_v), self.device, compiled=compiled)
+        work = Workload(case, self.device, self.dtype)
+        with self.console.progress(case.name, len(passes)) as progress:
+            for each in passes:
+                progress.advance(each.title, 0)
+                self.measure_pass(work, each, peers)
+                progress.advance(each.title)
+        del work
+        measure.release()
+        if any(each.name.startswith("backward") for each in passes):
+            self.chunked_memory(case)
+
+    def chunked_memory(self, case: Any) -> None:
+        """Measure what the chunked layer takes at the case's M and at ten times as many inputs."""
+        peaks = {}
+        chunk = min(chunk_size(case.B), case.M)
+        for M in (case.M, 10 * case.M):
+            work = Workload(dataclasses.replace(case, M=M), self.device, self.dtype, chunk=chunk)
+            call = work.chunked("backward")
+            failure = measure.attempt(call)
+            peaks[M] = None if failure else measure.peak_extra_bytes(call, self.device)
+            self.report.add(
+                kind="chunked-memory", case=case.name, M=M, peak_extra_bytes=peaks[M], failure=failure
+            )
+            del call, work
+            measure.release()
+        told = ", ".join(f"{format_bytes(peak)} at {M:,} inputs" for M, peak in peaks.items())
+        self.console.line(f"\nchunked, forward + backward, extra peak memory: {told}")
+
+    def judge_pass(self, work: Workload, each: Pass) -> None:
+        """Judge our result of one pass, without timing it."""
+        verdicts, failures = self._judge(work, each, {OURS: work.ours(each.name)})
+        errors = verdicts[OURS].errors if OURS in verdicts else {}
+        eager_errors = verdicts[OURS].eager_errors if OURS in verdicts else {}
+        self.report.add(
+            kind="judged", case=work.case.name, shape=shape_of(work.case), **{"pass": each.name},
+            errors=errors, eager_errors=eager_errors, failure=failures.get(OURS),
+        )  # fmt: skip
+        told = ", ".join(f"{name} {error:.1e} ({eager_errors[name]:.1e})" for name, error in errors.items())
+        self.console.line(f"{work.case.name} {each.name}: {failures.get(OURS) or told}")
+
+    def measure_pass(self, work: Workload, each: Pass, peers: list[Any]) -> None:
+        """Judge, time and print one pass of one workload."""
+        calls: dict[str, measure.Call] = {OURS: work.ours(each.name)}
+        if each.level == "layer" and each.name != "forward-packed":
+            calls[CHUNKED] = work.chunked(each.name)
+        if each.name != "forward-packed":
+            # Packing has two stock forms only: written out, and compiled.
+            usable = [p for p in peers if each.name != "pack" or p.attention == "eager"]
+            calls |= {peer.name: work.stock(each.name, peer) for peer in usable}
+        verdicts, failures = self._judge(work, each, calls)
+        running = {name: call for name, call in calls.items() if name not in failures}
+        timings = measure.time_calls(running, self.device, seconds=self.seconds)
+        memory = {name: measure.peak_extra_bytes(call, self.device) for name, call in running.items()}
+        rows = [
+            self._row(
+                work, each, name, timings.get(name), memory.get(name), verdicts.get(name), failures.get(name)
+            )
+            for name in calls
+        ]
+        self._print(each, rows)
+
+    def _judge(
+        self, work: Workload, each: Pass, calls: dict[str, measure.Call]
+    ) -> tuple[dict[str, Verdict], dict[str, str]]:
+        """Verdicts of what runs, and why the rest cannot; a wrong result of ours fails the command."""
+        failures = {name: reason for name, call in calls.items() if (reason := measure.attempt(call))}
+        running = {name: call for name, call in calls.items() if name not in failures}
+        verdicts = Gate(work).judge(each.name, running)
+        for name in (OURS, CHUNKED):
+            if name in verdicts and (verdicts[name].failure if self.strict else verdicts[name].is_wrong):
+                failures[name] = f"not timed: {verdicts[name].failure}"
+            if name in failures:
+                self.failures.append(f"{work.case.name} {each.name} {name}: {failures[name]}")
+        return verdicts, failures
+
+    def _row(
+        self, work: Workload, each: Pass, name: str, timing: measure.Timing | None, peak: int | None,
+        verdict: Verdict | None, failure: str | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        case, is_ours = work.case, name in (OURS, CHUNKED)
+        method, backend = work.choice(each.name) if is_ours else ("projected", "stock")
+        method = "absorbed" if name == CHUNKED else method
+        count = flops(case, each.name, method)
+        row: dict[str, Any] = {
+            "kind": "bench", "case": case.name, "shape": shape_of(case), "pass": each.name,
+            "implementation": name, "method": method, "backend": backend, "failure": failure, "flops": count,
+            "floor_ms": self._floor_ms(case, each.name),
+            "command": f"perceiver-kernels bench encode --case {case.name} --passes {each.name}"
+            + ("" if is_ours else f" --peers {name}"),
+        }  # fmt: skip
+        if verdict is not None:
+            row |= {"errors": verdict.errors, "eager_errors": verdict.eager_errors}
+            # A peer is told off for a useless result only; ours for anything that breaks the rule.
+            told = verdict.failure if is_ours or verdict.is_wrong else None
+            row |= {"inaccurate": told} if told else {}
+        if timing is not None:
+            row |= timing.as_dict() | {"peak_extra_bytes": peak, "tflops": count / timing.p50_ms / 1e9}
+            row["of_floor"] = row["floor_ms"] / timing.p50_ms
+        return self.report.add(**row)
+
+    def _floor_ms(self, case: Any, which: str) -> float:
+        """The time that nothing beats here: the larger of arithmetic and traffic at the measured ceilings."""
+        least = min(flops(case, which, "absorbed"), flops(case, which, "projected"))
+        moved = least_bytes(case, which, self.dtype.itemsize)
+        return max(least / self.ceilings["tflops"] / 1e9, moved / self.ceilings["gbytes_per_s"] / 1e6)
+
+    def _print(self, each: Pass, rows: list[dict[str, Any]]) -> None:
+        self.console.line(f"\n{each.title}")
+        self.console.table(COLUMNS, [_cells(row) for row in rows if not (row["failure"] and _is_peer(row))])
+        for row in rows:
+            if row["failure"] and not _is_peer(row):
+                self.console.warn(f"{row['case']} {row['pass']} {row['implementation']}: {row['failure']}")
+            elif row["failure"]:
+                self.console.line(f"  {row['implementation']} cannot: {row['failure']}")
+            elif row.get("inaccurate"):
+                self.console.line(f"  {row['implementation']} is inaccurate: {row['inaccurate']}")
+
+
+def shape_of(case: Any) -> dict[str, int]:
+    """Return a case's sizes as plain values."""
+    return {name: getattr(case, name) for name in ("B", "M", "C", "N", "D", "H", "d_qk", "d_v")}
+
+
+def describe(case: Any) -> str:
+    """Return a case in one line."""
+    return (
+        f"{case.name}: B={case.B}, {case.N} latents x {case.D} read {case.M:,} inputs x {case.C}, "
+        f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
+    )
+
+
+def _is_peer(row: dict[str, Any]) -> bool:
+    return row["implementation"] not in (OURS, CHUNKED)
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    if "p50_ms" not in row:
+        return [row["implementation"], *([None] * (len(COLUMNS) - 1))]
+    errors, eager = row.get("errors", {}), row.get("eager_errors", {})
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    return [
+        row["implementation"],
+        format_ms(row["p50_ms"]),
+        f"{format_ms(row['p20_ms'])}..{format_ms(row['p80_ms'])}",
+        "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
+        f"{row['tflops']:.3g}" if row["flops"] else "-",
+        f"{100 * row['of_floor']:.0f} %",
+        format_bytes(row["peak_extra_bytes"]),
+        f"{errors[worst]:.2g}" if worst else "-",
+        f"{eager[worst]:.2g}" if worst else "-",
+    ]

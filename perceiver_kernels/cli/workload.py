@@ -1,0 +1,305 @@
+"""One encode case as something to call: tensors, our layer, the stock layer with its weights, every pass.
+
+A pass is one thing that is measured. Kernel passes start from a packed [B, M, C_padded] array; layer passes
+are LayerNorm -> projections -> attention -> output projection, and end where the layer ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels.cli.measure import Call, seeded
+from perceiver_kernels.cli.stock import Peer, StockCrossAttention, compiled
+from perceiver_kernels.nn import CrossAttention
+
+OURS = "ours"
+CHUNKED = "ours-chunked"
+CHUNK_ROWS = 32_768
+"""Rows (batch x tokens) of one chunk: 17 MB of bf16 at C = 261, which stays in the L2 of an H200 (60 MB)."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One thing to measure."""
+
+    name: str
+    level: Literal["kernel", "layer"]
+    title: str
+
+
+PASSES = {
+    each.name: each
+    for each in (
+        Pass("pack", "kernel", "pack: LayerNorm without affine, padding, cast"),
+        Pass("attend", "kernel", "shared-KV attention, forward"),
+        Pass("dq", "kernel", "shared-KV attention, backward to the queries"),
+        Pass("dx", "kernel", "shared-KV attention, backward to the inputs"),
+        Pass("forward", "layer", "layer, forward"),
+        Pass("forward-packed", "layer", "layer, forward, inputs packed before"),
+        Pass("backward", "layer", "layer, forward + backward, inputs need no gradient"),
+        Pass("backward-inputs", "layer", "layer, forward + backward, inputs too"),
+    )
+}
+
+
+def chunk_size(batch: int) -> int:
+    """Return the tokens per chunk that keep a chunk inside the L2."""
+    return max(256, CHUNK_ROWS // max(batch, 1))
+
+
+class Workload:
+    """Tensors and layers of one case.
+
+    Args:
+        case: a `testing.cases.EncodeCase`.
+        device, dtype: where and in what the work is done.
+        inputs: the input array [B, M, C]; random when None.
+        chunk: tokens per chunk of the chunked layer; `chunk_size(B)` when None.
+    """
+
+    def __init__(
+        self, case: Any, device: torch.device, dtype: torch.dtype, *, inputs: Tensor | None = None,
+        chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        self.case, self.device, self.dtype = case, device, dtype
+        self.chunk = chunk or chunk_size(case.B)
+        with seeded(0):
+            self.layer = self._our_layer()
+            self.latents = self._randn(case.B, case.N, case.D)
+            self.inputs = self._randn(case.B, case.M, case.C) if inputs is None else inputs.to(device, dtype)
+            self.gradient = self._randn(case.B, case.N, case.D)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+    def _our_layer(self, **changes: Any) -> CrossAttention:
+        case = self.case
+        return CrossAttention(
+            case.D, case.C, num_heads=case.H, qk_channels=case.H * case.d_qk, v_channels=case.H * case.d_v,
+            out_channels=case.D, residual=False, device=self.device, dtype=self.dtype, **changes,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def chunked_layer(self) -> CrossAttention:
+        """Our layer with the same weights, reading the inputs chunk by chunk."""
+        layer = self._our_layer(chunk_size=self.chunk)
+        layer.load_state_dict(self.layer.state_dict())
+        return layer
+
+    def choice(self, which: str) -> tuple[Literal["absorbed", "projected"], str]:
+        """Return the method and the backend of our callable; kernel passes are absorbed by definition."""
+        if which == "pack":
+            return "absorbed", str(pk.explain("pack_inputs", pk.InputArray.tokens(self.inputs)).backend)
+        if PASSES[which].level == "kernel":
+            return "absorbed", str(pk.explain("shared_kv_attention", self.rows, self.packed).backend)
+        case, layer = self.case, self.layer
+        differentiable = which.startswith("backward")
+        q = self.latents.new_empty(case.B, case.H, case.N, case.d_qk, requires_grad=differentiable)
+        inputs: Any = self.packed if which == "forward-packed" else self.inputs
+        if which == "backward-inputs":
+            inputs = inputs.detach().requires_grad_()
+        with torch.set_grad_enabled(differentiable):
+            explained = pk.explain(
+                "input_cross_attention", q, inputs, layer.k_proj.weight, layer.v_proj.weight
+            )
+        return explained.plan.method, str(explained.backend)
+
+    def stock_layer(self, peer: Peer, dtype: torch.dtype | None = None) -> StockCrossAttention:
+        """Return the textbook layer with our weights."""
+        layer = StockCrossAttention(self.case, peer, device=self.device, dtype=dtype or self.dtype)
+        layer.load_state_dict(self.layer.state_dict())
+        return layer
+
+    @functools.cached_property
+    def packed(self) -> pk.PackedInputs:
+        """The inputs, packed once."""
+        with torch.no_grad():
+            return pk.pack_inputs(self.inputs)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Absorbed queries [B, R, C_padded], zero in the padding; scores have a standard deviation of 1."""
+        case, width = self.case, self.packed.data.shape[-1]
+        with seeded(1):
+            rows = self._randn(case.B, case.H * case.N, width) * case.C**-0.5
+        rows[..., case.C :] = 0
+        return rows
+
+    @functools.cached_property
+    def row_gradient(self) -> Tensor:
+        """Gradient of z, shaped as `rows`."""
+        with seeded(2):
+            return torch.randn_like(self.rows)
+
+    # ------ calls
+
+    def ours(self, which: str) -> Call:
+        """Return our callable for a pass; it gives the tensors that `names` lists."""
+        if which == "pack":
+            return _quiet(lambda: (pk.pack_inputs(self.inputs).data,))
+        if PASSES[which].level == "kernel":
+            return self._kernel_call(which, lambda q, x: pk.shared_kv_attention(q, x))
+        inputs: Any = self.packed if which == "forward-packed" else self.inputs
+        return self.layer_call(which, self.layer, inputs)
+
+    def chunked(self, which: str) -> Call:
+        """Return our callable for a layer pass, chunked."""
+        return self.layer_call(which, self.chunked_layer, self.inputs)
+
+    def stock(self, which: str, peer: Peer) -> Call:
+        """Return a stock peer's callable for a pass."""
+        if which == "pack":
+            run: Any = functools.partial(_normalize_and_pad, pad=self.packed.data.shape[-1] - self.case.C)
+            run = compiled(run) if peer.compiled else run
+            return _quiet(lambda: (run(self.inputs),))
+        if PASSES[which].level == "kernel":
+            attend = functools.partial(_shared_as_stock, peer)
+            attend = compiled(attend) if peer.compiled else attend
+            return self._kernel_call(which, attend, peer)
+        layer: Any = self.stock_layer(peer)
+        layer = compiled(layer) if peer.compiled else layer
+        return self.layer_call(which, layer, self.inputs, peer)
+
+    def _kernel_call(
+        self, which: str, attend: Callable[[Tensor, Tensor], Tensor], peer: Peer | None = None
+    ) -> Call:
+        q, x = self.rows, self.packed.data
+        if which == "attend":
+            return _under(peer, _quiet(lambda: (attend(q, x),)))
+        wanted = (q if which == "dq" else x).detach().requires_grad_()
+        q, x = (wanted, x) if which == "dq" else (q, wanted)
+        # The graph is built once, by the first call, and walked by every call.
+        graph = _under(peer, functools.cache(lambda: attend(q, x)))
+        return _under(
+            peer, lambda: torch.autograd.grad(graph(), wanted, self.row_gradient, retain_graph=True)
+        )
+
+    def layer_call(self, which: str, layer: Any, inputs: Any, peer: Peer | None = None) -> Call:
+        """Return the callable that runs a layer pass over a layer."""
+        return _under(peer, layer_pass(which, layer, self.latents, inputs, self.gradient))
+
+    def names(self, which: str) -> list[str]:
+        """Return the names of the tensors that a pass gives."""
+        if which == "pack":
+            return ["packed"]
+        if PASSES[which].level == "kernel":
+            return [{"attend": "z"}.get(which, which)]
+        if which in ("forward", "forward-packed"):
+            return ["out"]
+        names = ["out", "dlatents", *(f"d{name}" for name, _ in self.layer.named_parameters())]
+        return [*names, "dinputs"] if which == "backward-inputs" else names
+
+
+def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: Tensor) -> Call:
+    """Return the callable of a layer pass: out, then gradients of latents, weights (and inputs)."""
+    if which in ("forward", "forward-packed"):
+        return _quiet(lambda: (layer(latents, inputs),))
+    latents = latents.detach().requires_grad_()
+    leaves = [latents, *layer.parameters()]
+    if which == "backward-inputs":
+        inputs = inputs.detach().requires_grad_()
+        leaves.append(inputs)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        out = layer(latents, inputs)
+        return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
+
+    return forward_backward
+
+
+def flops(case: Any, which: str, method: Literal["absorbed", "projected"]) -> int:
+    """Return the FLOPs of a pass with the real C, a multiply and an add counted as two.
+
+    Absorbed, per row and token and channel: forward 4 (S and z), dq 6 (S, dP, dq), dx 8 (S, dP and two into
+    dx).
+    Projected: 2 (d_qk + d_v) forward; 6 d_qk + 4 d_v backward (S again, dP, dq, dk, dv); the projections once
+    forward and twice backward.
+    """
+    B, M, C, N, D, H = case.B, case.M, case.C, case.N, case.D, case.H
+    scores, widths = B * H * N * M, H * (case.d_qk + case.d_v)
+    kernels = {"pack": 0, "attend": 4 * scores * C, "dq": 6 * scores * C, "dx": 8 * scores * C}
+    if which in kernels:
+        return kernels[which]
+    latent_side = 2 * B * N * D * widths
+    if method == "absorbed":
+        latent_side += 2 * B * N * C * widths
+        backward = {"backward": kernels["dq"], "backward-inputs": kernels["dq"] + kernels["dx"]}
+        return kernels["attend"] + backward.get(which, 0) + latent_side * (3 if which in backward else 1)
+    projections = 2 * B * M * C * widths
+    forward = 2 * scores * (case.d_qk + case.d_v) + projections
+    if which in ("forward", "forward-packed"):
+        return forward + latent_side
+    # LayerNorm's affine part has gradients too, so the projections' own flow through them either way.
+    return forward + scores * (6 * case.d_qk + 4 * case.d_v) + 2 * projections + 3 * latent_side
+
+
+def least_bytes(case: Any, which: str, itemsize: int) -> int:
+    """Return the fewest bytes a pass moves: every input read once, every result written once."""
+    tokens, padded = case.B * case.M, -(-case.C // 16) * 16
+    rows = case.B * case.H * case.N * padded
+    kernels = {
+        "pack": tokens * (case.C + padded),
+        "attend": tokens * padded + 2 * rows,
+        "dq": tokens * padded + 3 * rows,
+        "dx": 2 * tokens * padded + 2 * rows,
+    }
+    latents = 2 * case.B * case.N * case.D
+    layers = {
+        "forward": tokens * case.C + latents,
+        "forward-packed": tokens * padded + latents,
+        "backward": tokens * case.C + 2 * latents,
+        "backward-inputs": 2 * tokens * case.C + 2 * latents,
+    }
+    return itemsize * {**kernels, **layers}[which]
+
+
+def packed_bytes_per_token(channels: int, itemsize: int) -> int:
+    """Return the closed form of the extra bytes per input token, packed whole: itemsize * C_padded + 16."""
+    return itemsize * (-(-channels // 16) * 16) + 16
+
+
+def pass_names(names: Sequence[str] | None) -> list[Pass]:
+    """Return the passes asked for, or all; CommandError with the nearest names for an unknown one."""
+    from perceiver_kernels.cli.report import unknown_name
+
+    for name in names or ():
+        if name not in PASSES:
+            raise unknown_name("pass", name, PASSES)
+    return [PASSES[name] for name in names] if names is not None else list(PASSES.values())
+
+
+def _normalize_and_pad(x: Tensor, pad: int) -> Tensor:
+    return F.pad(F.layer_norm(x, (x.shape[-1],)), (0, pad))
+
+
+def _shared_as_stock(peer: Peer, q: Tensor, x: Tensor) -> Tensor:
+    """Shared-KV attention in stock PyTorch: one head, the inputs given twice, as keys and as values."""
+    return peer.attend(q[:, None], x[:, None], x[:, None], 1.0)[:, 0]
+
+
+def _quiet(call: Call) -> Call:
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def _under(peer: Peer | None, call: Call) -> Call:
+    """Run a call with only the peer's SDPA backend allowed."""
+    if peer is None:
+        return call
+
+    def run() -> Any:
+        with peer.only():
+            return call()
+
+    return run

@@ -1,0 +1,296 @@
+"""The command line as its user meets it: what is printed, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.cli import COMMANDS, build_parser, main
+from perceiver_kernels.cli.workload import Workload
+
+TINY_BENCH = [
+    "bench",
+    "encode",
+    "--case",
+    "imagenet",
+    "--device",
+    "cpu",
+    "--max-inputs",
+    "140",
+    "--seconds",
+    "0.01",
+]
+TINY_RUN = ["run", "--preset", "tiny", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Make imports of modules fail as if they were not installed."""
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            build_parser().parse_args([command, "--help"])
+        assert stopped.value.code == 0
+        assert "--json" in capsys.readouterr().out
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "required" in capsys.readouterr().err
+
+
+class TestInfo:
+    def test_json_parses_and_names_every_backend(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info", "--json", "-"]) == 0
+        captured = capsys.readouterr()
+        environment = json.loads(captured.out)["environment"]
+        assert set(environment["backends"]) == {"cuda", "triton", "sdpa", "reference"}
+        assert environment["backends"]["reference"]["available"] is True
+        assert all(entry["available"] or entry["reason"] for entry in environment["backends"].values())
+        assert "Backends" in captured.err
+
+    def test_a_broken_probe_is_a_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)
+        assert main(["info", "--plain"]) == 0
+        assert "not found out: ZeroDivisionError" in capsys.readouterr().out
+
+    def test_is_a_module_and_a_program(self) -> None:
+        call = [sys.executable, "-m", "perceiver_kernels", "info", "--json", "-"]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True)
+        assert json.loads(done.stdout)["command"] == "info"
+
+
+class TestBench:
+    def test_unknown_case_names_the_nearest(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["bench", "encode", "--case", "imagnet"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert "no case named 'imagnet'; nearest: imagenet" in captured.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["--peers", "flsh"], "no peer named 'flsh'; nearest: flash"),
+            (["--passes", "backwards"], "no pass named 'backwards'; nearest: backward"),
+            (["--backend", "tritn"], "no backend named 'tritn'; nearest: triton"),
+            (["--max-inputs", "0"], "--max-inputs must be at least 1"),
+        ],
+    )
+    def test_wrong_requests_are_one_line(
+        self, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["bench", "encode", "--device", "cpu", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert told in captured.err and captured.err.count("\n") == 1
+
+    def test_rows_are_judged_timed_and_measured(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "deep" / "bench.json"
+        passes = "attend,forward,backward"
+        assert main([*TINY_BENCH, "--passes", passes, "--peers", "eager,cudnn", "--json", str(path)]) == 0
+        report = json.loads(path.read_text())
+        rows = {(row["pass"], row["implementation"]): row for row in report["rows"] if row["kind"] == "bench"}
+        assert len(rows) == 3 + 2 + 2 * 3
+        for which in passes.split(","):
+            ours = rows[which, "ours"]
+            assert ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] and ours["samples"] >= 5
+            assert ours["peak_extra_bytes"] > 0 and 0 < max(ours["errors"].values()) < 1e-5
+            # A peer that cannot run keeps its row.
+            assert rows[which, "cudnn"]["failure"] and "p50_ms" not in rows[which, "cudnn"]
+        (once, tenfold) = [row for row in report["rows"] if row["kind"] == "chunked-memory"]
+        assert tenfold["M"] == 10 * once["M"]
+        assert report["ceilings"]["tflops"] > 0
+        assert "cudnn cannot: " in capsys.readouterr().out
+
+    def test_a_wrong_result_is_not_timed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = Workload.ours
+
+        def wrong(work: Workload, which: str) -> Any:
+            return lambda: tuple(1.001 * tensor for tensor in right(work, which)())
+
+        monkeypatch.setattr(Workload, "ours", wrong)
+        assert main([*TINY_BENCH, "--passes", "attend", "--peers", "none", "--json", "-"]) == 1
+        captured = capsys.readouterr()
+        (row,) = json.loads(captured.out)["rows"]
+        assert row["failure"].startswith("not timed: z: ") and "p50_ms" not in row
+        assert "not timed" in captured.err
+
+
+class TestRun:
+    def test_main_job_writes_json_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("skimage")
+        pytest.importorskip("matplotlib")
+        assert main([*TINY_RUN, "--output", str(tmp_path / "out"), "--progress"]) == 0
+        captured = capsys.readouterr()
+        assert "astronaut" in captured.out and "closed form" in captured.out
+        assert str(tmp_path / "out" / "plot.png") in captured.out
+        assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+        report = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert report["model"]["parameters"] > 0
+        assert {row["kind"] for row in report["rows"]} == {"bench", "memory"}
+        assert {"ours", "ours-chunked", "eager", "math"} <= {row["implementation"] for row in report["rows"]}
+        assert captured.err != ""
+
+    def test_without_optional_packages_the_text_says_what_is_missing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image = pytest.importorskip("PIL.Image")
+        image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).save(tmp_path / "picture.png")
+        without(
+            monkeypatch,
+            "rich",
+            "matplotlib",
+            "matplotlib.figure",
+            "matplotlib.backends.backend_agg",
+            "skimage",
+        )
+        given = ["--image", str(tmp_path / "picture.png"), "--output", str(tmp_path / "out")]
+        assert main([*TINY_RUN, *given]) == 0
+        captured = capsys.readouterr()
+        assert "plot skipped: matplotlib is not installed" in captured.out
+        assert "picture.png" in captured.out
+        assert captured.err == ""
+
+    def test_no_photograph_at_all(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        without(monkeypatch, "skimage")
+        assert main([*TINY_RUN, "--output", str(tmp_path)]) == 2
+        assert "pass --image PATH" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("kind", ["text", "truncated", "missing", "folder", "empty"])
+    def test_unreadable_image_is_one_line(
+        self, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image = pytest.importorskip("PIL.Image")
+        path = tmp_path / "image.png"
+        if kind == "text":
+            path.write_text("this is no image")
+        elif kind == "truncated":
+            image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).save(path)
+            path.write_bytes(path.read_bytes()[:200])
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "empty":
+            path.touch()
+        assert main([*TINY_RUN, "--image", str(path), "--output", str(tmp_path / "out")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"perceiver-kernels run: cannot read image {path}: ")
+        assert captured.err.count("\n") == 1 and captured.out == ""
+
+    def test_unknown_preset(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["run", "--preset", "smal"]) == 2
+        assert "no preset named 'smal'; nearest: small" in capsys.readouterr().err
+
+    def test_a_model_that_no_backend_serves_is_one_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A backend without an operation of the model: the reason is told, not a traceback."""
+        pytest.importorskip("skimage")
+        monkeypatch.setattr(
+            "perceiver_kernels.dispatch.TABLE", {**dispatch.TABLE, "attention": {"sdpa": "sdpa"}}
+        )
+        assert main([*TINY_RUN, "--backend", "reference", "--output", str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert "the model cannot run here: no backend can serve attention" in told and told.count("\n") == 1
+
+    def test_unwritable_output_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        assert main([*TINY_RUN, "--output", str(tmp_path / "file" / "out")]) == 2
+        assert "cannot write" in capsys.readouterr().err
+
+
+class TestMemory:
+    def test_chunked_does_not_grow_and_packed_does(self, tmp_path: Path) -> None:
+        path = tmp_path / "memory.json"
+        call = ["memory", "--device", "cpu", "--sizes", "1K,2K,4K", "--peers", "eager", "--json", str(path)]
+        assert main(call) == 0
+        rows = json.loads(path.read_text())["rows"]
+        peaks = {(row["pass"], row["implementation"], row["M"]): row["peak_extra_bytes"] for row in rows}
+        for which in ("forward", "backward"):
+            assert peaks[which, "ours-chunked", 4096] <= 1.05 * peaks[which, "ours-chunked", 2048]
+            assert peaks[which, "ours", 4096] > 1.8 * peaks[which, "ours", 2048] > 0
+            assert peaks[which, "eager", 4096] > peaks[which, "ours", 4096]
+        packed = next(row for row in rows if row["implementation"] == "ours")
+        assert packed["predicted_bytes"] == 1024 * (4 * 80 + 16)
+
+    def test_out_of_memory_is_a_data_point(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("perceiver_kernels.cli.measure.free_bytes", lambda device: 2**20)
+        path = tmp_path / "memory.json"
+        call = ["memory", "--device", "cpu", "--sizes", "1K,4K", "--passes", "forward", "--peers", "eager"]
+        assert main([*call, "--json", str(path)]) == 0
+        rows = {(row["implementation"], row["M"]): row for row in json.loads(path.read_text())["rows"]}
+        assert rows["eager", 4096]["failure"].startswith("out of memory: needs about")
+        assert rows["ours-chunked", 4096]["failure"] is None
+        assert "out of memory" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("sizes", ["1X", "", "0", "1K,,2K"])
+    def test_sizes_are_numbers(self, sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main(["memory", "--sizes", sizes])
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert "1024,64K,1M" in told or "at least 1" in told
+
+
+class TestCheck:
+    def test_reference_passes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--backend", "reference", "--device", "cpu", "--json", "-"]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert rows and {row["verdict"] for row in rows} == {"ok"}
+
+    def test_a_wrong_backend_fails(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from perceiver_kernels.backends import sdpa
+
+        right = sdpa.shared_kv_attention
+
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            z, *rest = right(*args, **kwargs)
+            return (1.01 * z, *rest)
+
+        monkeypatch.setattr(sdpa, "shared_kv_attention", wrong)
+        assert main(["check", "--backend", "sdpa", "--device", "cpu", "--plain"]) == 1
+        assert "WRONG: sdpa shared_kv_attention float32: z: " in capsys.readouterr().out
+
+    def test_a_backend_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        assert main(["check", "--backend", "cuda"]) == 2
+        assert "backend cuda is not available: " in capsys.readouterr().err
+
+
+def test_cuda_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["run", "--device", "cuda"]) == 2
+    assert "PyTorch finds no GPU" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""What is measured is what is said: times, bytes, floors, and the judgement that comes first."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver_kernels.cli import gate, measure
+from perceiver_kernels.cli.console import Console, format_bytes, format_ms, plain_table
+from perceiver_kernels.cli.gate import Gate
+from perceiver_kernels.cli.memory import slope
+from perceiver_kernels.cli.report import CommandError, unknown_name
+from perceiver_kernels.cli.stock import Peer, peers_for
+from perceiver_kernels.cli.workload import PASSES, Workload, flops, least_bytes, packed_bytes_per_token
+from perceiver_kernels.testing.cases import EncodeCase
+
+CPU = torch.device("cpu")
+CASE = EncodeCase("small", B=2, M=150, C=21, N=9, D=32, H=2, d_qk=12, d_v=20)
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return Workload(CASE, CPU, torch.float32, chunk=64)
+
+
+class TestTime:
+    def test_quantiles(self) -> None:
+        timing = measure.Timing.of([float(i) for i in range(11, 0, -1)])
+        assert (timing.p20_ms, timing.p50_ms, timing.p80_ms, timing.samples) == (3.0, 6.0, 9.0, 11)
+
+    def test_calls_are_sampled_in_turn(self) -> None:
+        order: list[str] = []
+        calls: dict[str, Callable[[], Any]] = {name: (lambda name=name: order.append(name)) for name in "ab"}
+        timings = measure.time_calls(calls, CPU, seconds=0.0, min_samples=4)
+        assert {name: timing.samples for name, timing in timings.items()} == {"a": 4, "b": 4}
+        assert order[4:] == ["a", "b"] * 4
+
+    def test_a_slow_call_takes_its_time(self) -> None:
+        timings = measure.time_calls({"slow": lambda: time.sleep(0.01)}, CPU, seconds=0.05)
+        assert timings["slow"].p20_ms >= 10 and timings["slow"].samples <= 5
+
+
+class TestMemory:
+    def test_peak_counts_temporaries_and_the_result_but_not_what_was_there(self) -> None:
+        before = torch.empty(1000)
+
+        def call() -> torch.Tensor:
+            temporary = torch.empty(3000)
+            del temporary
+            return torch.empty(2000) + before[0]
+
+        assert measure.peak_extra_bytes(call, CPU) == 4 * 4000
+
+    def test_memory_freed_during_the_call_lowers_the_peak_of_what_follows(self) -> None:
+        def call() -> None:
+            for _ in range(5):
+                torch.empty(1000)
+
+        assert measure.peak_extra_bytes(call, CPU) == 4000
+
+    def test_slope_is_between_the_two_largest(self) -> None:
+        rows = [
+            {"implementation": "ours", "M": M, "shape": {"B": 2}, "peak_extra_bytes": peak}
+            for M, peak in ((10, 900), (100, 1000), (200, 2000), (400, None))
+        ]
+        assert slope(rows, "ours") == 5.0
+        assert slope(rows[:1], "ours") is None
+
+    def test_closed_form(self) -> None:
+        assert packed_bytes_per_token(261, 2) == 2 * 272 + 16
+
+
+class TestAttempt:
+    def test_success_is_none(self) -> None:
+        assert measure.attempt(lambda: 1) is None
+
+    def test_the_first_sentence_is_the_reason(self) -> None:
+        def call() -> None:
+            raise ValueError("too wide. Try something else.")
+
+        assert measure.attempt(call) == "too wide"
+
+    def test_out_of_memory_says_so(self) -> None:
+        def call() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+        assert measure.attempt(call) == "out of memory"
+
+    def test_sdpa_explains_itself_in_warnings(self) -> None:
+        def call() -> None:
+            warnings.warn("Flash attention kernel not used because: (Triggered internally)", stacklevel=1)
+            warnings.warn(
+                "Head dim must be at most 256, got 261 (Triggered internally at sdp.cpp:1)", stacklevel=1
+            )
+            warnings.warn("cuDNN attention has been runtime disabled. (Triggered internally)", stacklevel=1)
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+        assert measure.attempt(call) == "Head dim must be at most 256, got 261"
+
+
+class TestPeers:
+    def test_names_round_trip(self) -> None:
+        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8"):
+            assert Peer.parse(name).name == name
+
+    def test_unknown_names_get_the_nearest(self) -> None:
+        with pytest.raises(CommandError, match="no peer named 'eagre'; nearest: eager"):
+            Peer.parse("eagre")
+        assert "nearest: b" in str(unknown_name("thing", "bb", ["b", "xyz"]))
+
+    def test_odd_head_dims_add_padded_variants_on_a_gpu(self) -> None:
+        def names(dim: int, kind: str) -> set[str]:
+            return {peer.name for peer in peers_for(None, (dim,), torch.device(kind), compiled=False)}
+
+        assert names(261, "cuda") - names(64, "cuda") == {
+            f"{n}-pad8" for n in ("math", "flash", "cudnn", "efficient")
+        }
+        assert names(261, "cpu") == {"eager", "math", "flash"}
+
+    @pytest.mark.parametrize("name", ["eager", "math", "math-pad8", "flash"])
+    def test_stock_layer_computes_what_ours_computes(self, name: str) -> None:
+        case = EncodeCase("equal", B=2, M=65, C=21, N=9, D=32, H=2, d_qk=13, d_v=13)
+        work = Workload(case, CPU, torch.float32)
+        for mine, theirs in zip(
+            work.ours("backward")(), work.stock("backward", Peer.parse(name))(), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+class TestFlops:
+    """The formulas that rates are computed from, against what runs."""
+
+    def test_absorbed_layer_is_the_layers_own_formula(self, work: Workload) -> None:
+        for method in ("absorbed", "projected"):
+            assert flops(CASE, "forward", method) == work.layer.flops(CASE.B, CASE.N, CASE.M, method=method)
+
+    def test_projected_forward_is_what_the_textbook_runs(self, work: Workload) -> None:
+        with FlopCounterMode(display=False) as counter:
+            work.stock("forward", Peer("eager"))()
+        assert counter.get_total_flops() == flops(CASE, "forward", "projected")
+
+    def test_projected_backward_counts_the_scores_again(self, work: Workload) -> None:
+        layer, latents = work.stock_layer(Peer("eager")), work.latents.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            layer(latents, work.inputs).sum().backward()
+        recomputed = 2 * CASE.B * CASE.H * CASE.N * CASE.M * CASE.d_qk
+        assert counter.get_total_flops() + recomputed == flops(CASE, "backward", "projected")
+
+    def test_kernels_in_units_of_rows_tokens_and_channels(self) -> None:
+        unit = CASE.B * CASE.R * CASE.M * CASE.C
+        assert [flops(CASE, which, "absorbed") // unit for which in ("attend", "dq", "dx")] == [4, 6, 8]
+
+    @pytest.mark.parametrize("which", PASSES)
+    def test_every_pass_has_a_floor(self, which: str) -> None:
+        assert least_bytes(CASE, which, 2) >= 2 * CASE.B * CASE.M * CASE.C
+
+
+class TestGate:
+    @pytest.mark.parametrize("which", PASSES)
+    def test_ours_passes(self, work: Workload, which: str) -> None:
+        verdict = Gate(work).judge(which, {"ours": work.ours(which)})["ours"]
+        assert verdict.failure is None
+        assert list(verdict.errors) == work.names(which)
+
+    @pytest.mark.parametrize("which", PASSES)
+    def test_a_wrong_value_does_not(self, work: Workload, which: str) -> None:
+        def wrong() -> list[torch.Tensor]:
+            tensors = [tensor.clone() for tensor in work.ours(which)()]
+            tensors[-1].view(-1)[0] += 1e-3 * tensors[-1].abs().max()
+            return tensors
+
+        failure = Gate(work).judge(which, {"ours": wrong})["ours"].failure
+        assert failure is not None and failure.startswith(work.names(which)[-1])
+
+    def test_a_wrong_shape_does_not(self, work: Workload) -> None:
+        verdict = Gate(work).judge("forward", {"ours": lambda: [work.latents[:1]]})["ours"]
+        assert verdict.failure == "out must be (2, 9, 32), got (1, 9, 32)"
+
+    @pytest.mark.parametrize("which", ["attend", "dq", "dx", "backward-inputs"])
+    def test_streaming_changes_nothing(
+        self, work: Workload, which: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The specification in parts of a few tokens is the specification."""
+        whole = Gate(work)._specification(which, torch.float64)
+        monkeypatch.setattr(gate, "PART_BYTES", 2**17)
+        monkeypatch.setattr(gate, "PIECE_ELEMENTS", 100)
+        for a, b in zip(whole, Gate(work)._specification(which, torch.float64), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert gate.relative_error(a.float(), b) < 1e-6
+
+
+class TestConsole:
+    def test_sizes_and_times_have_three_digits(self) -> None:
+        sizes = [0, 1023, 1024, 1536, 10 * 2**20, 1000 * 2**30, None]
+        assert [format_bytes(n) for n in sizes] == [
+            "0 B", "1023 B", "1.00 KiB", "1.50 KiB", "10.0 MiB", "1000 GiB", "-",
+        ]  # fmt: skip
+        assert [format_ms(ms) for ms in (0.4321, 4.321, 43.21, 432.1, 4321.0, None)] == [
+            "0.432", "4.32", "43.2", "432", "4321", "-",
+        ]  # fmt: skip
+
+    def test_plain_tables_align(self) -> None:
+        assert plain_table(["name", "n"], [["a", "10"], ["bcdef", "9"]], [False, True]) == [
+            "name    n",
+            "-----  --",
+            "a      10",
+            "bcdef   9",
+        ]
+
+    def test_progress_is_silent_unless_asked_for(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for shown in (False, True):
+            with Console(plain=True, progress=shown).progress("work", 2) as progress:
+                progress.advance("first")
+                progress.advance("second")
+            assert ("work second" in capsys.readouterr().err) == shown

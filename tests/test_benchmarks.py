@@ -1,0 +1,116 @@
+"""The benchmarks run where there is no GPU: as a smoke test, or with one line that says what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from perceiver_kernels.cli.console import Console
+from perceiver_kernels.cli.report import Report
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Import a script of benchmarks/ as Python does when it is run from there."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-bench measures here")
+def test_pytest_benchmark_smoke() -> None:
+    pytest.importorskip("pytest_benchmark")
+    call = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--benchmark-disable",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    chosen = [f"test_encode.py::test_ours[imagenet-{which}]" for which in ("attend", "backward")]
+    chosen.append("test_encode.py::test_stock[imagenet-forward-flash]")
+    done = subprocess.run([*call, *chosen], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_bench_without_a_gpu_is_one_line(imported, capsys: pytest.CaptureFixture[str]) -> None:
+    assert imported("gpu_bench").main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "gpu_bench: PyTorch finds no GPU here\n"
+
+
+@pytest.mark.parametrize("arguments", [["--parts", "kernel"], ["--cases", "imagnet"]])
+def test_gpu_bench_knows_its_parts_and_cases(
+    imported, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        imported("gpu_bench").main(arguments)
+    assert stopped.value.code == 2
+    assert f"unknown: {arguments[1]}" in capsys.readouterr().err
+
+
+def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The parts of gpu_bench on a CPU, with cases cut down: what they write is what the tables read."""
+    gpu_bench, tables = imported("gpu_bench"), imported("tables")
+    small = {"imagenet": gpu_bench.ENCODE["imagenet"].scaled()}
+    monkeypatch.setattr(gpu_bench, "ENCODE", small)
+    for name in ("KERNEL_CASES", "LAYER_CASES", "JUDGED_CASES"):
+        monkeypatch.setattr(gpu_bench, name, tuple(small))
+    monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
+    monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
+    monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
+    context = gpu_bench.Context(
+        tmp_path,
+        Console(plain=True),
+        torch.device("cpu"),
+        torch.float32,
+        float("inf"),
+        None,
+        ["eager"],
+        False,
+        0.01,
+    )
+    for part in gpu_bench.PARTS.values():
+        part(context)
+    assert context.failures == []
+    results = tables.load(tmp_path)
+    assert set(results) == set(gpu_bench.PARTS)
+    for name in tables.TABLES:
+        assert len(tables.TABLES[name](results)) > 2, name
+    assert len(tables.summary(results)) == 1 + 4 + 4 + 3
+
+
+def test_large_photograph_is_judged(imported, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small square of the same job: 900 pixels in chunks of 256, both passes within the accuracy rule."""
+    report = Report("large", None)
+    large = imported("large")
+    failures = large.measure_photograph(report, Console(plain=True), torch.device("cpu"), side=30, chunk=256)
+    assert failures == []
+    assert [row["pass"] for row in report.rows] == ["forward", "backward"]
+    assert all(row["M"] == 900 and row["peak_extra_bytes"] > 0 for row in report.rows)
+    assert "900 pixels x 261 channels" in capsys.readouterr().out

@@ -1,0 +1,139 @@
+"""The README does what it says: its code runs, and its tables are what the measurements give."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tables"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load_tables()
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/encode.md"])
+def test_python_blocks_run(path: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+    assert blocks or path != "README.md"
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, path, "exec"), {"__name__": "example"})
+        assert "pack_inputs on" in printed.getvalue()
+
+
+def test_ten_lines_are_ten_lines() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) == 10
+
+
+def test_tables_are_what_the_results_give() -> None:
+    results = tables.load()
+    for path in tables.DOCUMENTS:
+        text = path.read_text()
+        assert tables.rewritten(text, results) == text, f"{path.name}: run python benchmarks/tables.py"
+
+
+def test_every_table_has_a_place_in_the_readme() -> None:
+    marked = {match["name"] for match in tables.MARKED.finditer((ROOT / "README.md").read_text())}
+    assert marked == set(tables.TABLES)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in tables.DOCUMENTS:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def row(implementation: str, ms: float | None, **more: Any) -> dict[str, Any]:
+    known = {
+        "kind": "bench", "case": "imagenet", "pass": "forward", "implementation": implementation,
+        "failure": None if ms else "cannot", "flops": 10**12, "tflops": 500.0, "of_floor": 0.5,
+        "peak_extra_bytes": 2**28, "shape": {"M": 50_176, "C": 261},
+    }  # fmt: skip
+    return known | ({"p50_ms": ms} if ms else {}) | more
+
+
+def report(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
+    environment = {"gpus": [{"name": "A GPU"}], "torch": {"version": "2.11"}, "triton": "3.6"}
+    return {
+        "started": "2026-11-23T00:00:00Z",
+        "environment": environment,
+        "dtype": "bfloat16",
+        "rows": list(rows),
+        **more,
+    }
+
+
+def test_layer_table_names_the_fastest_stock_that_ran() -> None:
+    rows = [
+        row("ours", 0.5),
+        row("ours-chunked", 0.4),
+        row("eager", 9.0),
+        row("cudnn", 4.0),
+        row("flash", None),
+    ]
+    rows.append(row("ours", 0.25, **{"pass": "forward-packed"}))
+    lines = tables.layers({"layers": report(*rows, ceilings={"tflops": 788.0, "gbytes_per_s": 4300.0})})
+    assert (
+        lines[0] == "A GPU, bfloat16, torch 2.11, triton 3.6; ceilings 788 TFLOP/s and 4.3 TB/s, 2026-11-23."
+    )
+    assert lines[-2].split(" | ")[1:] == [
+        "forward",
+        "0.5",
+        "500",
+        "50 %",
+        "0.25 GiB",
+        "cudnn",
+        "4",
+        "0.25 GiB |",
+    ]
+    # Stock PyTorch has no packed form: it is compared with its forward.
+    assert lines[-1].split(" | ")[1:3] == ["forward, packed once", "0.25"] and "| cudnn | 4 |" in lines[-1]
+
+
+def test_memory_table_says_out_of_memory() -> None:
+    def point(name: str, M: int, peak: int | None) -> dict[str, Any]:
+        failure = None if peak else "out of memory"
+        return {
+            "pass": "backward",
+            "implementation": name,
+            "M": M,
+            "peak_extra_bytes": peak,
+            "failure": failure,
+        }
+
+    rows = [
+        point("ours", 1024, 2**20),
+        point("eager", 1024, 2**29),
+        point("ours", 4096, 2**21),
+        point("eager", 4096, None),
+    ]
+    assert tables.memory({"memory": report(*rows)})[-2:] == [
+        "| 1,024 | 1.0 MiB | 0.50 GiB |",
+        "| 4,096 | 2.0 MiB | out of memory |",
+    ]
+
+
+def test_no_results_say_so() -> None:
+    text = "<!-- table: layers -->\nold\n<!-- end of table -->"
+    assert (
+        tables.rewritten(text, {}) == f"<!-- table: layers -->\n{tables.NOT_MEASURED}\n<!-- end of table -->"
+    )
