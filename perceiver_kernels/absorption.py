@@ -10,7 +10,7 @@ softmax over j drops const_i, so the key bias and b (through W_k) vanish from th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from perceiver_kernels.ops.boundary import transforms_active
+
+T = TypeVar("T", Tensor, "Tensor | None")
 
 
 class _ZeroGradient(Function):
@@ -75,8 +77,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
-def _pad_last(tensor: Tensor | None, padding: int) -> Tensor | None:
-    return F.pad(tensor, (0, padding)) if padding and tensor is not None else tensor
+def _pad_to(tensor: T, channels: int) -> T:
+    """``tensor`` (None stays None) with zeros after its last axis up to ``channels``."""
+    if tensor is None or tensor.shape[-1] == channels:
+        return tensor
+    return F.pad(tensor, (0, channels - tensor.shape[-1]))
 
 
 def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
@@ -85,8 +90,7 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     The product is accumulated and scaled in fp32 (fp64 for fp64) and rounded to ``dtype`` once; columns past C are zero.
     """
     B, H, N, d_qk = q.shape
-    padding = channels - w_k.shape[1]
-    weight, scale = _pad_last(w_k, padding), _pad_last(norm_weight, padding)
+    weight, scale = _pad_to(w_k, channels), _pad_to(norm_weight, channels)
     if H == 1:
         absorbed = _wide_product(q[:, 0], weight)
     else:
@@ -95,6 +99,24 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     if scale is not None:
         absorbed = absorbed * scale
     return absorbed.to(dtype)
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, channels: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(W g, W b + bias) so that W (g x_hat + b) + bias is one product of the packed inputs: [rows, channels] and [rows].
+
+    Folded in fp32 and rounded once: no normalised copy of the inputs is made.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    full = _pad_to(weight, channels).to(wide)
+    shift = full.new_zeros(full.shape[0]) if bias is None else bias.to(wide)
+    if norm_bias is not None:
+        shift = shift + full @ _pad_to(norm_bias, channels).to(wide)
+    if norm_weight is not None:
+        full = full * _pad_to(norm_weight, channels).to(wide)
+    return full.to(dtype), shift.to(dtype)
 
 
 def project_values(
@@ -106,8 +128,7 @@ def project_values(
     Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
     """
     B, rows, channels = z.shape
-    padding = channels - w_v.shape[1]
-    weight, scale, shift = (_pad_last(t, padding) for t in (w_v, norm_weight, norm_bias))
+    weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
     if scale is not None and shift is not None and rho is None and scale.dtype == z.dtype == shift.dtype:
         z = torch.addcmul(shift, z, scale)
     else:

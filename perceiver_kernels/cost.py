@@ -46,28 +46,51 @@ def shared_kv_cost(B: int, R: int, M: int, C: int, itemsize: int, products: int 
     return Cost(2.0 * products * B * R * M * C, B * (reads * M + 3.0 * R) * C * itemsize)
 
 
-def absorbed_cost(p: CrossAttentionProblem) -> Cost:
-    """Pack, shared-KV attention and the latent-side products; with gradients the backward too."""
+# Fractions of the dense-product rate that attention reaches on an H200 in bf16 (benchmarks/results): forward, backward to the
+# queries, backward to the inputs. Torch's fused kernels stop at 256 channels a head; past them its forward runs at a sixth.
+_ABSORBED_EFFICIENCY = {"narrow": (0.70, 0.62, 0.58), "wide": (0.45, 0.46, 0.60)}
+_STOCK_EFFICIENCY = {"fused": (0.55, 0.42), "unfused": (0.15, 0.06)}
+_PRODUCT_EFFICIENCY = 0.9
+_WIDEST_FUSED = 336
+_WIDEST_STOCK = 256
+
+
+def _at(cost: Cost, efficiency: float) -> Cost:
+    """The cost in dense-product FLOPs: what the work takes at the rate that ``efficiency`` says."""
+    return Cost(cost.flops / efficiency, cost.bytes)
+
+
+def absorbed_cost(p: CrossAttentionProblem, *, effective: bool = False) -> Cost:
+    """Pack, shared-KV attention and the latent-side products; with gradients the backward too.
+
+    ``effective`` counts FLOPs at the measured efficiency of each part, for comparison of times.
+    """
     R, itemsize = p.H * p.N, p.dtype.itemsize
+    wide = pad_channels(p.C) > _WIDEST_FUSED
+    forward, dq, dx = _ABSORBED_EFFICIENCY["wide" if wide else "narrow"] if effective else (1.0, 1.0, 1.0)
     cost = Cost(0.0, 0.0) if p.packed else pack_cost(p.B, p.M, p.C, p.C, itemsize, itemsize)
     latent = Cost(2.0 * p.B * R * p.C * (p.d_qk + p.d_v), 0.0)
-    cost = cost + shared_kv_cost(p.B, R, p.M, p.C, itemsize) + latent
+    cost = cost + _at(shared_kv_cost(p.B, R, p.M, p.C, itemsize), forward) + latent
     if p.needs_grad:
-        cost = cost + (shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=3) + latent + latent)
+        cost = cost + _at(shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=3), dq) + latent + latent
     if p.inputs_need_grad:
-        cost = cost + (shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=4, reads=3))
+        cost = cost + _at(shared_kv_cost(p.B, R, p.M, p.C, itemsize, products=4, reads=3), dx)
     return cost
 
 
-def projected_cost(p: CrossAttentionProblem) -> Cost:
+def projected_cost(p: CrossAttentionProblem, *, effective: bool = False) -> Cost:
     """LayerNorm, key and value projections, attention with separate keys and values; with gradients the backward too."""
     width, itemsize = p.H * (p.d_qk + p.d_v), p.dtype.itemsize
-    projection = Cost(2.0 * p.B * p.M * p.C * width, p.B * p.M * (p.C + width) * itemsize)
+    fused = max(p.d_qk, p.d_v) <= _WIDEST_STOCK
+    forward, backward = _STOCK_EFFICIENCY["fused" if fused else "unfused"] if effective else (1.0, 1.0)
+    product = _PRODUCT_EFFICIENCY if effective else 1.0
+    projection = _at(Cost(2.0 * p.B * p.M * p.C * width, p.B * p.M * (p.C + width) * itemsize), product)
     scores = 2.0 * p.B * p.N * p.M
-    cost = Cost(0.0, 2.0 * p.B * p.M * p.C * itemsize)
-    cost = cost + (projection + Cost(scores * width, p.B * p.M * width * itemsize))
+    cost = Cost(0.0, 2.0 * p.B * p.M * p.C * itemsize) + projection
+    cost = cost + _at(Cost(scores * width, p.B * p.M * width * itemsize), forward)
     if p.needs_grad:
-        cost = cost + (projection + Cost(scores * p.H * (3 * p.d_qk + 2 * p.d_v), 3.0 * p.B * p.M * width * itemsize))
+        attention = Cost(scores * p.H * (3 * p.d_qk + 2 * p.d_v), 3.0 * p.B * p.M * width * itemsize)
+        cost = cost + projection + _at(attention, backward)
     if p.inputs_need_grad:
-        cost = cost + (projection)
+        cost = cost + projection
     return cost

@@ -15,7 +15,7 @@ from perceiver_kernels.tiles import ProductTile, Tile, column_pieces, fused_tile
 
 @dataclass(frozen=True)
 class CrossAttentionPlan:
-    """Absorbed or projected, with the roofline time of both in seconds."""
+    """Absorbed or projected, with the estimated time of both in seconds."""
 
     method: Literal["absorbed", "projected"]
     absorbed_seconds: float
@@ -23,9 +23,9 @@ class CrossAttentionPlan:
 
 
 def plan_cross_attention(problem: CrossAttentionProblem, device: DeviceFacts) -> CrossAttentionPlan:
-    """The method whose roofline time is smaller."""
-    absorbed = absorbed_cost(problem).seconds(device, problem.dtype)
-    projected = projected_cost(problem).seconds(device, problem.dtype)
+    """The method whose roofline time, at the measured efficiency of its parts, is smaller."""
+    absorbed = absorbed_cost(problem, effective=True).seconds(device, problem.dtype)
+    projected = projected_cost(problem, effective=True).seconds(device, problem.dtype)
     return CrossAttentionPlan("absorbed" if absorbed <= projected else "projected", absorbed, projected)
 
 

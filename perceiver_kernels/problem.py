@@ -329,10 +329,13 @@ class CrossAttentionProblem(Problem):
             raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, got {shape_of(q)}")
         if not 1 <= C <= MAX_CHANNELS:
             raise ValueError(f"inputs must have 1 to {MAX_CHANNELS} channels, got C={C}")
-        check_shape("w_k", w_k, "H*d_qk, C", (H * d_qk, C))
+        # Weights may come with zero columns up to C_padded.
+        if shape_of(w_k) != (H * d_qk, pad_channels(C)):
+            check_shape("w_k", w_k, "H*d_qk, C", (H * d_qk, C))
         if w_v.shape[0] % H:
             raise ValueError(f"w_v must be [H*d_v, C] with H={H}, got {shape_of(w_v)}")
-        check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
+        if w_v.shape[1] != pad_channels(C):
+            check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
         return cls(
             B=B, H=int(H), N=N, M=M, C=int(C), d_qk=int(d_qk), d_v=int(w_v.shape[0]) // int(H), dtype=dtype,
             device_type=q.device.type, packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_kernels.absorption import absorb_queries, project_values, with_zero_gradient
+from perceiver_kernels.absorption import absorb_queries, fold_norm, project_values, with_zero_gradient
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.functional.attention import attend_shared, attention
 from perceiver_kernels.functional.chunked import ChunkSettings, chunked_attention
@@ -23,6 +23,7 @@ from perceiver_kernels.problem import (
     check_scale,
     check_shape,
     check_tensor,
+    pad_channels,
 )
 
 Method = Literal["absorbed", "projected"]
@@ -47,7 +48,8 @@ class Projections:
         ):  # fmt: skip
             if tensor is not None:
                 check_tensor(name, tensor)
-                check_shape(name, tensor, axis, (size,))
+                if axis != "C" or tensor.shape != (pad_channels(size),):
+                    check_shape(name, tensor, axis, (size,))
 
 
 def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -> InputArray | PackedInputs:
@@ -111,21 +113,19 @@ def _projected(
     problem: CrossAttentionProblem, q: Tensor, packed: PackedInputs, weights: Projections, scale: float,
     dropout_p: float, backend: str | None,
 ) -> Tensor:  # fmt: skip
-    inputs = packed.data[..., : problem.C]
-    if weights.norm_weight is not None:
-        inputs = inputs * weights.norm_weight
-    if weights.norm_bias is not None:
-        inputs = inputs + weights.norm_bias
-    inputs = inputs.to(problem.dtype)
-
-    def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = F.linear(inputs, weight.to(problem.dtype), None if bias is None else bias.to(problem.dtype))
-        return rows.unflatten(-1, (problem.H, -1)).transpose(1, 2)  # [B, H, M, d]
-
-    key, value = heads(weights.w_k, weights.b_k), heads(weights.w_v, weights.b_v)
+    channels = packed.data.shape[-1]
+    # The biases of the keys shift every score of a row alike: left out, as in the absorbed form, their gradient is exactly 0.
+    w_k, b_k = fold_norm(weights.w_k, None, weights.norm_weight, None, channels, problem.dtype)
+    w_v, b_v = fold_norm(weights.w_v, weights.b_v, weights.norm_weight, weights.norm_bias, channels, problem.dtype)
+    rows = F.linear(packed.data, torch.cat([w_k, w_v]), torch.cat([b_k, b_v]))
+    key, value = (
+        part.unflatten(-1, (problem.H, -1)).transpose(1, 2)  # [B, H, M, d]
+        for part in rows.split([problem.H * problem.d_qk, problem.H * problem.d_v], -1)
+    )
     q = q.to(problem.dtype).expand(problem.B, -1, -1, -1)
     key_mask = visible(packed.key_mask, packed.lengths, problem.M)
-    return attention(q, key, value, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend)
+    out = attention(q, key, value, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend)
+    return with_zero_gradient(out, weights.b_k)
 
 
 def _absorbed_chunked(
@@ -177,7 +177,8 @@ def input_cross_attention(
     Args:
         q: ``[B, H, N, d_qk]``, or batch 1 for queries shared by the batch.
         inputs: ``[B, M, C]``, an InputArray, or PackedInputs (packed once for several calls).
-        w_k: ``[H*d_qk, C]``. w_v: ``[H*d_v, C]``. Weights in nn.Linear's layout.
+        w_k: ``[H*d_qk, C]``. w_v: ``[H*d_v, C]``. Weights in nn.Linear's layout; zero columns up to C_padded (C rounded up
+            to 16) may follow, as in ``norm_weight`` and ``norm_bias``.
         b_k: ``[H*d_qk]``. b_v: ``[H*d_v]``.
         norm_weight: ``[C]``, LayerNorm's weight g. norm_bias: ``[C]``, its bias b.
         normalize: apply LayerNorm's normalisation to the inputs. PackedInputs carry their own answer.

@@ -5,7 +5,7 @@ Every layer is pre-norm and owns its norms and its residual, so a block is a pla
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.nn.aligned import zero_padded
+from perceiver_kernels.problem import pad_channels
 
 Method = Literal["absorbed", "projected"]
-P = TypeVar("P", Tensor, "Tensor | None")
 
 
 class Linear(nn.Linear):
@@ -73,15 +74,6 @@ def check_reading(chunk_size: int | None, method: str | None) -> None:
 def check_sequence(name: str, x: Tensor, axes: str, channels: int) -> None:
     if x.ndim != 3 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
-
-
-def _zeros_after(parameter: P, count: int, dim: int = 0) -> P:
-    """``parameter`` (None stays None) with ``count`` zeros after it along ``dim``: one kernel, where F.pad takes two."""
-    if parameter is None or count == 0:
-        return parameter
-    shape = list(parameter.shape)
-    shape[dim] = count
-    return torch.cat([parameter, parameter.new_zeros(shape)], dim)
 
 
 class CrossAttention(nn.Module):
@@ -182,19 +174,17 @@ class CrossAttention(nn.Module):
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
-        qk_padding, v_padding = self._padding(latents)
-        query, key, value = self.q_proj, self.k_proj, self.v_proj
-        q = F.linear(normed, _zeros_after(query.weight, qk_padding), _zeros_after(query.bias, qk_padding))
+        w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
         attended = functional.input_cross_attention(
-            split_heads(q, self.num_heads),  # [B or 1, H, N, d_qk]
+            split_heads(F.linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
             inputs,
-            _zeros_after(key.weight, qk_padding),
-            _zeros_after(value.weight, v_padding),
-            b_k=_zeros_after(key.bias, qk_padding),
-            b_v=_zeros_after(value.bias, v_padding),
+            w_k,
+            w_v,
+            b_k=b_k,
+            b_v=b_v,
             scale=(self.qk_channels // self.num_heads) ** -0.5,
-            norm_weight=None if self.norm_inputs is None else self.norm_inputs.weight,
-            norm_bias=None if self.norm_inputs is None else self.norm_inputs.bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
             normalize=self.norm_inputs is not None,
             eps=self.eps,
             key_mask=key_mask,
@@ -203,18 +193,27 @@ class CrossAttention(nn.Module):
             chunk_size=self.chunk_size,
             method=self.method,
         )
-        out = F.linear(merge_heads(attended), _zeros_after(self.out_proj.weight, v_padding, 1), self.out_proj.bias)
+        out = F.linear(merge_heads(attended), w_o, self.out_proj.bias)
         return latents + out if self.residual else out
 
-    def _padding(self, latents: Tensor) -> tuple[int, int]:
-        """Zero channels added to queries and keys, and to values: with one head of odd width (261) they change nothing.
+    def _weights(self, latents: Tensor) -> list[Any]:
+        """Weights and biases of q, k and v, the output weight and the affine part of the inputs' LayerNorm.
 
-        On a GPU matrix products whose rows are not multiples of 16 bytes run five times slower (41 us instead of 8 for
-        4,096 x 1,024 x 261 in bf16 on an H200).
+        One head of odd width gets zero channels on a GPU; several heads lie side by side and stay as they are.
         """
+        norm = self.norm_inputs
+        tensors = [
+            self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.k_proj.bias, self.v_proj.weight, self.v_proj.bias,
+            self.out_proj.weight, None if norm is None else norm.weight, None if norm is None else norm.bias,
+        ]  # fmt: skip
         if self.num_heads > 1 or not latents.is_cuda:
-            return 0, 0
-        return -self.qk_channels % 8, -self.v_channels % 8
+            return tensors
+        d_k, d_v = self.qk_channels + -self.qk_channels % 8, self.v_channels + -self.v_channels % 8
+        C = pad_channels(self.input_dim)
+        shapes = (
+            (d_k, self.latent_dim), (d_k,), (d_k, C), (d_k,), (d_v, C), (d_v,), (self.out_channels, d_v), (C,), (C,)
+        )  # fmt: skip
+        return zero_padded(*zip(tensors, shapes, strict=True))
 
     def flops(self, batch: int, N: int, M: int, *, latent_batch: int | None = None, method: Method = "projected") -> int:
         """FLOPs of the matrix products of one forward, a multiply and an add counted as two.

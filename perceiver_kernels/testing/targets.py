@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,7 +63,8 @@ def targets(op: str) -> list[Target]:
 def sized(case: EncodeCase) -> EncodeCase:
     """``case`` at a size that this machine computes in about a second: several tiles of keys, remainders kept."""
     if machine() == "interpreter":
-        return case.scaled(max_inputs=130, max_latents=max(1, 20 // case.H), max_batch=1)
+        case = case.scaled(max_inputs=130, max_latents=20, max_batch=1)
+        return replace(case, H=min(case.H, 2))
     return case.scaled(max_inputs=2048, max_latents=160, max_batch=3) if machine() == "gpu" else case.scaled()
 
 

@@ -135,14 +135,14 @@ def shared_kv_attention_backward(
                 tma=plan.tma,
             )  # fmt: skip
         if needs_dq and not wide_dq:
-            dq = _launch_dq(q, x, dz, statistics, lengths, dropout, dropout_p, scale, plan, dq_dtype)
+            dq = _launch_dq(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan, dq_dtype)
         if needs_dx and not wide_dx:
             dx = _launch_dx(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan)
     return dq, dx
 
 
 def _launch_dq(
-    q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, lengths: Tensor | None, dropout: tuple[Any, ...],
+    q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, masks: Visibility, dropout: tuple[Any, ...],
     dropout_p: float, scale: float, plan: SharedKVPlan, dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     B, R, C = q.shape
@@ -151,9 +151,10 @@ def _launch_dq(
     dtype = dtype or q.dtype
     part = torch.empty(B, S, R, C, dtype=dtype if S == 1 else torch.float32, device=q.device)
     _shared_kv_bwd_dq_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
-        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, lengths, *dropout, scale, R, x.shape[1],
+        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, masks[1], *dropout, scale, R, x.shape[1],
         C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
-        HAS_DRHO=statistics[2] is not None, HAS_LENGTHS=lengths is not None, **_options(tile, tma, dropout_p),
+        MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None,
+        **_options(tile, tma, dropout_p),
     )  # fmt: skip
     return part[:, 0] if S == 1 else sum_splits(part, dtype)
 

@@ -132,12 +132,12 @@ def _shared_kv_bwd_dq_kernel(
     q, x, x_1, x_2, dz, lse, delta, drho, dq, lengths, seed, threshold, inverse_keep, key_offset, scale, R, M, C, S,
     keys_per_split, stride_q_b, stride_q_r, stride_x_b, stride_x_m, stride_dz_b, stride_dz_r,
     PIECES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_DRHO: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DRHO: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale sum_j ds_j x_j, ds = p (d (dz x^T + drho) - delta).
 
-    Invisible keys need no mask: their x is zero (masked tokens are packed so, rows past the end are read so), and p, held at
-    or below 1, is finite.
+    Invisible keys need no mask: their x is zero (masked tokens are packed so, rows past the end are read so), and p is made
+    finite: held at or below 1 where tokens may be masked, 0 past the end otherwise.
     """
     row_blocks = tl.cdiv(R, BLOCK_Q)
     i_block = tl.program_id(0)
@@ -156,9 +156,14 @@ def _shared_kv_bwd_dq_kernel(
     for start in tl.range(lo, hi, BLOCK_KV, num_stages=STAGES):
         b_x = _load_rows(x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, PIECES, BLOCK_KV, TMA)
         s, dp = split_rows(dot_transposed(b_rows, b_x, PRECISION), BLOCK_Q, BLOCK_KV)  # [BLOCK_Q, BLOCK_KV] each
-        p = tl.exp2(tl.minimum(s * scale_log2 - b_lse[:, None], 0.0))
+        o_keys = start + tl.arange(0, BLOCK_KV)
+        if MASKED:
+            p = tl.exp2(tl.minimum(s * scale_log2 - b_lse[:, None], 0.0))
+        else:
+            if start + BLOCK_KV > hi:
+                s = tl.where((o_keys < hi)[None, :], s, -float("inf"))
+            p = tl.exp2(s * scale_log2 - b_lse[:, None])
         if DROPOUT:
-            o_keys = start + tl.arange(0, BLOCK_KV)
             factors = dropout_factors(seed, threshold, inverse_keep, i_b, o_rows[:, None], key_offset + o_keys[None, :])
             dp = (dp + b_drho[:, None]) * factors
         ds = p * (dp - b_delta[:, None])

@@ -1,7 +1,7 @@
 """Shared-KV attention for wide channels, where an accumulator of all C columns does not fit one program.
 
-The keys are taken in chunks. A *weights* kernel writes those of a chunk, [B, R, chunk], to a workspace whose size does not depend
-on M; a *values* kernel multiplies them with the chunk's keys, a block of columns at a time. Both are plain tiled products that
+The keys are taken in chunks. A *weights* kernel writes those of a chunk, [B, R, chunk], to a workspace whose size M does not
+touch; a *values* kernel multiplies them with the chunk's keys, a block of columns at a time. Both are plain tiled products that
 read their operands tile by tile over C, so any C runs at full tile width and nothing is computed twice.
 
 Tiles: weights BLOCK_Q x BLOCK_KV over BLOCK_C channels; values BLOCK_Q x BLOCK_COL over BLOCK_K keys; dx BLOCK_KV x BLOCK_COL
