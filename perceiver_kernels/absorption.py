@@ -135,7 +135,7 @@ def project_values(
         z = z if scale is None else z * scale
         if shift is not None:
             z = z + (shift if rho is None else shift * rho[..., None])
-    z = z.to(w_v.dtype)
+    z, b_v = z.to(w_v.dtype), None if b_v is None else b_v.to(w_v.dtype)
     if H == 1:
         out = F.linear(z, weight, b_v if rho is None else None)[:, None]  # [B, 1, N, d_v]
     else:

@@ -41,6 +41,8 @@ def attention(
     """torch's attention; dropout draws from torch's generator, so ``dropout_seed`` is not read."""
     if key_mask is not None:
         attn_mask = key_mask[:, None, None, :]
+        # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.
+        key, value = (torch.where(attn_mask.mT, tensor, 0.0) for tensor in (key, value))
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -21,11 +21,20 @@ def define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
 
 
 class _NoDoubleBackward(Function):
-    """Identity whose gradient raises: kernel backwards are not differentiable themselves."""
+    """Identity whose gradient raises: kernel backwards are not differentiable themselves.
+
+    torch.func.grad always records its backward, so this runs under functorch too.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
