@@ -49,32 +49,30 @@ def with_zero_gradient(value: Tensor, parameter: Tensor | None) -> Tensor:
     return _ZeroGradient.apply(value, parameter)
 
 
-class _ProductInFloat32(Function):
-    """a b for 16-bit matrices on a GPU, accumulated and returned in fp32: the product is rounded once, by whoever needs it."""
+class _ScaledProduct(Function):
+    """(a b) g for 16-bit matrices a [R, K], b [K, C] on a GPU and g [C] or None: fp32 until one rounding at the end.
+
+    The unscaled product is computed again in the backward, where g needs it, rather than kept in fp32.
+    """
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out_dtype=torch.float32)
+    def forward(a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        return (product if g is None else product.mul_(g)).to(a.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        gradient = gradient.to(a.dtype)
-        needs_a, needs_b = ctx.needs_input_grad
-        return gradient @ b.mT if needs_a else None, a.mT @ gradient if needs_b else None
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 or wider: a [..., K], b [K, C] of one dtype."""
-    half = a.dtype in (torch.bfloat16, torch.float16)
-    if half and a.is_cuda and a.dtype == b.dtype and not transforms_active():
-        return _ProductInFloat32.apply(a.flatten(0, -2), b).unflatten(0, a.shape[:-1])
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide) @ b.to(wide)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        a, b, g = ctx.saved_tensors
+        needs_a, needs_b, needs_g = ctx.needs_input_grad
+        scaled = gradient if g is None else (gradient * g).to(a.dtype)
+        dg = None
+        if needs_g:
+            dg = torch.mm(a, b, out_dtype=torch.float32).mul_(gradient).sum(0).to(g.dtype)
+        return scaled @ b.mT if needs_a else None, a.mT @ scaled if needs_b else None, dg
 
 
 def _pad_to(tensor: T, channels: int) -> T:
@@ -91,11 +89,11 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     """
     B, H, N, d_qk = q.shape
     weight, scale = _pad_to(w_k, channels), _pad_to(norm_weight, channels)
-    if H == 1:
-        absorbed = _wide_product(q[:, 0], weight)
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        absorbed = torch.matmul(q.to(wide), weight.to(wide).view(H, d_qk, channels)).view(B, H * N, channels)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if H == 1 and half and q.is_cuda and q.dtype == weight.dtype == dtype and not transforms_active():
+        return _ScaledProduct.apply(q[:, 0].flatten(0, 1), weight, scale).unflatten(0, (B, N))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    absorbed = torch.matmul(q.to(wide), weight.to(wide).view(H, d_qk, channels)).view(B, H * N, channels)
     if scale is not None:
         absorbed = absorbed * scale
     return absorbed.to(dtype)

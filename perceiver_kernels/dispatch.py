@@ -77,10 +77,19 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 
 
 def load(op: str, backend: str) -> ModuleType:
-    """The module that serves ``op`` for ``backend``; ``select`` has imported it before compiled code gets here."""
+    """The module that serves ``op`` for ``backend``; the first ``select`` has imported it before compiled code gets here."""
     if (op, backend) not in _modules:
         _modules[op, backend] = importlib.import_module(f"perceiver_kernels.backends.{TABLE[op][backend]}")
     return _modules[op, backend]
+
+
+@functools.cache
+def _load_available() -> None:
+    """Import what every available backend serves, once: torch.compile reads ``_modules`` as it was when a trace first did."""
+    for op, modules in TABLE.items():
+        for name in modules:
+            if _unavailable(name) is None:
+                load(op, name)
 
 
 def refusals(problem: Problem, name: str) -> list[str]:
@@ -104,6 +113,7 @@ def _choose(op: str, static_values: tuple[Any, ...], names: tuple[str, ...]) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_once(op: str, static_values: tuple[Any, ...], names: tuple[str, ...]) -> str:
+    _load_available()
     problem = PROBLEMS[op](*static_values)
     reasons: dict[str, list[str]] = {}
     for name in names:

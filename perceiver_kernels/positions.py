@@ -131,10 +131,11 @@ def grid_coordinates(
     shape = tuple(shape)
     start, stop = check_range(start, stop, math.prod(shape))
     index = torch.arange(start, stop, device=device)
-    coordinates = torch.empty(stop - start, len(shape), dtype=torch.float32, device=device)
+    coordinates = []
     for axis, size in enumerate(shape):
-        # fp64 first, so that every device rounds to the same fp32 values.
-        ticks = torch.linspace(-1, 1, size, dtype=torch.float64, device=device).float()
         inner = max(math.prod(shape[axis + 1 :]), 1)
-        coordinates[:, axis] = ticks[index // inner % max(size, 1)]
-    return coordinates
+        place = index // inner % max(size, 1)
+        # (2 i - (n - 1)) / (n - 1), one rounding in fp64, so that every device gets the same fp32 values.
+        ticks = (2 * place - (size - 1)).double() / (size - 1) if size != 1 else -torch.ones_like(place)
+        coordinates.append(ticks.float())
+    return torch.stack(coordinates, -1)

@@ -23,6 +23,21 @@ def pad_channels(channels: int) -> int:
     return -(-channels // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
 
 
+def _is_positive(number: float) -> bool:
+    """A plain bool even where torch.compile has made a symbol of the number."""
+    if number > 0.0:  # noqa: SIM103 (the comparison itself would be a symbol)
+        return True
+    return False
+
+
+_CONSTANTS = tuple(range(4 * MAX_CHANNELS + 1))
+
+
+def constant(size: int) -> int:
+    """``size`` as a plain number: torch.compile(dynamic=True) makes symbols of channel counts too, an index makes it look."""
+    return _CONSTANTS[size] if size < len(_CONSTANTS) else size
+
+
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
@@ -121,7 +136,7 @@ class PackProblem(Problem):
     """Normalise, concatenate, pad and cast inputs: [B, M, C_content] (+ positions) to [B, M, C_padded]."""
 
     OP: ClassVar[str] = "pack_inputs"
-    SIZES: ClassVar[tuple[str, ...]] = ("B", "M")
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "M", "C_content", "C_positions")
 
     B: int
     M: int
@@ -159,7 +174,7 @@ class PackProblem(Problem):
         check_tensor("content", content)
         check_floating("content", content)
         check_rank("content", content, "B, M, C_content")
-        B, M, C_content = content.shape
+        B, M, C_content = *content.shape[:2], constant(content.shape[2])
         C_positions, batched = 0, False
         if positions is not None:
             check_tensor("positions", positions)
@@ -179,7 +194,7 @@ class PackProblem(Problem):
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         check_key_visibility(key_mask, lengths, B, M, content.device)
         return cls(
-            B=B, M=M, C_content=int(C_content), C_positions=int(C_positions), content_dtype=content.dtype,
+            B=B, M=M, C_content=C_content, C_positions=C_positions, content_dtype=content.dtype,
             dtype=dtype or content.dtype, device_type=content.device.type, fourier=fourier is not None,
             positions_batched=batched, normalize=normalize,
             masked=key_mask is not None or lengths is not None, needs_grad=needs_gradient(content, positions),
@@ -191,7 +206,7 @@ class SharedKVProblem(Problem):
     """z = softmax(scale q x^T) x with keys and values one tensor: q [B, R, C], x [B, M, C]."""
 
     OP: ClassVar[str] = "shared_kv_attention"
-    SIZES: ClassVar[tuple[str, ...]] = ("B", "R", "M")
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "R", "M", "C")
 
     B: int
     R: int
@@ -214,7 +229,7 @@ class SharedKVProblem(Problem):
             check_tensor(name, tensor)
             check_floating(name, tensor)
             check_rank(name, tensor, axes)
-        B, R, C = q.shape
+        B, R, C = *q.shape[:2], constant(q.shape[2])
         M = x.shape[1]
         if not 1 <= C <= MAX_CHANNELS:
             raise ValueError(f"q must have 1 to {MAX_CHANNELS} channels, got C={C}")
@@ -224,8 +239,8 @@ class SharedKVProblem(Problem):
         check_scale(scale)
         check_dropout(dropout_p)
         return cls(
-            B=B, R=R, M=M, C=int(C), dtype=q.dtype, device_type=q.device.type,
-            masked=key_mask is not None or lengths is not None, dropout=dropout_p > 0.0, needs_lse=needs_lse,
+            B=B, R=R, M=M, C=C, dtype=q.dtype, device_type=q.device.type,
+            masked=key_mask is not None or lengths is not None, dropout=_is_positive(dropout_p), needs_lse=needs_lse,
             needs_grad=needs_gradient(q, x),
         )  # fmt: skip
 
@@ -235,7 +250,7 @@ class AttentionProblem(Problem):
     """out = softmax(scale q k^T + mask) v: query [B, H, Lq, d_qk], key [B, H_kv, Lk, d_qk], value [B, H_kv, Lk, d_v]."""
 
     OP: ClassVar[str] = "attention"
-    SIZES: ClassVar[tuple[str, ...]] = ("B", "Lq", "Lk")
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "H", "Lq", "Lk", "d_qk", "d_v")
 
     B: int
     H: int
@@ -286,9 +301,9 @@ class AttentionProblem(Problem):
             if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
                 raise TypeError(f"attn_mask must be bool, float32 or query's dtype {query.dtype}, got {attn_mask.dtype}")
         return cls(
-            B=B, H=int(H), Lq=Lq, Lk=Lk, d_qk=int(d_qk), d_v=int(d_v), dtype=query.dtype, device_type=query.device.type,
+            B=B, H=H, Lq=Lq, Lk=Lk, d_qk=d_qk, d_v=d_v, dtype=query.dtype, device_type=query.device.type,
             mask="attn_mask" if attn_mask is not None else "key_mask" if key_mask is not None else "none",
-            is_causal=is_causal, dropout=dropout_p > 0.0, needs_lse=needs_lse,
+            is_causal=is_causal, dropout=_is_positive(dropout_p), needs_lse=needs_lse,
             needs_grad=needs_gradient(query, key, value),
         )  # fmt: skip
 
@@ -298,7 +313,7 @@ class CrossAttentionProblem(Problem):
     """Input-to-latent cross-attention with its key and value projections: what the absorbed-or-projected choice needs."""
 
     OP: ClassVar[str] = "input_cross_attention"
-    SIZES: ClassVar[tuple[str, ...]] = ("B", "N", "M")
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "H", "N", "M", "C", "d_qk", "d_v")
 
     B: int
     H: int
@@ -324,7 +339,7 @@ class CrossAttentionProblem(Problem):
             check_floating(name, tensor)
             check_rank(name, tensor, axes)
             check_device(name, tensor, "q", q)
-        _, H, N, d_qk = q.shape
+        H, N, d_qk, C = constant(q.shape[1]), q.shape[2], constant(q.shape[3]), constant(C)
         if q.shape[0] not in (1, B):
             raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, got {shape_of(q)}")
         if not 1 <= C <= MAX_CHANNELS:
@@ -337,7 +352,7 @@ class CrossAttentionProblem(Problem):
         if w_v.shape[1] != pad_channels(C):
             check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
         return cls(
-            B=B, H=int(H), N=N, M=M, C=int(C), d_qk=int(d_qk), d_v=int(w_v.shape[0]) // int(H), dtype=dtype,
+            B=B, H=H, N=N, M=M, C=C, d_qk=d_qk, d_v=w_v.shape[0] // H, dtype=dtype,
             device_type=q.device.type, packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ def pack_inputs_backward(
         x_hat = packed[..., :channels].to(dy.dtype)
         dy = dy - dy.mean(-1, keepdim=True) - x_hat * (dy * x_hat).mean(-1, keepdim=True)
         dy = dy * rstd[..., None]
-    return dy[..., :content_channels].to(dtype)
+    return dy[..., :content_channels].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _weights(
@@ -73,6 +73,7 @@ def shared_kv_attention_backward(
     dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
     key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
     key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None = None,
+    dq_earlier: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """ds = p (d (dz x^T + drho) - delta), dq = scale ds x, dx = scale ds^T q + (d p)^T dz; delta = dz.z + drho rho - dlse."""
     if lengths is not None:
@@ -88,6 +89,9 @@ def shared_kv_attention_backward(
     if dlse is not None:
         delta = delta - dlse
     ds = scale * p * (factor * dp - delta[..., None])
-    dq = (ds @ x_w).to(dq_dtype or q.dtype) if needs_dq else None
+    dq = None
+    if needs_dq:
+        dq = ds @ x_w if dq_earlier is None else dq_earlier + ds @ x_w
+        dq = dq.to(dq_dtype or q.dtype)
     dx = (ds.mT @ q_w + (factor * p).mT @ dz_w).to(x.dtype) if needs_dx else None
     return dq, dx

@@ -99,20 +99,21 @@ class _Chunked(Function):
         needs_dq, needs_dx = ctx.needs_input_grad[:2]
         dz = torch.zeros_like(z) if dz is None else dz
         wide = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device) if needs_dq else None
+        dq: Tensor | None = None
         dcontent = torch.empty_like(ctx.content) if needs_dx else None
         for start, stop, part, packed, rstd in run.chunks(q.device):
-            dq_part, dx = shared_kv_op.BACKWARD(
+            dq_sum, dx = shared_kv_op.BACKWARD(
                 dz, dlse, drho, q, packed, z, lse, rho, part.key_mask, None, seed, settings.scale, settings.dropout_p, start,
-                needs_dq, needs_dx, wide, run.attention_backend,
+                needs_dq, needs_dx, wide, run.attention_backend, dq,
             )  # fmt: skip
-            if dq is not None:
-                dq += dq_part
+            dq = dq_sum if needs_dq else None
             if dcontent is not None:
                 dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
                     dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
                     run.pack_backend,
                 )  # fmt: skip
+        if needs_dq and dq is None:
+            dq = torch.zeros_like(q)
         return None if dq is None else dq.to(q.dtype), dcontent, None, None
 
 

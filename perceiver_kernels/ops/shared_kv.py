@@ -40,10 +40,11 @@ def _backward(
     dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
     key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float,
     key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None, backend: str,
+    dq_earlier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq, dx = load("shared_kv_attention", backend).shared_kv_attention_backward(
         dz, dlse, drho, q, x, z, lse, rho, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-        key_offset=key_offset, needs_dq=needs_dq, needs_dx=needs_dx, dq_dtype=dq_dtype,
+        key_offset=key_offset, needs_dq=needs_dq, needs_dx=needs_dx, dq_dtype=dq_dtype, dq_earlier=dq_earlier,
     )  # fmt: skip
     return q.new_empty(0) if dq is None else dq, x.new_empty(0) if dx is None else dx
 
@@ -52,6 +53,7 @@ def _backward_fake(
     dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
     key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float,
     key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None, backend: str,
+    dq_earlier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq = q.new_empty(q.shape, dtype=dq_dtype or q.dtype) if needs_dq else q.new_empty(0)
     return dq, x.new_empty(x.shape) if needs_dx else x.new_empty(0)
@@ -69,7 +71,7 @@ BACKWARD = define(
     "shared_kv_attention_backward",
     "(Tensor dz, Tensor? dlse, Tensor? drho, Tensor q, Tensor x, Tensor z, Tensor lse, Tensor rho, Tensor? key_mask, "
     "Tensor? lengths, Tensor? dropout_seed, float scale, float dropout_p, SymInt key_offset, bool needs_dq, bool needs_dx, "
-    "ScalarType? dq_dtype, str backend) -> (Tensor, Tensor)",
+    "ScalarType? dq_dtype, str backend, Tensor? dq_earlier=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,6 +12,8 @@ from perceiver_kernels.backends.triton import interpreted
 from perceiver_kernels.dispatch import TABLE, backends, refusals
 from perceiver_kernels.problem import Problem
 from perceiver_kernels.testing.cases import EncodeCase
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
 
@@ -58,6 +61,16 @@ def targets(op: str) -> list[Target]:
     if where == "interpreter":
         names = [name for name in names if name == "triton"]
     return [Target(op, name, "cuda" if where == "gpu" else "cpu", dtype) for name in names for dtype in dtypes()]
+
+
+def only(*wanted: torch.dtype) -> Callable[[F], F]:
+    """Decorates a test whose question does not depend on the dtype: ``target`` takes these alone."""
+
+    def decorate(test: F) -> F:
+        test.dtypes = wanted  # type: ignore[attr-defined]
+        return test
+
+    return decorate
 
 
 def sized(case: EncodeCase) -> EncodeCase:

@@ -28,7 +28,7 @@ from perceiver_kernels.backends.triton.shared_kv_kernels import (
 )
 from perceiver_kernels.device import device_facts, float32_precision
 from perceiver_kernels.plan import SharedKVPlan, plan_shared_kv
-from perceiver_kernels.problem import CHANNEL_MULTIPLE, SharedKVProblem
+from perceiver_kernels.problem import SharedKVProblem
 from perceiver_kernels.tiles import Tile
 
 COMPOSITE = False
@@ -36,10 +36,7 @@ COMPOSITE = False
 
 def reasons_against(problem: SharedKVProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
-    reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype)
-    if problem.C % CHANNEL_MULTIPLE:
-        reasons.append(f"triton takes channels padded to a multiple of {CHANNEL_MULTIPLE}, got C={problem.C}")
-    return reasons
+    return reasons_against_device_and_dtype(problem.device_type, problem.dtype)
 
 
 def _plan(q: Tensor, x: Tensor) -> SharedKVPlan:
@@ -110,12 +107,17 @@ def shared_kv_attention_backward(
     dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
     key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
     key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None = None,
-    plan: SharedKVPlan | None = None,
+    dq_earlier: Tensor | None = None, plan: SharedKVPlan | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dq = scale ds x and dx = scale ds^T q + (d p)^T dz, ds = p (d (dz x^T + drho) - delta)."""
+    """dq = scale ds x and dx = scale ds^T q + (d p)^T dz, ds = p (d (dz x^T + drho) - delta).
+
+    ``dq_earlier`` [B, R, C] is the dq of earlier keys, to which this one is added.
+    """
     B, R, C = q.shape
     if B * R == 0 or x.shape[1] == 0:
-        dq = torch.zeros(q.shape, dtype=dq_dtype or q.dtype, device=q.device) if needs_dq else None
+        dtype = dq_dtype or q.dtype
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device) if dq_earlier is None else dq_earlier.to(dtype, copy=True)
+        dq = dq if needs_dq else None
         return dq, torch.zeros_like(x) if needs_dx else None
     dz, q, x = unit_stride(dz), unit_stride(q), unit_stride(x)
     key_mask = None if key_mask is None else key_mask.contiguous()
@@ -131,11 +133,11 @@ def shared_kv_attention_backward(
         if wide_dq or wide_dx:
             dq, dx = wide.backward(
                 q, x, dz, statistics, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-                key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_dtype=dq_dtype or q.dtype, plan=plan.wide,
-                tma=plan.tma,
+                key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_dtype=dq_dtype or q.dtype,
+                dq_earlier=dq_earlier, plan=plan.wide, tma=plan.tma,
             )  # fmt: skip
         if needs_dq and not wide_dq:
-            dq = _launch_dq(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan, dq_dtype)
+            dq = _launch_dq(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan, dq_dtype, dq_earlier)
         if needs_dx and not wide_dx:
             dx = _launch_dx(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan)
     return dq, dx
@@ -143,20 +145,21 @@ def shared_kv_attention_backward(
 
 def _launch_dq(
     q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, masks: Visibility, dropout: tuple[Any, ...],
-    dropout_p: float, scale: float, plan: SharedKVPlan, dtype: torch.dtype | None,
+    dropout_p: float, scale: float, plan: SharedKVPlan, dtype: torch.dtype | None, earlier: Tensor | None,
 ) -> Tensor:  # fmt: skip
     B, R, C = q.shape
     tile, S = plan.dq, plan.dq_splits
     tma = plan.tma and can_describe(x)
     dtype = dtype or q.dtype
-    part = torch.empty(B, S, R, C, dtype=dtype if S == 1 else torch.float32, device=q.device)
+    single = S == 1 and earlier is None
+    part = torch.empty(B, S, R, C, dtype=dtype if single else torch.float32, device=q.device)
     _shared_kv_bwd_dq_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
         q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, masks[1], *dropout, scale, R, x.shape[1],
         C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
         MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None,
         **_options(tile, tma, dropout_p),
     )  # fmt: skip
-    return part[:, 0] if S == 1 else sum_splits(part, dtype)
+    return part[:, 0] if single else sum_splits(part, dtype, earlier)
 
 
 def _launch_dx(

@@ -88,8 +88,8 @@ def forward(
 
 def backward(
     q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, visibility: Visibility, *, scale: float, dropout_p: float,
-    dropout_seed: Tensor | None, key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype, plan: WidePlan,
-    tma: bool,
+    dropout_seed: Tensor | None, key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype,
+    dq_earlier: Tensor | None, plan: WidePlan, tma: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dq, dx) of q [B, R, C] and x [B, M, C]; the weights of a chunk serve both."""
     (B, R, C), M = q.shape, x.shape[1]
@@ -103,7 +103,7 @@ def backward(
     shape = (B, stacked.shape[1] // (1 if needs_dx else 2), min(chunk, plan.padded(M)))
     weights = torch.empty(shape, dtype=q.dtype, device=q.device)
     dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device) if needs_dx else None
-    dq: Tensor | None = None
+    dq = dq_earlier if needs_dq else None
     for start in range(0, M, chunk):
         end = min(start + chunk, M)
         key_tiles = triton.cdiv(end - start, tile.columns)
