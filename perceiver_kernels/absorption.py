@@ -127,7 +127,7 @@ def project_values(
     """
     B, rows, channels = z.shape
     weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
-    if scale is not None and shift is not None and rho is None and scale.dtype == z.dtype == shift.dtype:
+    if scale is not None and shift is not None and rho is None:
         z = torch.addcmul(shift, z, scale)
     else:
         z = z if scale is None else z * scale

@@ -25,6 +25,11 @@ def reasons_against(problem: Problem) -> list[str]:
     return reasons
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor on 16 bytes: torch's memory-efficient kernel faults on others (torch 2.11, fp32)."""
+    return tensor if tensor.storage_offset() * tensor.element_size() % 16 == 0 else tensor.clone()
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -39,6 +44,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, None]:
     """torch's attention; dropout draws from torch's generator, so ``dropout_seed`` is not read."""
+    if query.is_cuda:
+        query, key, value = (_aligned(tensor) for tensor in (query, key, value))
     if key_mask is not None:
         attn_mask = key_mask[:, None, None, :]
         # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.

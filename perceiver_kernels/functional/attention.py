@@ -66,18 +66,21 @@ def attention(
 
 def attend_shared(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, scale: float, dropout_p: float,
-    needs_lse: bool, backend: str | None,
+    needs_lse: bool, backend: str | None, out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(z, lse, rho) on the selected backend; masked rows of x must hold finite values."""
+    """(z, lse, rho) on the selected backend, z in ``out_dtype`` (None: q's); masked rows of x must hold finite values."""
     problem = SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, needs_lse)
     name = select(problem, backend)
     seed = dropout_seed(dropout_p, q.device)
     module = load(problem.OP, name)
     if module.COMPOSITE:
-        return module.shared_kv_attention(
+        z, lse, rho = module.shared_kv_attention(
             q, x, key_mask=key_mask, lengths=lengths, scale=scale, dropout_p=dropout_p, dropout_seed=seed
         )
-    return shared_kv_op.shared_kv_attention(q, x, key_mask, lengths, seed, float(scale), float(dropout_p), name)
+        return z if out_dtype is None else z.to(out_dtype), lse, rho
+    return shared_kv_op.shared_kv_attention(
+        q, x, key_mask, lengths, seed, float(scale), float(dropout_p), name, out_dtype
+    )
 
 
 def shared_kv_attention(

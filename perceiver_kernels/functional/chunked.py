@@ -84,7 +84,6 @@ class _Chunked(Function):
             rows = q.shape[:2]
             state = (q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide), q.new_zeros(rows, dtype=wide))
         z, lse, rho = state
-        z = z.to(q.dtype)
         ctx.save_for_backward(q, z, lse, rho, seed)
         ctx.set_materialize_grads(False)
         ctx.run = run

@@ -95,9 +95,12 @@ def _absorbed(
 ) -> Tensor:  # fmt: skip
     absorbed = absorb_queries(q, weights.w_k, weights.norm_weight, packed.data.shape[-1], problem.dtype)
     absorbed = absorbed.expand(problem.B, -1, -1)
+    # z stays in fp32: where attention is nearly uniform its rows are nearly equal, and so would be the errors of rounding
+    # them, which the gradients of the norm and of W_v would add up.
     z, _, rho = attend_shared(
-        absorbed, packed.data, packed.key_mask, packed.lengths, scale, dropout_p, False, backend
-    )
+        absorbed, packed.data, packed.key_mask, packed.lengths, scale, dropout_p, False, backend,
+        torch.promote_types(problem.dtype, torch.float32),
+    )  # fmt: skip
     full = packed.key_mask is None and packed.lengths is None and dropout_p == 0.0 and problem.M > 0
     return _values_of(problem, z, None if full else rho, weights)
 

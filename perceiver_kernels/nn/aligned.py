@@ -59,6 +59,7 @@ def zero_padded(*pairs: tuple[Tensor | None, Shape]) -> list[Tensor | None]:
         # torch.func cannot see through the copies into one buffer.
         for i in todo:
             tensor, shape = pairs[i]
+            assert tensor is not None
             missing = [(0, size - n) for size, n in zip(reversed(shape), reversed(tensor.shape), strict=True)]
             results[i] = F.pad(tensor, [amount for pair in missing for amount in pair])
         return results

@@ -70,18 +70,22 @@ def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) ->
     nothing = (None,) * 7
     if dpacked is None or not ctx.needs_input_grad[0]:
         return (None, *nothing)
-    packed, rstd = ctx.saved_tensors
+    packed, rstd, hidden = ctx.saved_tensors
     gradient = PACK_BACKWARD(dpacked, packed, rstd, *ctx.arguments)
+    if hidden is not None:
+        gradient = gradient.masked_fill(hidden, 0.0)
     return (refuse_double_backward(gradient, dpacked), *nothing)
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    content, positions, fourier, _, normalize, _, _, backend = inputs
+    content, positions, fourier, key_mask, normalize, _, _, backend = inputs
     packed, rstd = output
     channels = content.shape[2]
     if positions is not None:
         channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
-    ctx.save_for_backward(packed, rstd)
+    # Normalised, masked tokens have rstd 0 and with it no gradient.
+    hidden = ~key_mask[..., None] if key_mask is not None and not normalize else None
+    ctx.save_for_backward(packed, rstd, hidden)
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
     ctx.arguments = (content.shape[2], channels, normalize, content.dtype, backend)

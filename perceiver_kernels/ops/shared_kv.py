@@ -95,7 +95,7 @@ def _backward_flops(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend = inputs
+    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend, _ = inputs
     z, lse, rho = output
     ctx.save_for_backward(q, x, z, lse, rho, key_mask, lengths, dropout_seed)
     ctx.set_materialize_grads(False)
@@ -103,7 +103,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
 
 
 def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     q, x, z, lse, rho, key_mask, lengths, dropout_seed = ctx.saved_tensors
     anchor = next((g for g in (dz, dlse, drho) if g is not None), None)
     if anchor is None:
@@ -122,9 +122,9 @@ def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | N
 
 def _run(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
-    dropout_p: float, backend: str,
+    dropout_p: float, backend: str, out_dtype: torch.dtype | None = None,
 ) -> State:  # fmt: skip
-    return FORWARD(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, 0, None, None, None, None, backend)
+    return FORWARD(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, 0, None, None, None, out_dtype, backend)
 
 
 class _SharedKV(Function):
@@ -164,10 +164,13 @@ class _SharedKVFunctorch(Function):
 
 def shared_kv_attention(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
-    dropout_p: float, backend: str,
+    dropout_p: float, backend: str, out_dtype: torch.dtype | None = None,
 ) -> State:  # fmt: skip
-    """Differentiable shared-KV attention on a kernel backend: (z, lse, rho); see functional.shared_kv_attention."""
-    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend)
+    """Differentiable shared-KV attention on a kernel backend: (z, lse, rho); see functional.shared_kv_attention.
+
+    z has ``out_dtype``, or q's where that is None.
+    """
+    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend, out_dtype)
     if transforms_active():
         return _SharedKVFunctorch.apply(*inputs)
     if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad):

@@ -1,7 +1,11 @@
 """Compilation of the Triton kernels without a GPU, and what the compiler says of the result.
 
-``compile_kernel`` must run in a process without TRITON_INTERPRET. Triton does not fail when a kernel asks for more shared
-memory than the device has: callers compare ``Resources.shared`` with the device's limit.
+The real launchers run on CPU tensors under a stand-in for Triton's driver: every launch is compiled exactly as the GPU named
+would compile it (types, divisibility, constants, options) and then not executed. So whatever a launcher launches is covered, and
+nothing here repeats a kernel's signature. Triton does not fail when a kernel asks for more shared memory than the device has:
+callers compare ``Resources.shared`` with the device's limit.
+
+Must run in a process without TRITON_INTERPRET. It patches private parts of Triton 3.6 (the one pinned for tests).
 """
 
 from __future__ import annotations
@@ -9,115 +13,161 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from perceiver_kernels.backends.triton import combine, pack_kernels, shared_kv_kernels
-from perceiver_kernels.tiles import Tile
+from perceiver_kernels.backends.triton import pack, shared_kv
+from perceiver_kernels.device import DeviceFacts
+from perceiver_kernels.positions import FourierPositions
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_POINTERS = {
-    "q": None, "dz": None, "z": "fp32", "dq": "fp32", "dx": None, "lse": "fp32", "rho": "fp32", "delta": "fp32", "drho": "fp32",
-    "key_mask": "i1", "lengths": "i32", "seed": "i64",
-}  # fmt: skip
-_SCALARS = {"inverse_keep": "fp32", "scale": "fp32", "scale_log2": "fp32", "threshold": "i64"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers a thread, spill bytes a thread, shared memory a block, and counts of SASS instructions."""
+    """One compiled launch: registers and spilled bytes a thread, shared memory a block, counts of SASS instructions.
 
+    ``stack`` is what ptxas could not keep in registers; ``mma`` counts tensor-core instructions of either generation.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
     registers: int
     stack: int
     shared: int
+    mma: int
     wgmma: int
     tma_loads: int
-    asm: dict[str, Any]
+    seconds: float
 
 
-def _inspect(kernel: Any) -> Resources:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+class _Driver:
+    """What JITFunction.run asks of the active driver."""
+
+    def __init__(self, facts: DeviceFacts) -> None:
+        major, minor = facts.capability
+        self.target = GPUTarget("cuda", 10 * major + minor, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Kernels keep what they compiled by device: one number for each target.
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _sass(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
-        ).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", file.name]]
+        usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
+    return usage, sass
+
+
+def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Resources:
+    usage, sass = _sass(compiled.asm["cubin"])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
     return Resources(
-        registers,
-        stack,
-        kernel.metadata.shared,
-        len(re.findall("HGMMA", sass)),
-        len(re.findall("UTMALDG", sass)),
-        kernel.asm,
+        kernel=function.fn.__name__,
+        grid=grid,
+        constants={name: value for name, value in arguments.items() if name.isupper() or name == "num_warps"},
+        registers=int(match[1]),
+        stack=int(match[2]),
+        shared=compiled.metadata.shared,
+        mma=len(re.findall(r"\b[HQ]G?MMA|\bHMMA", sass)),
+        wgmma=len(re.findall(r"\bHGMMA", sass)),
+        tma_loads=len(re.findall(r"\bUTMALDG", sass)),
+        seconds=0.0,
     )
 
 
-def _compile(
-    fn: Any, signature: dict[str, Any], constants: dict[str, Any], capability: int, warps: int
-) -> Resources:
-    names = list(signature)
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if str(signature[name]).startswith("*") or name.startswith("stride_") or name in ("C", "C_padded")
-    }
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    return _inspect(kernel)
+@contextmanager
+def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
+    """Launchers plan for ``facts`` and compile for its capability; the list collects each launch instead of running it."""
+    launches: list[Resources] = []
+    saved_run, saved_driver = JITFunction.run, driver._active
+    saved_facts = {module: module.device_facts for module in (shared_kv, pack)}
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = saved_run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(_resources(self, compiled, tuple(grid), kwargs))
+        return compiled
+
+    JITFunction.run, driver._active = run, _Driver(facts)
+    for module in saved_facts:
+        module.device_facts = lambda device: facts
+    try:
+        yield launches
+    finally:
+        JITFunction.run, driver._active = saved_run, saved_driver
+        for module, function in saved_facts.items():
+            module.device_facts = function
 
 
-KERNELS = {
-    "forward": shared_kv_kernels._shared_kv_fwd_kernel,
-    "dq": shared_kv_kernels._shared_kv_bwd_dq_kernel,
-    "dx": shared_kv_kernels._shared_kv_bwd_dx_kernel,
-}
+def _shared_kv_tensors(C: int, dtype: torch.dtype, masked: bool, lengths: bool) -> tuple[Tensor, Tensor, Any, Any]:
+    # Sizes as real ones divide: by 16, and long enough for several splits, chunks and tiles.
+    B, R, M = 2, 64, 8192
+    key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
+    return torch.empty(B, R, C, dtype=dtype), torch.empty(B, M, C, dtype=dtype), key_mask, torch.ones(B, dtype=torch.int32) if lengths else None
 
 
 def compile_shared_kv(
-    kind: str, tile: Tile, dtype: torch.dtype, *, capability: int = 90, tma: bool = True, masked: bool = False,
-    lengths: bool = False, dropout: bool = False, precision: str = "tf32",
-) -> Resources:  # fmt: skip
-    """Compile one shared-KV kernel ("forward", "dq" or "dx") with ``tile`` for ``capability`` (80, 90)."""
-    fn, element = KERNELS[kind], TYPES[dtype]
-    constants = {
-        "PIECES": tile.pieces, "BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "STAGES": tile.num_stages, "TMA": tma,
-        "MASKED": masked, "HAS_LENGTHS": lengths, "DROPOUT": dropout, "HAS_DRHO": dropout, "PRECISION": precision,
+    C: int, dtype: torch.dtype, facts: DeviceFacts, *, masked: bool = False, lengths: bool = False, dropout: bool = False,
+    passes: tuple[str, ...] = ("forward", "dq", "dx"),
+) -> list[Resources]:  # fmt: skip
+    """Every launch of shared-KV attention with ``C`` (padded) channels: its forward, and backwards for q and for x."""
+    q, x, key_mask, seen = _shared_kv_tensors(C, dtype, masked, lengths)
+    options: dict[str, Any] = {
+        "scale": 1.0, "dropout_p": 0.1 if dropout else 0.0, "dropout_seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
+        "key_offset": 0,
     }  # fmt: skip
-    described = {"forward": ("x",), "dq": ("x",), "dx": ("rows",)}[kind] if tma else ()
-    rows = 2 * tile.block_q if kind == "dx" else tile.block_kv
-    absent = {
-        name
-        for name, on in (("key_mask", masked), ("lengths", lengths), ("seed", dropout), ("drho", dropout))
-        if not on
-    }
-    signature: dict[str, Any] = {}
-    for name in fn.arg_names:
-        if name in constants or name in absent:
-            signature[name] = "constexpr"
-        elif name.split("_")[0] in described and name.split("_")[-1] in (*described, "1", "2"):
-            piece = int(name[-1]) if name[-1].isdigit() else 0
-            if piece < len(tile.pieces):
-                signature[name] = f"tensordesc<{element}[1, {rows}, {tile.pieces[piece]}]>"
-            else:
-                signature[name] = "constexpr"
-                absent.add(name)
-        elif name[-2:] in ("_1", "_2"):
-            signature[name] = "constexpr"
-            absent.add(name)
-        elif name in _POINTERS or name in ("x", "rows"):
-            signature[name] = "*" + (_POINTERS.get(name) or element)
-        else:
-            signature[name] = _SCALARS.get(name, "i32")
-    constants = {name: value for name, value in constants.items() if name in fn.arg_names} | dict.fromkeys(
-        absent & set(fn.arg_names)
-    )
-    return _compile(fn, signature, constants, capability, tile.num_warps)
+    rows = torch.empty(q.shape[:2])
+    with offline(facts) as launches:
+        if "forward" in passes:
+            shared_kv.shared_kv_attention_forward(q, x, key_mask, seen, **options)
+        for name in ("dq", "dx"):
+            if name in passes:
+                shared_kv.shared_kv_attention_backward(
+                    q, None, rows if dropout else None, q, x, q, rows, rows, key_mask, seen, **options,
+                    needs_dq=name == "dq", needs_dx=name == "dx",
+                )  # fmt: skip
+    return launches
+
+
+def compile_pack(
+    C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", normalize: bool = True, masked: bool = False,
+) -> list[Resources]:  # fmt: skip
+    """Every launch of pack_inputs, forward and backward; positions: "none", "shared", "batched" or "fourier"."""
+    B, M = 8, 1024
+    table = FourierPositions(64, (224.0, 224.0)).table() if positions == "fourier" else None
+    given = {"none": None, "shared": torch.empty(M, 16), "batched": torch.empty(B, M, 16), "fourier": torch.empty(M, 2)}[positions]
+    content = torch.empty(B, M, C_content, dtype=dtype)
+    key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
+    channels = C_content + (0 if given is None else given.shape[-1] if table is None else table.shape[-1])
+    with offline(facts) as launches:
+        packed, rstd = pack.pack_inputs_forward(content, given, table, key_mask, normalize=normalize, eps=1e-5, dtype=dtype)
+        pack.pack_inputs_backward(
+            packed, packed, rstd, content_channels=C_content, channels=channels, normalize=normalize, dtype=dtype
+        )
+    return launches
+
+
+def slowest(call: Callable[[], list[Resources]]) -> Resources:
+    """The launch of a call that spills most, then uses most shared memory."""
+    return max(call(), key=lambda launch: (launch.stack, launch.shared))

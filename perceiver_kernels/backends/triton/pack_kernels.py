@@ -151,6 +151,8 @@ def _pack_fwd_kernel(
                 x = _add(x, shared)
         scale = visible.to(tl.float32)
         if NORMALIZE:
+            # Twice: the first mean carries the rounding of a sum of large numbers, the second that of small ones.
+            x = _centered(x, _row_sum(x) / C, C, PIECES)
             x = _centered(x, _row_sum(x) / C, C, PIECES)
             row_rstd = tl.rsqrt(_row_sum(_multiply(x, x)) / C + eps)
             scale = tl.where(visible, row_rstd, 0.0)

@@ -127,6 +127,7 @@ def shared_kv_attention_backward(
     dropout = dropout_arguments(dropout_p, dropout_seed, key_offset)
     with torch.cuda.device_of(q):
         delta = row_products(dz, z, None if dlse is None else dlse.contiguous(), drho, rho)
+        dz = dz.to(q.dtype)
         statistics = (lse, delta, drho)
         wide_dq, wide_dx = needs_dq and plan.dq is None, needs_dx and plan.dx is None
         dq = dx = None
