@@ -120,7 +120,7 @@ def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, device: DeviceFact
     def chunk(tile: ProductTile, arrays: int) -> int:
         per_tile = B * math.ceil(R / tile.rows) * tile.rows * tile.columns * itemsize * arrays
         tiles = math.ceil(M / tile.columns)
-        chunks = math.ceil(tiles / max(1, WEIGHTS_BYTES // per_tile))
+        chunks = math.ceil(tiles / max(1, WEIGHTS_BYTES // max(1, per_tile)))
         return max(1, math.ceil(tiles / max(1, chunks))) * tile.columns
 
     programs = B * math.ceil(R / values.rows) * math.ceil(C / values.columns)

@@ -21,9 +21,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``target`` runs over the backends of the module's OP that this process can run, times dtypes."""
+    """``target`` runs over the backends of the module's OP that this process can run, times dtypes.
+
+    A module may choose among them with ``wanted(target)``, a test with ``@only(dtype)``.
+    """
     if "target" in metafunc.fixturenames:
-        found = targets(metafunc.module.OP)
+        found = list(filter(getattr(metafunc.module, "wanted", None), targets(metafunc.module.OP)))
+        dtypes = getattr(metafunc.function, "dtypes", None)
+        found = [target for target in found if dtypes is None or target.dtype in dtypes]
+        if not found:
+            nothing = pytest.mark.skip(reason=f"no backend that these tests want runs here ({machine()})")
+            metafunc.parametrize("target", [pytest.param(None, marks=nothing, id="none")])
+            return
         metafunc.parametrize("target", found, ids=[str(target) for target in found])
 
 

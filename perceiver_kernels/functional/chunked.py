@@ -85,21 +85,25 @@ class _Chunked(Function):
             state = (q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide), q.new_zeros(rows, dtype=wide))
         z, lse, rho = state
         ctx.save_for_backward(q, z, lse, rho, seed)
+        # Not saved: it is the caller's, and the backward reads it again through ``run``.
+        ctx.content, ctx.version = content, content._version
         ctx.set_materialize_grads(False)
         ctx.run = run
-        ctx.content = content
         return z, lse, rho
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
         q, z, lse, rho, seed = ctx.saved_tensors
+        content = ctx.content
+        if content._version != ctx.version:
+            raise RuntimeError("the inputs of a chunked cross-attention were modified by an inplace operation before its backward")
         run, settings = ctx.run, ctx.run.settings
         needs_dq, needs_dx = ctx.needs_input_grad[:2]
         dz = torch.zeros_like(z) if dz is None else dz
         wide = torch.promote_types(q.dtype, torch.float32)
         dq: Tensor | None = None
-        dcontent = torch.empty_like(ctx.content) if needs_dx else None
+        dcontent = torch.empty_like(content) if needs_dx else None
         for start, stop, part, packed, rstd in run.chunks(q.device):
             dq_sum, dx = shared_kv_op.BACKWARD(
                 dz, dlse, drho, q, packed, z, lse, rho, part.key_mask, None, seed, settings.scale, settings.dropout_p, start,

@@ -89,6 +89,45 @@ def describe(
     return problem, source
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call, checked and decided: everything that is left is to compute it."""
+
+    problem: CrossAttentionProblem
+    source: InputArray | PackedInputs
+    weights: Projections
+    scale: float
+    method: Method
+    chunks: ChunkSettings | None
+
+
+def resolve(
+    q: Tensor, inputs: Inputs, w_k: Tensor, w_v: Tensor, *, b_k: Tensor | None = None, b_v: Tensor | None = None,
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, normalize: bool = True, eps: float = 1e-5,
+    scale: float | None = None, key_mask: Tensor | None = None, lengths: Tensor | None = None, dropout_p: float = 0.0,
+    chunk_size: int | None = None, method: Method | None = None,
+) -> Call:  # fmt: skip
+    """Check every argument of input_cross_attention and decide how it is computed."""
+    if method not in (None, "absorbed", "projected"):
+        raise ValueError(f"method must be 'absorbed', 'projected' or None, got {method!r}")
+    check_scale(scale)
+    check_dropout(dropout_p)
+    if chunk_size is not None:
+        if method == "projected":
+            raise ValueError("chunk_size needs method='absorbed': projected keys and values are proportional to M")
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+        method = "absorbed"
+    weights = Projections(w_k, w_v, b_k, b_v, norm_weight, norm_bias)
+    problem, source = describe(q, inputs, weights, key_mask, lengths)
+    scale = problem.d_qk**-0.5 if scale is None else float(scale)
+    chunks = None
+    if chunk_size is not None and isinstance(source, InputArray):
+        chunks = ChunkSettings(chunk_size, problem.dtype, normalize, eps, scale, dropout_p, source.channels)
+    method = method or plan_cross_attention(problem, device_facts(q.device)).method
+    return Call(problem, source, weights, scale, method, chunks)
+
+
 def _absorbed(
     problem: CrossAttentionProblem, q: Tensor, packed: PackedInputs, weights: Projections, scale: float,
     dropout_p: float, backend: str | None,
@@ -201,24 +240,17 @@ def input_cross_attention(
 
     Source: Jaegle et al. 2021 (Perceiver), section 3.1; the absorbed form is derived in docs/encode.md.
     """
-    if method not in (None, "absorbed", "projected"):
-        raise ValueError(f"method must be 'absorbed', 'projected' or None, got {method!r}")
-    check_scale(scale)
-    check_dropout(dropout_p)
-    weights = Projections(w_k, w_v, b_k, b_v, norm_weight, norm_bias)
-    problem, source = describe(q, inputs, weights, key_mask, lengths)
-    scale = problem.d_qk**-0.5 if scale is None else float(scale)
-    if chunk_size is not None:
-        if method == "projected":
-            raise ValueError("chunk_size needs method='absorbed': projected keys and values are proportional to M")
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
-        if isinstance(source, InputArray):
-            settings = ChunkSettings(chunk_size, problem.dtype, normalize, eps, scale, dropout_p, source.channels)
-            return _absorbed_chunked(problem, q, source, weights, settings, backend)
-    if method is None:
-        method = "absorbed" if chunk_size else plan_cross_attention(problem, device_facts(q.device)).method
-    if isinstance(source, InputArray):
-        source = pack_inputs(_on_device(source, q.device), normalize=normalize, eps=eps, dtype=problem.dtype, backend=backend)
-    run = _absorbed if method == "absorbed" else _projected
-    return run(problem, q, source, weights, scale, dropout_p, backend)
+    call = resolve(
+        q, inputs, w_k, w_v, b_k=b_k, b_v=b_v, norm_weight=norm_weight, norm_bias=norm_bias, normalize=normalize, eps=eps,
+        scale=scale, key_mask=key_mask, lengths=lengths, dropout_p=dropout_p, chunk_size=chunk_size, method=method,
+    )  # fmt: skip
+    if call.chunks is not None:
+        assert isinstance(call.source, InputArray)
+        return _absorbed_chunked(call.problem, q, call.source, call.weights, call.chunks, backend)
+    packed = call.source
+    if isinstance(packed, InputArray):
+        packed = pack_inputs(
+            _on_device(packed, q.device), normalize=normalize, eps=eps, dtype=call.problem.dtype, backend=backend
+        )
+    run = _absorbed if call.method == "absorbed" else _projected
+    return run(call.problem, q, packed, call.weights, call.scale, dropout_p, backend)

@@ -114,37 +114,32 @@ def _explain_attention(
     return _explain(problem, cost, None, query.device, query.dtype, backend)
 
 
-def _explain_cross_attention(
-    q: Tensor, inputs: Any, w_k: Tensor, w_v: Tensor, *, key_mask: Tensor | None = None, lengths: Tensor | None = None,
-    method: str | None = None, backend: str | None = None, **rest: Any,
-) -> Explanation:  # fmt: skip
-    weights = cross_attention.Projections(
-        w_k, w_v, rest.get("b_k"), rest.get("b_v"), rest.get("norm_weight"), rest.get("norm_bias")
-    )
-    problem, source = cross_attention.describe(q, inputs, weights, key_mask, lengths)
-    device = device_facts(q.device)
-    plan = planning.plan_cross_attention(problem, device)
-    method = method or plan.method
-    masked = any(getattr(source, name) is not None for name in ("key_mask", "lengths"))
-    dropout, grad = rest.get("dropout_p", 0.0) > 0, problem.needs_grad
+def _explain_cross_attention(*args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+    call = cross_attention.resolve(*args, **kwargs)
+    p, device = call.problem, device_facts(call.weights.w_k.device)
+    masked = any(getattr(call.source, name) is not None for name in ("key_mask", "lengths"))
+    dropout = kwargs.get("dropout_p", 0.0) > 0
     inner: Problem
-    if method == "absorbed":
-        cost = absorbed_cost(problem)
-        inner = SharedKVProblem(problem.B, problem.H * problem.N, problem.M, pad_channels(problem.C), problem.dtype,
-                                problem.device_type, masked, dropout, False, grad)  # fmt: skip
-        inner_plan = planning.plan_shared_kv(inner, device)
-        inner_cost = shared_kv_cost(inner.B, inner.R, inner.M, inner.C, problem.dtype.itemsize)
-    else:
-        cost = projected_cost(problem)
-        inner = AttentionProblem(
-            problem.B, problem.H, problem.N, problem.M, problem.d_qk, problem.d_v, problem.dtype, problem.device_type,
-            "key_mask" if masked else "none", False, dropout, False, grad,
+    if call.method == "absorbed":
+        cost = absorbed_cost(p)
+        inner = SharedKVProblem(
+            p.B, p.H * p.N, p.M, pad_channels(p.C), p.dtype, p.device_type, masked, dropout, call.chunks is not None,
+            p.needs_grad,
         )  # fmt: skip
-        scores = 2.0 * problem.B * problem.H * problem.N * problem.M
-        inner_plan, inner_cost = None, Cost(scores * (problem.d_qk + problem.d_v), 0.0)
-    part = _explain(inner, inner_cost, inner_plan, q.device, problem.dtype, backend)
-    seconds = cost.seconds(device, problem.dtype)
-    return Explanation(problem.OP, problem, part.backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, (part,))
+        inner_plan = planning.plan_shared_kv(inner, device)
+        inner_cost = shared_kv_cost(inner.B, inner.R, inner.M, inner.C, p.dtype.itemsize)
+    else:
+        cost = projected_cost(p)
+        mask = "key_mask" if masked else "none"
+        inner = AttentionProblem(
+            p.B, p.H, p.N, p.M, p.d_qk, p.d_v, p.dtype, p.device_type, mask, False, dropout, False, p.needs_grad
+        )
+        inner_plan, inner_cost = None, Cost(2.0 * p.B * p.H * p.N * p.M * (p.d_qk + p.d_v), 0.0)
+    where = call.weights.w_k.device
+    part = _explain(inner, inner_cost, inner_plan, where, p.dtype, backend)
+    plan = planning.plan_cross_attention(p, device)
+    seconds = cost.seconds(device, p.dtype)
+    return Explanation(p.OP, p, part.backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, (part,))
 
 
 _EXPLAINERS: dict[str, Callable[..., Explanation]] = {

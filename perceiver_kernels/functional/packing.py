@@ -30,6 +30,7 @@ def _pack(
         data, _ = module.pack_inputs(
             content, positions, fourier, key_mask=key_visible, normalize=normalize, eps=eps, dtype=problem.dtype
         )
+        data = data.contiguous()
     else:
         data, _ = pack_op.pack_inputs(content, positions, fourier, key_visible, normalize, eps, problem.dtype, name)
     return PackedInputs(data, problem.C, normalize, key_mask, lengths)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -49,7 +48,6 @@ class Resources:
     mma: int
     wgmma: int
     tma_loads: int
-    seconds: float
 
 
 class _Driver:
@@ -90,10 +88,9 @@ def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], argu
         registers=int(match[1]),
         stack=int(match[2]),
         shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\b[HQ]G?MMA|\bHMMA", sass)),
+        mma=len(re.findall(r"\bHG?MMA", sass)),
         wgmma=len(re.findall(r"\bHGMMA", sass)),
         tma_loads=len(re.findall(r"\bUTMALDG", sass)),
-        seconds=0.0,
     )
 
 
@@ -120,19 +117,16 @@ def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
             module.device_facts = function
 
 
-def _shared_kv_tensors(C: int, dtype: torch.dtype, masked: bool, lengths: bool) -> tuple[Tensor, Tensor, Any, Any]:
-    # Sizes as real ones divide: by 16, and long enough for several splits, chunks and tiles.
-    B, R, M = 2, 64, 8192
-    key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
-    return torch.empty(B, R, C, dtype=dtype), torch.empty(B, M, C, dtype=dtype), key_mask, torch.ones(B, dtype=torch.int32) if lengths else None
-
-
 def compile_shared_kv(
     C: int, dtype: torch.dtype, facts: DeviceFacts, *, masked: bool = False, lengths: bool = False, dropout: bool = False,
     passes: tuple[str, ...] = ("forward", "dq", "dx"),
 ) -> list[Resources]:  # fmt: skip
     """Every launch of shared-KV attention with ``C`` (padded) channels: its forward, and backwards for q and for x."""
-    q, x, key_mask, seen = _shared_kv_tensors(C, dtype, masked, lengths)
+    # Sizes divide by 16, as real ones do, and make several splits, chunks and tiles.
+    B, R, M = 2, 64, 8192
+    q, x = torch.empty(B, R, C, dtype=dtype), torch.empty(B, M, C, dtype=dtype)
+    key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
+    seen = torch.ones(B, dtype=torch.int32) if lengths else None
     options: dict[str, Any] = {
         "scale": 1.0, "dropout_p": 0.1 if dropout else 0.0, "dropout_seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
         "key_offset": 0,
@@ -156,7 +150,9 @@ def compile_pack(
     """Every launch of pack_inputs, forward and backward; positions: "none", "shared", "batched" or "fourier"."""
     B, M = 8, 1024
     table = FourierPositions(64, (224.0, 224.0)).table() if positions == "fourier" else None
-    given = {"none": None, "shared": torch.empty(M, 16), "batched": torch.empty(B, M, 16), "fourier": torch.empty(M, 2)}[positions]
+    given = {"none": None, "shared": torch.empty(M, 16), "batched": torch.empty(B, M, 16), "fourier": torch.empty(M, 2)}[
+        positions
+    ]
     content = torch.empty(B, M, C_content, dtype=dtype)
     key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
     channels = C_content + (0 if given is None else given.shape[-1] if table is None else table.shape[-1])
@@ -166,8 +162,3 @@ def compile_pack(
             packed, packed, rstd, content_channels=C_content, channels=channels, normalize=normalize, dtype=dtype
         )
     return launches
-
-
-def slowest(call: Callable[[], list[Resources]]) -> Resources:
-    """The launch of a call that spills most, then uses most shared memory."""
-    return max(call(), key=lambda launch: (launch.stack, launch.shared))

@@ -216,6 +216,7 @@ class TestRun:
         monkeypatch.setattr(
             "perceiver_kernels.dispatch.TABLE", {**dispatch.TABLE, "attention": {"sdpa": "sdpa"}}
         )
+        dispatch._choose_once.cache_clear()
         assert main([*TINY_RUN, "--backend", "reference", "--output", str(tmp_path)]) == 2
         told = capsys.readouterr().err
         assert "the model cannot run here: no backend can serve attention" in told and told.count("\n") == 1

@@ -1,0 +1,243 @@
+"""input_cross_attention: absorbed, projected, packed or chunked, it is the textbook's layer, forward and every gradient."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels import reference
+from perceiver_kernels.testing import assert_as_accurate, broadcast, same_bits
+from perceiver_kernels.testing.targets import Target, only
+
+OP = "shared_kv_attention"
+B, N, M, C = 2, 17, 97, 117
+METHODS = ("absorbed", "projected")
+SHAPES = {"one head": (1, 117, 117), "heads": (3, 8, 8), "d_qk != d_v": (2, 5, 12), "one head, narrow": (1, 7, 30)}
+SEED = torch.tensor([-77])
+
+
+def wanted(target: Target) -> bool:
+    return target.backend != "cuda"
+
+
+@dataclass
+class Layer:
+    """Every tensor of one call, as leaves."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+    @classmethod
+    def random(cls, target: Target, shape: str = "heads", batch: int = B, **options: Any) -> Layer:
+        H, d_qk, d_v = SHAPES[shape]
+        generator = torch.Generator().manual_seed(H)
+        sizes = {
+            "q": (batch, H, N, d_qk), "inputs": (B, M, C), "w_k": (H * d_qk, C), "w_v": (H * d_v, C), "b_k": (H * d_qk,),
+            "b_v": (H * d_v,), "norm_weight": (C,), "norm_bias": (C,),
+        }  # fmt: skip
+        drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+        for name in ("w_k", "w_v"):
+            drawn[name] = drawn[name] * C**-0.5
+        # Weights about 1, as training leaves them: attention that is spread over tokens.
+        drawn["norm_weight"] = 1 + 0.2 * drawn["norm_weight"]
+        tensors = {name: value.to(target.device, target.dtype) for name, value in drawn.items()}
+        return cls(tensors, {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in options.items()})
+
+    def without(self, *names: str) -> Layer:
+        return Layer({name: value for name, value in self.tensors.items() if name not in names}, self.options)
+
+    def run(self, function: Any, dtype: torch.dtype | None = None, **more: Any) -> dict[str, Tensor]:
+        """The output and the gradient of every tensor."""
+        leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()}
+        out = function(**leaves, **self.options, **more)
+        dout = (
+            torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
+            .view(out.shape)
+            .mul(9)
+            .cos()
+            .to(out.dtype)
+        )
+        gradients = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+        found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        return {"out": out.detach(), **{name: g for name, g in found.items() if g is not None}}
+
+
+def check(layer: Layer, target: Target, **more: Any) -> dict[str, Tensor]:
+    known = {name: value for name, value in layer.options.items() if name != "dropout_p"}
+    if layer.options.get("dropout_p"):
+        known |= {"dropout_p": layer.options["dropout_p"], "dropout_seed": SEED.to(target.device)}
+    judged = Layer(layer.tensors, known)
+    actual = layer.run(pk.input_cross_attention, backend=target.backend, **more)
+    eager = judged.run(reference.input_cross_attention)
+    oracle = judged.run(reference.input_cross_attention, torch.float64)
+    for name, value in actual.items():
+        if name == "db_k":
+            # softmax forgets what all scores share: exactly zero, where eager has rounding errors.
+            assert not value.any()
+        else:
+            assert_as_accurate(value, eager[name], oracle[name], f"{target} {name}")
+    assert actual.keys() == eager.keys()
+    return actual
+
+
+def skip_unless_served(target: Target, method: str, **options: Any) -> None:
+    """Triton has no attention over separate keys and values yet, sdpa no dropout that returns its row sums."""
+    op = "shared_kv_attention" if method == "absorbed" else "attention"
+    if op not in pk.dispatch.TABLE or target.backend not in pk.dispatch.TABLE[op]:
+        pytest.skip(f"{target.backend} has no {op}")
+    if target.backend == "sdpa" and options.get("dropout_p"):
+        pytest.skip("sdpa draws its own dropout, or refuses it")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_textbook(target: Target, shape: str, method: str) -> None:
+    skip_unless_served(target, method)
+    check(Layer.random(target, shape), target, method=method)
+
+
+SWITCHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "no biases": (("b_k", "b_v"), {}),
+    "no key bias": (("b_k",), {}),
+    "no LayerNorm": (("norm_weight", "norm_bias"), {"normalize": False}),
+    "LayerNorm without weights": (("norm_weight", "norm_bias"), {}),
+    "LayerNorm without bias": (("norm_bias",), {}),
+    "eps": ((), {"eps": 0.3}),
+    "scale": ((), {"scale": -0.2}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("switch", SWITCHES)
+@only(torch.float32)
+def test_switches(target: Target, switch: str, method: str) -> None:
+    """What a switch does to the algebra shows in fp32; how it rounds in 16 bits is the textbook's test."""
+    skip_unless_served(target, method)
+    absent, options = SWITCHES[switch]
+    check(Layer.random(target, **options).without(*absent), target, method=method)
+
+
+def hidden(kind: str) -> dict[str, Tensor]:
+    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(8)) < 0.5
+    mask[1] = False
+    return {"key_mask": {"key_mask": mask}, "lengths": {"lengths": torch.tensor([M - 9, 0], dtype=torch.int32)}}[kind]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["key_mask", "lengths"])
+def test_hidden_tokens(target: Target, kind: str, method: str) -> None:
+    """A latent that sees no token gets exactly 0: no bias reaches it."""
+    skip_unless_served(target, method)
+    layer = Layer.random(target, "d_qk != d_v", **hidden(kind))
+    found = check(layer, target, method=method)
+    assert not any(found[name][1].any() for name in ("out", "dq", "dinputs"))
+    visible = reference._visible_keys(M, layer.options.get("key_mask"), layer.options.get("lengths"))
+    dirty = Layer(dict(layer.tensors), layer.options)
+    dirty.tensors["inputs"] = layer.tensors["inputs"].masked_fill(~visible[..., None], float("nan"))
+    again = dirty.run(pk.input_cross_attention, backend=target.backend, method=method)
+    assert [name for name in found if not same_bits(found[name], again[name])] == []
+
+
+@pytest.fixture
+def known_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("attention", "chunked"):
+        module = sys.modules[f"perceiver_kernels.functional.{name}"]
+        monkeypatch.setattr(module, "dropout_seed", lambda p, device: SEED.to(device) if p else None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", ["one head", "d_qk != d_v"])
+def test_dropout_is_that_of_the_weights(target: Target, known_seed: None, shape: str, method: str) -> None:
+    """Absorbed, what is dropped of the weights is dropped of both biases too (rho): the same mask gives the same layer."""
+    skip_unless_served(target, method, dropout_p=0.3)
+    check(Layer.random(target, shape, dropout_p=0.3), target, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_latents_shared_by_the_batch(target: Target, method: str) -> None:
+    """Batch 1, or batch stride 0: no copy is needed, the gradient is summed."""
+    skip_unless_served(target, method)
+    layer = Layer.random(target, batch=1)
+    found = layer.run(pk.input_cross_attention, backend=target.backend, method=method)
+    layer.tensors["q"] = broadcast(layer.tensors["q"].expand(B, -1, -1, -1))
+    stretched = check(layer, target, method=method)
+    assert same_bits(found["out"], stretched["out"])
+    eps = torch.finfo(target.dtype).eps
+    expected = stretched["dq"].double().sum(0, keepdim=True)
+    assert (found["dq"].double() - expected).abs().max() <= 4 * eps * stretched["dq"].double().abs().sum(0).max()
+
+
+@pytest.mark.parametrize("kind", ["all", "key_mask", "lengths"])
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_packed_once_serve_every_layer(target: Target, method: str, kind: str) -> None:
+    """The same bits as packing inside the call; the gradient of the inputs adds up over the layers."""
+    skip_unless_served(target, method)
+    options = {} if kind == "all" else {k: v.to(target.device) for k, v in hidden(kind).items()}
+    layers = [Layer.random(target, shape) for shape in ("heads", "one head")]
+    leaf = layers[0].tensors["inputs"].detach().requires_grad_()
+    packed = pk.pack_inputs(leaf, **options, backend=target.backend)
+    outs = [
+        pk.input_cross_attention(**{**layer.tensors, "inputs": packed}, method=method, backend=target.backend)
+        for layer in layers
+    ]
+    (gradient,) = torch.autograd.grad([out.float().square().sum() for out in outs], leaf)
+    total = torch.zeros_like(gradient, dtype=torch.float64)
+    for layer, out in zip(layers, outs, strict=True):
+        inputs = leaf.detach().requires_grad_()
+        alone = pk.input_cross_attention(
+            **{**layer.tensors, "inputs": inputs}, **options, method=method, backend=target.backend
+        )
+        assert same_bits(alone, out)
+        total += torch.autograd.grad(alone.float().square().sum(), inputs)[0].double()
+    eps = torch.finfo(target.dtype).eps
+    assert (gradient.double() - total).norm() <= 16 * eps * total.norm()
+
+
+def test_methods_agree_and_the_planner_takes_one_of_them(target: Target) -> None:
+    skip_unless_served(target, "projected")
+    layer = Layer.random(target)
+    by_method = {
+        method: layer.run(pk.input_cross_attention, backend=target.backend, method=method)["out"] for method in METHODS
+    }
+    planned = layer.run(pk.input_cross_attention, backend=target.backend)["out"]
+    assert any(same_bits(planned, out) for out in by_method.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method: str, heads: int, dtype: torch.dtype) -> None:
+    """fp32 parameters under autocast: the result is autocast's dtype whatever the head count, gradients are fp32."""
+    target = Target(OP, "reference", "cpu", torch.float32)
+    layer = Layer.random(target, "one head" if heads == 1 else "d_qk != d_v")
+    with torch.autocast("cpu", dtype=dtype):
+        found = layer.run(pk.input_cross_attention, method=method)
+    assert found.pop("out").dtype == dtype
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+def test_raw_bytes_are_normalised_as_floats(target: Target) -> None:
+    """uint8 pixels with a mean and a deviation, positions computed on the way: the floats they stand for."""
+    skip_unless_served(target, "absorbed")
+    images = torch.randint(0, 256, (B, 3, 5, 7), dtype=torch.uint8, device=target.device)
+    raw = pk.InputArray.image(images, pk.FourierPositions(4, (5.0, 7.0)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    assert raw.content.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
+    generator = torch.Generator().manual_seed(0)
+    q, w_k, w_v = (
+        torch.randn(size, generator=generator).to(target.device, target.dtype) for size in ((1, 2, N, 4), (8, 21), (6, 21))
+    )
+    out = pk.input_cross_attention(q, raw, w_k, w_v, method="absorbed", backend=target.backend)
+    whole = raw.slice(dtype=torch.float32)
+    features = reference.fourier_features(whole.positions, 4, (5.0, 7.0)).expand(B, -1, -1)
+    inputs = torch.cat([whole.content, features], -1)
+    eager, oracle = (
+        reference.input_cross_attention(q.to(dtype), inputs.to(dtype), w_k.to(dtype), w_v.to(dtype))
+        for dtype in (target.dtype, torch.float64)
+    )
+    assert_as_accurate(out, eager, oracle, f"{target} out")

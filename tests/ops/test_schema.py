@@ -1,0 +1,153 @@
+"""The operators torch sees: schema, aliasing, fakes and dispatch (torch.library.opcheck), in permuted dense layouts too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from perceiver_kernels.ops import pack as pack_op
+from perceiver_kernels.ops import shared_kv as shared_op
+from perceiver_kernels.positions import FourierPositions
+from perceiver_kernels.testing import permuted
+from perceiver_kernels.testing.targets import Target
+
+OP = "shared_kv_attention"
+B, R, M, C = 2, 5, 21, 32
+FOURIER = FourierPositions(3, (4.0, 5.0))
+
+
+def wanted(target: Target) -> bool:
+    """Backends that are called through operators; one dtype stands for all."""
+    return (target.is_kernel or target.backend == "reference") and target.dtype == torch.float32
+
+
+def randn(target: Target, *shape: int) -> Tensor:
+    return torch.randn(shape).to(target.device, target.dtype)
+
+
+def rows(target: Target, *shape: int) -> Tensor:
+    return torch.randn(shape).to(target.device)
+
+
+def shared_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    """Arguments of shared_kv_attention_forward."""
+    q, x = randn(target, B, R, C), randn(target, B, M, C)
+    mask = torch.rand(B, M, device=target.device) < 0.5
+    x_masked = x.masked_fill(~mask[..., None], 0)
+    lengths = torch.tensor([3, M], dtype=torch.int32, device=target.device)
+    seed = torch.tensor([1], device=target.device)
+    state = randn(target, B, R, C).float(), rows(target, B, R), rows(target, B, R).abs()
+    plain = (None, None, None, 0.2, 0.0, 0)
+    nothing = (None, None, None, None, target.backend)
+    return {
+        "plain": (q, x, *plain, *nothing),
+        "permuted": (permuted(q), permuted(x), *plain, *nothing),
+        "mask": (q, x_masked, mask, None, None, 0.2, 0.0, 0, *nothing),
+        "lengths": (q, x, None, lengths, None, 0.2, 0.0, 0, *nothing),
+        "dropout": (q, x, None, None, seed, 0.2, 0.5, 3, *nothing),
+        "state": (q, x, *plain, *state, torch.float32, target.backend),
+        "no rows": (q[:, :0], x, *plain, *nothing),
+        "no keys": (q, x[:, :0], *plain, *nothing),
+        "no keys, state": (q, x[:, :0], *plain, *state, torch.float32, target.backend),
+    }
+
+
+def backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    """Arguments of shared_kv_attention_backward; what the forward returned is contiguous, as autograd keeps it."""
+    q, x, dz = randn(target, B, R, C), randn(target, B, M, C), randn(target, B, R, C)
+    saved = shared_op.FORWARD(q, x, None, None, None, 0.2, 0.0, 0, None, None, None, None, target.backend)
+    dlse = rows(target, B, R)
+    rest = (*saved, None, None, None, 0.2, 0.0, 0)
+    return {
+        "both": (dz, dlse, None, q, x, *rest, True, True, None, target.backend),
+        "dq": (dz, None, None, q, x, *rest, True, False, torch.float32, target.backend),
+        "dx": (dz, None, None, q, x, *rest, False, True, None, target.backend),
+        "permuted": (
+            permuted(dz),
+            dlse.mT.contiguous().mT,
+            None,
+            permuted(q),
+            permuted(x),
+            *rest,
+            True,
+            True,
+            None,
+            target.backend,
+        ),
+    }
+
+
+def pack_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    content, table = randn(target, B, M, 3), FOURIER.table(target.device)
+    mask = torch.rand(B, M, device=target.device) < 0.5
+    end = (1e-5, target.dtype, target.backend)
+    return {
+        "plain": (content, None, None, None, True, *end),
+        "permuted": (permuted(content), None, None, None, True, *end),
+        "positions": (content, randn(target, M, 2), None, mask, True, *end),
+        "fourier": (content, rows(target, B, M, 2), table, None, True, *end),
+        "raw": (content, None, None, None, False, *end),
+        "raw, no padding": (randn(target, B, M, 16), None, None, None, False, *end),
+        "cast": (content, None, None, None, True, 1e-5, torch.float16, target.backend),
+        "empty": (content[:, :0], None, None, None, True, *end),
+    }
+
+
+def pack_backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    packed, dpacked, rstd = randn(target, B, M, 16), randn(target, B, M, 16), rows(target, B, M).abs()
+    none = rows(target, 0)
+    return {
+        "normalized": (dpacked, packed, rstd, 3, 9, True, target.dtype, target.backend),
+        "all channels": (dpacked, packed, rstd, 16, 16, True, target.dtype, target.backend),
+        "raw": (dpacked, packed, none, 3, 9, False, target.dtype, target.backend),
+        "raw, all channels": (dpacked, packed, none, 16, 16, False, target.dtype, target.backend),
+        "cast": (dpacked, packed, rstd, 3, 9, True, torch.float32, target.backend),
+        "permuted": (permuted(dpacked), packed, rstd, 3, 9, True, target.dtype, target.backend),
+    }
+
+
+OPERATORS = {
+    "shared_kv_attention_forward": (shared_op.FORWARD, shared_cases, (
+        "plain", "permuted", "mask", "lengths", "dropout", "state", "no rows", "no keys", "no keys, state",
+    )),
+    "shared_kv_attention_backward": (shared_op.BACKWARD, backward_cases, ("both", "dq", "dx", "permuted")),
+    "pack_inputs_forward": (pack_op.PACK_FORWARD, pack_cases, (
+        "plain", "permuted", "positions", "fourier", "raw", "raw, no padding", "cast", "empty",
+    )),
+    "pack_inputs_backward": (pack_op.PACK_BACKWARD, pack_backward_cases, (
+        "normalized", "all channels", "raw", "raw, all channels", "cast", "permuted",
+    )),
+}  # fmt: skip
+CASES = [(name, case) for name, (_, _, cases) in OPERATORS.items() for case in cases]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_opcheck(target: Target, name: str, case: str) -> None:
+    operator, cases, _ = OPERATORS[name]
+    opcheck(operator, cases(target)[case])
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_fake_results_are_laid_out_as_real_ones(target: Target, name: str, case: str) -> None:
+    operator, cases, _ = OPERATORS[name]
+    arguments = cases(target)[case]
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments))
+    for a, b in zip((real,) if isinstance(real, Tensor) else real, (fake,) if isinstance(fake, Tensor) else fake, strict=True):
+        described = [(t.shape, t.dtype, t.stride() if t.numel() else None, t.device) for t in (a, b)]
+        assert described[0] == described[1]
+
+
+def test_every_operator_is_covered() -> None:
+    names = {
+        str(name).split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if str(name).startswith("perceiver_kernels::")
+    }
+    assert {name.split(".")[0] for name in names} == OPERATORS.keys()

@@ -1,0 +1,230 @@
+"""What an installation promises: it imports without Triton, nvcc or a GPU, and knows how it was built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from perceiver_kernels import build_info
+from perceiver_kernels.version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HIDE_TRITON = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] == "triton" else find(name, *rest)
+"""
+
+
+def is_installed(distribution: str) -> bool:
+    return any(importlib.metadata.distributions(name=distribution))
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def setup_module_functions(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The names of setup.py, without its call of setup()."""
+    pytest.importorskip("setuptools")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+class TestImport:
+    def test_without_triton_the_package_works_and_says_so(self):
+        code = """
+import json, torch
+import perceiver_kernels as pk
+content = torch.randn(2, 7, 5)
+packed = pk.pack_inputs(content)
+assert "triton" not in {name.partition(".")[0] for name in sys.modules}
+print(json.dumps([pk.backends()["triton"], list(packed.data.shape)]))
+"""
+        result = run_python(HIDE_TRITON + code, TRITON_INTERPRET="0")
+        assert result.returncode == 0, result.stderr
+        (available, reason), shape = json.loads(result.stdout)
+        assert not available
+        assert "triton" in reason
+        assert shape == [2, 7, 16]
+
+    def test_without_gpu_and_compiler_cuda_gives_its_reason(self):
+        code = "import json, perceiver_kernels as pk; print(json.dumps(pk.backends()))"
+        result = run_python(code, CUDA_VISIBLE_DEVICES="", PATH="")
+        assert result.returncode == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert answer["reference"][0] and answer["sdpa"][0]
+        assert not answer["cuda"][0]
+        assert answer["cuda"][1]
+
+    def test_import_loads_no_optional_part(self):
+        code = """
+import sys
+import perceiver_kernels
+optional = ("cli", "testing", "models", "_C")
+print([name for name in sys.modules if name.startswith(tuple(f"perceiver_kernels.{part}" for part in optional))])
+"""
+        result = run_python(code)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == "[]"
+
+    def test_type_information_is_marked(self):
+        assert (build_info.PACKAGE / "py.typed").is_file()
+
+
+class TestBuildInfo:
+    def test_record_is_complete(self):
+        info = build_info.read()
+        if info["cuda_built"]:
+            assert info["reason"] is None
+            assert set(info) == {"cuda_built", "reason", "archs", "nvcc", "source_hash", "kernels"}
+        else:
+            assert info["reason"]
+
+    def test_missing_record_is_a_reason(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
+        assert build_info.read() == build_info.NOT_BUILT
+
+    def test_source_hash_follows_names_and_contents(self, tmp_path):
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "CMakeLists.txt").write_text("")
+        source = tmp_path / "csrc" / "a.cu"
+        hashes = []
+        for text in ("one", "two", "one"):
+            source.write_text(text)
+            hashes.append(build_info.source_hash(tmp_path))
+        source.rename(source.with_name("b.cu"))
+        hashes.append(build_info.source_hash(tmp_path))
+        assert hashes[0] == hashes[2]
+        assert len(set(hashes)) == 3
+
+    def test_changed_sources_make_a_build_stale(self, monkeypatch, tmp_path):
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "CMakeLists.txt").write_text("")
+        monkeypatch.setattr(build_info, "PACKAGE", tmp_path / "perceiver_kernels")
+        info = {"cuda_built": True, "source_hash": build_info.source_hash(tmp_path)}
+        assert not build_info.is_stale(info)
+        (tmp_path / "csrc" / "new.cu").write_text("")
+        assert build_info.is_stale(info)
+
+
+class TestSetup:
+    def test_switch_takes_three_values(self, monkeypatch):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", "yes")
+        with pytest.raises(SystemExit, match="must be auto, 1 or 0, got 'yes'"):
+            setup_module_functions(monkeypatch)
+
+    def test_zero_builds_nothing_and_says_why(self, monkeypatch):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", "0")
+        setup = setup_module_functions(monkeypatch)
+        assert setup["TOOLS"] is None
+        assert "PERCEIVER_KERNELS_BUILD_CUDA=0" in setup["REASON"]
+
+    @pytest.mark.parametrize("choice", ["auto", "1"])
+    def test_missing_nvcc_is_recorded_or_fatal(self, monkeypatch, choice):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", choice)
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        if choice == "1":
+            with pytest.raises(SystemExit, match="PERCEIVER_KERNELS_BUILD_CUDA=1, but no CUDA compiler"):
+                setup_module_functions(monkeypatch)
+        else:
+            assert "no CUDA compiler" in setup_module_functions(monkeypatch)["REASON"]
+
+    def test_failing_command_ends_the_build_with_its_output(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", "0")
+        run_logged = setup_module_functions(monkeypatch)["run_logged"]
+        command = [sys.executable, "-c", "print('line of the compiler'); raise SystemExit(3)"]
+        with pytest.raises(SystemExit, match="line of the compiler"):
+            run_logged(command, tmp_path / "build.log")
+        assert "line of the compiler" in (tmp_path / "build.log").read_text()
+
+    def test_jobs_honour_max_jobs(self, monkeypatch):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", "0")
+        job_count = setup_module_functions(monkeypatch)["job_count"]
+        assert job_count() >= 1
+        monkeypatch.setenv("MAX_JOBS", "3")
+        assert job_count() == 3
+
+    def test_ptxas_report_takes_the_last_compilation(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PERCEIVER_KERNELS_BUILD_CUDA", "0")
+        report = setup_module_functions(monkeypatch)["ptxas_report"]
+
+        def entry(name, arch, registers, spilled):
+            return (
+                f"ptxas info    : Compiling entry function '{name}' for '{arch}'\n"
+                f"    16 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads\n"
+                f"ptxas info    : Used {registers} registers, used 1 barriers\n"
+            )
+
+        log = tmp_path / "build.log"
+        log.write_text(
+            entry("a", "sm_80", 64, 8) + entry("a", "sm_90a", 40, 4) + "ptxas warning : C7510 serialised\n"
+        )
+        with log.open("a") as file:
+            file.write(entry("a", "sm_80", 96, 0))
+        assert report(log) == {
+            "count": 2, "max_registers": 96, "spilling": ["a sm_90a"], "warnings": ["ptxas warning : C7510 serialised"],
+        }  # fmt: skip
+
+
+class TestMetadata:
+    def test_installed_version_is_the_package_version(self):
+        if not is_installed("perceiver-kernels"):
+            pytest.skip("the package runs from its source tree, not installed")
+        assert importlib.metadata.version("perceiver-kernels") == __version__
+
+    def test_torch_is_no_build_requirement(self):
+        build_system = (ROOT / "pyproject.toml").read_text().partition("[project]")[0]
+        (requires,) = [line for line in build_system.splitlines() if line.startswith("requires")]
+        assert "setuptools" in requires
+        assert "torch" not in requires
+
+    def test_pure_wheel_holds_the_package_alone(self, tmp_path):
+        for tool in ("pip", "setuptools"):
+            if not is_installed(tool):
+                pytest.skip(f"{tool} is not installed")
+        tree = tmp_path / "tree"
+        tree.mkdir()
+        for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+            shutil.copy(ROOT / name, tree)
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", build_info.FILE_NAME)
+        shutil.copytree(ROOT / "perceiver_kernels", tree / "perceiver_kernels", ignore=ignored)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            str(tree),
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+        ]
+        environment = os.environ | {"PERCEIVER_KERNELS_BUILD_CUDA": "0"}
+        subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
+        (wheel,) = tmp_path.glob(f"perceiver_kernels-{__version__}-py3-none-any.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert "perceiver_kernels/py.typed" in names
+        assert f"perceiver_kernels/{build_info.FILE_NAME}" in names
+        assert {name.partition("/")[0].partition("-")[0] for name in names} == {"perceiver_kernels"}
+        assert not [name for name in names if name.endswith(".so")]
