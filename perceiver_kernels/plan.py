@@ -112,9 +112,9 @@ WEIGHTS_BYTES = 96 << 20
 forward took 1.49 ms with 48 MiB, 1.33 with 96, 1.27 with 200, because every chunk costs launches and a partial wave."""
 
 
-def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, device: DeviceFacts) -> WidePlan:
+def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, dropout: bool, device: DeviceFacts) -> WidePlan:
     weights, backward, values, dx = (
-        wide_tile(kind, itemsize, device) for kind in ("weights", "weights_backward", "values", "dx")
+        wide_tile(kind, itemsize, device, dropout=dropout) for kind in ("weights", "weights_backward", "values", "dx")
     )
 
     def chunk(tile: ProductTile, arrays: int) -> int:
@@ -130,18 +130,18 @@ def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, device: DeviceFact
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_sizes(B: int, R: int, M: int, C: int, itemsize: int, device: DeviceFacts) -> SharedKVPlan:
+def _plan_sizes(B: int, R: int, M: int, C: int, itemsize: int, dropout: bool, device: DeviceFacts) -> SharedKVPlan:
     forward, dq, dx = (fused_tile(kind, C, itemsize, device) for kind in ("forward", "dq", "dx"))
     forward_splits = _choose_splits(B, R, M, C, forward, 2, device) if forward else (1, M)
     dq_splits = _choose_splits(B, R, M, C, dq, 3, device) if dq else (1, M)
-    wide = _plan_wide(B, R, M, C, itemsize, device)
+    wide = _plan_wide(B, R, M, C, itemsize, dropout, device)
     return SharedKVPlan(forward, *forward_splits, dq, *dq_splits, dx, wide, device.has_tma)
 
 
 def plan_shared_kv(problem: SharedKVProblem, device: DeviceFacts) -> SharedKVPlan:
     """Tiles and splits of one shared-KV attention; a pure, cached function of its sizes, element size and the device."""
     p = problem
-    return _plan_sizes(p.B, p.R, p.M, p.C, p.dtype.itemsize, device)
+    return _plan_sizes(p.B, p.R, p.M, p.C, p.dtype.itemsize, p.dropout, device)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def plan_pack(B: int, M: int, C_padded: int, *, shared: bool, device: DeviceFact
 
     With positions that the batch shares, one program serves as many batch entries as still fill the device.
     """
-    block_m = max(1, min(64, 1 << (2048 // C_padded).bit_length() - 1 if C_padded <= 2048 else 1))
+    # Past 512 columns one row fills a warp's registers.
+    block_m = 1 if C_padded > 512 else min(64, 1 << (2048 // C_padded).bit_length() - 1)
     tiles = math.ceil(M / block_m)
     groups = 1 if shared else B
     while groups < B and tiles * groups < 16 * device.sm_count:

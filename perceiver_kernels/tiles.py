@@ -76,8 +76,9 @@ _FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
 # Ampere and Ada, 16-bit: synchronous matrix instructions keep operands in registers too, so 64 rows over eight warps.
 _FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
     "forward": ((128, 64, 64, 4, 2), (336, 64, 32, 8, 2)),
-    "dq": ((128, 64, 32, 4, 2), (336, 64, 32, 8, 1)),
-    "dx": ((128, 32, 64, 4, 2), (336, 32, 64, 8, 1)),
+    # Wider rows would spill; the wide kernels compute their gradients.
+    "dq": ((128, 64, 32, 4, 2),),
+    "dx": ((128, 32, 64, 4, 2),),
 }
 # Shared memory that a program needs beyond its operands: barriers, reductions across warps.
 _SHARED_RESERVE = 1024
@@ -121,9 +122,15 @@ _WIDE_FLOAT32: dict[WideKind, ProductTile] = {
 }
 
 
-def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts) -> ProductTile:
+# The generator of the dropout mask needs the registers that a larger tile would take.
+_WIDE_DROPOUT = ProductTile(64, 128, 32, 8, 3)
+
+
+def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, dropout: bool = False) -> ProductTile:
     """The product tile of a wide-channel kernel; it does not depend on the channel count."""
     if itemsize != 2:
         return _WIDE_FLOAT32[kind]
+    if dropout and kind in ("weights", "weights_backward"):
+        return _WIDE_DROPOUT
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]

@@ -97,7 +97,9 @@ class _Chunked(Function):
         q, z, lse, rho, seed = ctx.saved_tensors
         content = ctx.content
         if content._version != ctx.version:
-            raise RuntimeError("the inputs of a chunked cross-attention were modified by an inplace operation before its backward")
+            raise RuntimeError(
+                "the inputs of a chunked cross-attention were modified by an inplace operation before its backward"
+            )
         run, settings = ctx.run, ctx.run.settings
         needs_dq, needs_dx = ctx.needs_input_grad[:2]
         dz = torch.zeros_like(z) if dz is None else dz

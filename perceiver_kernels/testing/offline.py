@@ -1,9 +1,9 @@
 """Compilation of the Triton kernels without a GPU, and what the compiler says of the result.
 
 The real launchers run on CPU tensors under a stand-in for Triton's driver: every launch is compiled exactly as the GPU named
-would compile it (types, divisibility, constants, options) and then not executed. So whatever a launcher launches is covered, and
-nothing here repeats a kernel's signature. Triton does not fail when a kernel asks for more shared memory than the device has:
-callers compare ``Resources.shared`` with the device's limit.
+would compile it (types, divisibility, constants, options) and then not executed. So all that a launcher launches is covered,
+and nothing here repeats a kernel's signature. Triton does not fail when a kernel asks for more shared memory than the device
+has: callers compare ``Resources.shared`` with the device's limit.
 
 Must run in a process without TRITON_INTERPRET. It patches private parts of Triton 3.6 (the one pinned for tests).
 """
@@ -128,9 +128,11 @@ def compile_shared_kv(
     key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
     seen = torch.ones(B, dtype=torch.int32) if lengths else None
     options: dict[str, Any] = {
-        "scale": 1.0, "dropout_p": 0.1 if dropout else 0.0, "dropout_seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
+        "scale": 1.0,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "dropout_seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
         "key_offset": 0,
-    }  # fmt: skip
+    }
     rows = torch.empty(q.shape[:2])
     with offline(facts) as launches:
         if "forward" in passes:
@@ -145,7 +147,8 @@ def compile_shared_kv(
 
 
 def compile_pack(
-    C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", normalize: bool = True, masked: bool = False,
+    C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", normalize: bool = True,
+    masked: bool = False,
 ) -> list[Resources]:  # fmt: skip
     """Every launch of pack_inputs, forward and backward; positions: "none", "shared", "batched" or "fourier"."""
     B, M = 8, 1024

@@ -75,8 +75,8 @@ def call_of(
 
     dtype = content_dtype or target.dtype
     channels = {
-        "none": None, "shared": randn(M, 5), "batched": randn(B, M, 5), "fourier": torch.rand(M, 2, generator=generator) * 2 - 1,
-        "fourier batched": torch.rand(B, M, 2, generator=generator) * 2 - 1, "points": torch.rand(B, M, 2, generator=generator) * 2 - 1,
+        "none": None, "shared": randn(M, 5), "batched": randn(B, M, 5), "fourier": randn(M, 2).tanh(),
+        "fourier batched": randn(B, M, 2).tanh(), "points": randn(B, M, 2).tanh(),
     }[positions]  # fmt: skip
     table = fourier.table() if "fourier" in positions or positions == "points" else None
     if channels is not None and table is None:
@@ -209,7 +209,11 @@ def test_high_frequencies_keep_their_phase(target: Target) -> None:
 @pytest.mark.parametrize("positions", ["none", "batched"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "column major"])
 def test_layouts(target: Target, layout: str, positions: str) -> None:
-    """Any strides: channels first as images have them, gaps, poison beside the values; no bit changes."""
+    """Any strides: channels first as images have them, gaps, poison beside the values; no bit changes.
+
+    On a GPU the compiler spreads a row over lanes as its strides suggest, and with the lanes the order of its sums changes:
+    there the results are compared with fp64.
+    """
     call = call_of(target, 3, 11, 21, positions)
     skip_if_refused(target, call, needs_grad=True)
     plain = results(function_of(target), call)
@@ -217,7 +221,7 @@ def test_layouts(target: Target, layout: str, positions: str) -> None:
     laid_out = replace(call, content=lay(call.content), dpacked=lay(call.dpacked))
     if call.positions is not None:
         laid_out.positions = lay(call.positions)
-    if not target.is_kernel:
+    if not target.is_kernel or machine() == "gpu":
         check(target, laid_out)
         return
     found = results(function_of(target), laid_out)

@@ -1,4 +1,4 @@
-"""The forward and backward pairs under shared_kv_attention: splits, chunks, continued states, what is returned and what is not."""
+"""The forward and backward pairs under shared_kv_attention: splits, chunks, continued states, what is returned."""
 
 from __future__ import annotations
 

@@ -92,8 +92,7 @@ def evaluated(function: Callable[..., Any], q: Tensor, x: Tensor) -> list[Tensor
     torch.manual_seed(11)
     out = function(q, x)
     outputs = [value for value in (out if isinstance(out, tuple) else (out,)) if value.requires_grad]
-    leaves = [leaf for leaf in (q, x)]
-    gradients = torch.autograd.grad([value.sum() for value in outputs], leaves, allow_unused=True)
+    gradients = torch.autograd.grad([value.sum() for value in outputs], (q, x), allow_unused=True)
     return [*(value.detach() for value in outputs), *(g for g in gradients if g is not None)]
 
 

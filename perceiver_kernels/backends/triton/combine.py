@@ -109,8 +109,9 @@ def _delta_kernel(
     dz, z, dlse, drho, rho, delta, R, C, stride_dz_b, stride_dz_r,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DRHO: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(1).to(tl.int64)
-    o_rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_blocks = tl.cdiv(R, BLOCK_R)
+    i_b = (tl.program_id(0) // row_blocks).to(tl.int64)
+    o_rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
     m_rows = o_rows < R
     mask = m_rows[:, None] & (o_c < C)[None, :]
@@ -130,7 +131,7 @@ def row_products(dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None
     B, R, C = z.shape
     delta = torch.empty(B, R, dtype=torch.float32, device=z.device)
     block_r = 4
-    _delta_kernel[(triton.cdiv(R, block_r), B)](
+    _delta_kernel[(triton.cdiv(R, block_r) * B,)](
         dz, z, dlse, drho, rho, delta, R, C, dz.stride(0), dz.stride(1), BLOCK_R=block_r,
         BLOCK_C=triton.next_power_of_2(C), HAS_DLSE=dlse is not None, HAS_DRHO=drho is not None, num_warps=4,
     )  # fmt: skip

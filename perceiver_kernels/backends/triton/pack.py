@@ -38,7 +38,7 @@ def pack_inputs_forward(
     batched = positions is not None and positions.ndim == 3
     plan = plan_pack(B, M, pad_channels(C), shared=positions is not None and not batched, device=device_facts(content.device))
     with torch.cuda.device_of(content):
-        _pack_fwd_kernel[(triton.cdiv(M, plan.block_m), triton.cdiv(B, plan.batch_per_program))](
+        _pack_fwd_kernel[(triton.cdiv(M, plan.block_m) * triton.cdiv(B, plan.batch_per_program),)](
             content, positions, fourier, None if key_mask is None else key_mask.contiguous(), packed, rstd, B, M, C_content, C,
             packed.shape[-1], eps, plan.batch_per_program, *content.stride(), positions.stride(0) if batched else 0,
             0 if positions is None else positions.stride(-2), PIECES=plan.pieces, BLOCK_M=plan.block_m,

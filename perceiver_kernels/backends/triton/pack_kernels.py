@@ -132,9 +132,10 @@ def _pack_fwd_kernel(
     PIECES: tl.constexpr, BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, FOURIER: tl.constexpr, BATCHED: tl.constexpr,
     NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_blocks = tl.cdiv(M, BLOCK_M)
+    o_m = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
-    first = tl.program_id(1).to(tl.int64) * batch_per_program
+    first = (tl.program_id(0) // token_blocks).to(tl.int64) * batch_per_program
     if POSITIONS and not BATCHED:
         shared = _position_pieces(positions, table, o_m, m_m, stride_p_m, C_content, C, PIECES, FOURIER)
     for i_b in range(first, tl.minimum(first + batch_per_program, B)):

@@ -39,10 +39,10 @@ def reasons_against(problem: SharedKVProblem) -> list[str]:
     return reasons_against_device_and_dtype(problem.device_type, problem.dtype)
 
 
-def _plan(q: Tensor, x: Tensor) -> SharedKVPlan:
+def _plan(q: Tensor, x: Tensor, dropout_p: float = 0.0) -> SharedKVPlan:
     B, R, C = q.shape
     problem = SharedKVProblem(
-        B=B, R=R, M=x.shape[1], C=C, dtype=q.dtype, device_type=q.device.type, masked=False, dropout=False,
+        B=B, R=R, M=x.shape[1], C=C, dtype=q.dtype, device_type=q.device.type, masked=False, dropout=dropout_p > 0.0,
         needs_lse=True, needs_grad=False,
     )  # fmt: skip
     return plan_shared_kv(problem, device_facts(q.device))
@@ -67,7 +67,7 @@ def shared_kv_attention_forward(
         return _empty_state(q, state, dtype)
     q, x = unit_stride(q), unit_stride(x)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    plan = plan or _plan(q, x)
+    plan = plan or _plan(q, x, dropout_p)
     if plan.forward is None:
         with torch.cuda.device_of(q):
             return wide.forward(
@@ -123,7 +123,7 @@ def shared_kv_attention_backward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     drho = drho if dropout_p > 0.0 else None  # without dropout rho is constant: its gradient cancels
     drho = None if drho is None else drho.contiguous()
-    plan = plan or _plan(q, x)
+    plan = plan or _plan(q, x, dropout_p)
     dropout = dropout_arguments(dropout_p, dropout_seed, key_offset)
     with torch.cuda.device_of(q):
         delta = row_products(dz, z, None if dlse is None else dlse.contiguous(), drho, rho)
