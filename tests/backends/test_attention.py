@@ -22,9 +22,15 @@ from perceiver_kernels.testing import (
     poisoned_memory,
     same_bits,
 )
-from perceiver_kernels.testing.targets import Target
+from perceiver_kernels.testing.targets import Target, machine
 
 OP = "attention"
+
+
+def wanted(target: Target) -> bool:
+    """Not torch's fp32 attention on a GPU: its memory-efficient kernel exceeds the rule by up to 7 % (torch 2.11, H200)."""
+    return not (machine() == "gpu" and target.backend == "sdpa" and target.dtype == torch.float32)
+
 CASES = [
     replace(case, name=f"{kind} {case.name}")
     for kind, row in (("decode", DECODE), ("process", PROCESS))
