@@ -71,6 +71,8 @@ def shared_kv_attention(
     if lengths is not None:
         key_mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    if q.is_cuda:
+        q, x = _aligned(q), _aligned(x)
     z = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
     rho = torch.ones(q.shape[:2], device=q.device, dtype=torch.float32)
     if key_mask is not None:

@@ -130,6 +130,8 @@ def shared_kv_attention(
     padding = pad_channels(channels) - channels
     if padding:
         q, data = torch.nn.functional.pad(q, (0, padding)), torch.nn.functional.pad(data, (0, padding))
-    z, lse, _ = attend_shared(q, data, key_mask, lengths, scale, dropout_p, return_lse, backend)
-    z = z[..., :channels] if padding else z
+    # The backward subtracts dz.z from every score's gradient: z stays in fp32 for it, and is rounded here.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    z, lse, _ = attend_shared(q, data, key_mask, lengths, scale, dropout_p, return_lse, backend, wide)
+    z = (z[..., :channels] if padding else z).to(q.dtype)
     return (z, lse) if return_lse else z

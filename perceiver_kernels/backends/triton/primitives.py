@@ -179,4 +179,5 @@ def dropout_factors(seed, threshold, inverse_keep, i_b, o_rows, o_keys):
     c_row = (o_rows + o_keys * 0).to(tl.uint32)
     c_batch = c_key * 0 + i_b.to(tl.uint32)
     word, _, _, _ = tl.philox(key, c_key, c_row, c_batch, c_key * 0)
-    return tl.where(word >= threshold.to(tl.uint32), inverse_keep, 0.0)
+    # The threshold may be 2**32, which drops everything and fits no 32-bit word.
+    return tl.where(word.to(tl.int64) >= threshold, inverse_keep, 0.0)

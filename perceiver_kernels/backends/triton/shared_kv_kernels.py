@@ -160,9 +160,9 @@ def _shared_kv_bwd_dq_kernel(
         if MASKED:
             p = tl.exp2(tl.minimum(s * scale_log2 - b_lse[:, None], 0.0))
         else:
-            if start + BLOCK_KV > hi:
-                s = tl.where((o_keys < hi)[None, :], s, -float("inf"))
             p = tl.exp2(s * scale_log2 - b_lse[:, None])
+            if start + BLOCK_KV > hi:
+                p = tl.where((o_keys < hi)[None, :], p, 0.0)
         if DROPOUT:
             factors = dropout_factors(seed, threshold, inverse_keep, i_b, o_rows[:, None], key_offset + o_keys[None, :])
             dp = (dp + b_drho[:, None]) * factors
