@@ -46,7 +46,9 @@ if machine() == "interpreter":
     ]
 MASKED = EncodeCase("masked", B=4, M=150, C=21, N=9, D=8, H=2, d_qk=8, d_v=8)
 WIDE = replace(MASKED, name="wide", B=3, M=130, C=340, N=2)
-BOTH = (MASKED, replace(WIDE, B=2, M=70))
+if machine() == "interpreter":
+    MASKED, WIDE = replace(MASKED, B=3, M=130), replace(WIDE, M=70)
+BOTH = tuple(replace(case, B=2, M=70) for case in (MASKED, WIDE))
 
 
 @dataclass
@@ -276,7 +278,7 @@ def test_bad_values_stay_in_their_row(target: Target) -> None:
         if name in found:
             assert torch.equal(found[name][~bad], clean[name][~bad]), name
     assert found["z"][0, 3].isnan().all()
-    assert torch.equal(found["dx"][1], clean["dx"][1]) and torch.equal(found["dx"][3], clean["dx"][3])
+    assert torch.equal(found["dx"][1], clean["dx"][1])
 
 
 def test_very_negative_lse_with_a_ragged_masked_tail(target: Target) -> None:
