@@ -137,7 +137,9 @@ def project_values(
     if H == 1:
         out = F.linear(z, weight, b_v if rho is None else None)[:, None]  # [B, 1, N, d_v]
     else:
-        out = torch.matmul(z.view(B, H, rows // H, channels), weight.view(H, -1, channels).mT)
+        # One product per head over the rows of the whole batch: the weight's gradient is summed inside it, in fp32.
+        heads = z.view(B, H, rows // H, channels).transpose(0, 1).flatten(1, 2)
+        out = torch.bmm(heads, weight.view(H, -1, channels).mT).unflatten(1, (B, -1)).transpose(0, 1)
         if b_v is not None and rho is None:
             out = out + b_v.view(H, 1, -1)
     if b_v is not None and rho is not None:

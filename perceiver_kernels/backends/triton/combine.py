@@ -111,7 +111,7 @@ def _delta_kernel(
 ):  # fmt: skip
     row_blocks = tl.cdiv(R, BLOCK_R)
     i_b = (tl.program_id(0) // row_blocks).to(tl.int64)
-    o_rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_rows = (tl.program_id(0) % row_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
     m_rows = o_rows < R
     mask = m_rows[:, None] & (o_c < C)[None, :]
