@@ -97,7 +97,7 @@ def _empty_state(
     q: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     if state is not None:
-        return state[0].to(dtype), state[1].clone(), state[2].clone()
+        return state[0].to(dtype, copy=True), state[1].clone(), state[2].clone()
     rows = q.shape[:2]
     lse = torch.full(rows, -torch.inf, dtype=torch.float32, device=q.device)
     return torch.zeros(q.shape, dtype=dtype, device=q.device), lse, torch.zeros_like(lse)
