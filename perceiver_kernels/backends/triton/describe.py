@@ -17,6 +17,11 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors contiguous; None stays None. Statistics and masks come in any order of axes from vmap and from callers."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def can_describe(tensor: Tensor) -> bool:
     """Whether TMA can read the tensor as [B, rows, C]: 16-byte base and row pitch, and no stride of 0."""
     size = tensor.element_size()

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
+from perceiver_kernels.backends.triton.describe import contiguous, unit_stride
 from perceiver_kernels.backends.triton.pack_kernels import _pack_bwd_kernel, _pack_fwd_kernel
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.plan import plan_pack
@@ -30,17 +31,18 @@ def pack_inputs_forward(
     C = C_content
     if positions is not None:
         C += positions.shape[-1] if fourier is None else fourier.shape[-1]
-        positions = positions if positions.stride(-1) == 1 else positions.contiguous()
+        positions = unit_stride(positions)
     packed = torch.empty(B, M, pad_channels(C), dtype=dtype, device=content.device)
     rstd = torch.empty((B, M) if normalize else (0,), dtype=torch.float32, device=content.device)
     if B * M == 0:
         return packed, rstd
+    fourier, key_mask = contiguous(fourier, key_mask)
     batched = positions is not None and positions.ndim == 3
     plan = plan_pack(B, M, pad_channels(C), shared=positions is not None and not batched, device=device_facts(content.device))
     with torch.cuda.device_of(content):
         _pack_fwd_kernel[(triton.cdiv(M, plan.block_m) * triton.cdiv(B, plan.batch_per_program),)](
-            content, positions, fourier, None if key_mask is None else key_mask.contiguous(), packed, rstd, B, M, C_content, C,
-            packed.shape[-1], eps, plan.batch_per_program, *content.stride(), positions.stride(0) if batched else 0,
+            content, positions, fourier, key_mask, packed, rstd, B, M, C_content, C, packed.shape[-1], eps,
+            plan.batch_per_program, *content.stride(), positions.stride(0) if batched else 0,
             0 if positions is None else positions.stride(-2), PIECES=plan.pieces, BLOCK_M=plan.block_m,
             POSITIONS=positions is not None, FOURIER=fourier is not None, BATCHED=batched, NORMALIZE=normalize,
             MASKED=key_mask is not None, num_warps=plan.num_warps,
@@ -57,7 +59,7 @@ def pack_inputs_backward(
     dcontent = torch.empty(B, M, content_channels, dtype=dtype, device=packed.device)
     if dcontent.numel() == 0:
         return dcontent
-    dpacked = dpacked.contiguous()
+    dpacked, packed, rstd = contiguous(dpacked, packed, rstd)
     block_m = 4
     with torch.cuda.device_of(packed):
         _pack_bwd_kernel[(triton.cdiv(B * M, block_m),)](

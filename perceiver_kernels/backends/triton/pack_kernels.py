@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perceiver_kernels.backends.triton.primitives import piece_columns
+from perceiver_kernels.backends.triton.primitives import piece_columns, piece_start
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _position_pieces(
 def _content_pieces(content, o_m, visible, stride_c_m, stride_c_c, C_content, PIECES: tl.constexpr):
     pieces = ()
     for i in tl.static_range(len(PIECES)):
-        o_c = piece_columns(PIECES, i)
+        o_c = piece_columns(PIECES, i).to(tl.int64)
         mask = visible[:, None] & (o_c < C_content)[None, :]
         tile = tl.load(content + o_m[:, None] * stride_c_m + o_c[None, :] * stride_c_c, mask=mask, other=0.0)
         pieces = pieces + (tile.to(tl.float32),)
@@ -120,11 +120,6 @@ def _store_vectors(pointer, tile, o_m, m_m, C_padded, START: tl.constexpr, BLOCK
     tl.store(p, tile.to(pointer.dtype.element_ty).reshape(BLOCK_M, WIDTH // 8, 8), mask=mask)
 
 
-@triton.constexpr_function
-def _start(pieces, i):
-    return sum(pieces[:i])
-
-
 @triton.jit
 def _pack_fwd_kernel(
     content, positions, table, key_mask, packed, rstd, B, M, C_content, C, C_padded, eps, batch_per_program,
@@ -160,8 +155,9 @@ def _pack_fwd_kernel(
             tl.store(rstd + i_b * M + o_m, scale, mask=m_m)
         for i in tl.static_range(len(PIECES)):
             _store_vectors(
-                packed + i_b * M * C_padded, x[i] * scale[:, None], o_m, m_m, C_padded, _start(PIECES, i), BLOCK_M, PIECES[i]
-            )
+                packed + i_b * M * C_padded, x[i] * scale[:, None], o_m, m_m, C_padded, piece_start(PIECES, i), BLOCK_M,
+                PIECES[i],
+            )  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from perceiver_kernels.backends.triton.describe import (
     Statistics,
     Visibility,
     can_describe,
+    contiguous,
     dropout_arguments,
     positive_scale,
     row_arguments,
@@ -66,7 +67,8 @@ def shared_kv_attention_forward(
     if B * R == 0 or M == 0:
         return _empty_state(q, state, dtype)
     q, x = unit_stride(q), unit_stride(x)
-    key_mask = None if key_mask is None else key_mask.contiguous()
+    key_mask, lengths = contiguous(key_mask, lengths)
+    state = None if state is None else contiguous(*state)
     plan = plan or _plan(q, x, dropout_p)
     if plan.forward is None:
         with torch.cuda.device_of(q):
@@ -120,13 +122,14 @@ def shared_kv_attention_backward(
         dq = dq if needs_dq else None
         return dq, torch.zeros_like(x) if needs_dx else None
     dz, q, x = unit_stride(dz), unit_stride(q), unit_stride(x)
-    key_mask = None if key_mask is None else key_mask.contiguous()
     drho = drho if dropout_p > 0.0 else None  # without dropout rho is constant: its gradient cancels
-    drho = None if drho is None else drho.contiguous()
+    z, lse, rho, dlse, drho, key_mask, lengths, dq_earlier = contiguous(
+        z, lse, rho, dlse, drho, key_mask, lengths, dq_earlier
+    )
     plan = plan or _plan(q, x, dropout_p)
     dropout = dropout_arguments(dropout_p, dropout_seed, key_offset)
     with torch.cuda.device_of(q):
-        delta = row_products(dz, z, None if dlse is None else dlse.contiguous(), drho, rho)
+        delta = row_products(dz, z, dlse, drho, rho)
         dz = dz.to(q.dtype)
         statistics = (lse, delta, drho)
         wide_dq, wide_dx = needs_dq and plan.dq is None, needs_dx and plan.dx is None
