@@ -32,8 +32,9 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     },
     "shared_kv_attention": {
         "shared_kv_attention_forward": (("q", "x", *MASKS), (*STATE, "state", "out_dtype")),
+        "shared_kv_attention_delta": (("dz", "z", "dlse", "drho", "rho"), ()),
         "shared_kv_attention_backward": (
-            ("dz", "dlse", "drho", "q", "x", "z", "lse", "rho", *MASKS), (*STATE, "needs_dq", "needs_dx", "dq_dtype"),
+            ("dz", "delta", "drho", "q", "x", "lse", *MASKS), (*STATE, "needs_dq", "needs_dx", "dq_sum"),
         ),
     },
     "attention": {},

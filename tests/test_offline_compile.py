@@ -136,8 +136,9 @@ def test_only_the_first_grid_dimension_grows_with_the_batch() -> None:
         from perceiver_kernels.backends.triton import pack, shared_kv
 
         shared_kv.shared_kv_attention_forward(q, x, None, None, **options)
+        delta = shared_kv.shared_kv_attention_delta(q, q, None, None, rows)
         shared_kv.shared_kv_attention_backward(
-            q, None, None, q, x, q, rows, rows, None, None, **options, needs_dq=True, needs_dx=True
+            q, delta, None, q, x, rows, None, None, **options, needs_dq=True, needs_dx=True
         )
         for positions in (None, torch.empty(16, 3)):
             packed, rstd = pack.pack_inputs_forward(

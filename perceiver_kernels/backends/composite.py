@@ -69,29 +69,35 @@ def shared_kv_attention_forward(
     return z.to(out_dtype or q.dtype), lse, rho
 
 
+def shared_kv_attention_delta(
+    dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor
+) -> Tensor:
+    """delta = dz.z + drho rho - dlse, [B, R] in the dtype of rho."""
+    delta = (dz.to(rho.dtype) * z.to(rho.dtype)).sum(-1)
+    delta = delta if drho is None else delta + drho * rho
+    return delta if dlse is None else delta - dlse
+
+
 def shared_kv_attention_backward(
-    dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
-    key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
-    key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None = None,
-    dq_earlier: Tensor | None = None,
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, key_offset: int,
+    needs_dq: bool, needs_dx: bool, dq_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """ds = p (d (dz x^T + drho) - delta), dq = scale ds x, dx = scale ds^T q + (d p)^T dz; delta = dz.z + drho rho - dlse."""
+    """ds = p (d (dz x^T + drho) - delta), dq = scale ds x, dx = scale ds^T q + (d p)^T dz.
+
+    dq is added to ``dq_sum`` [B, R, C] in place where one is given, and that tensor is returned for it.
+    """
     if lengths is not None:
         key_mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     wide = lse.dtype
     dz_w, q_w, x_w = dz.to(wide), q.to(wide), x.to(wide)
     p, factor = _weights(q_w, x_w, lse, key_mask, scale, dropout_p, dropout_seed, key_offset)
-    delta = (dz_w * z.to(wide)).sum(-1)
     dp = dz_w @ x_w.mT
     if drho is not None:
-        delta = delta + drho * rho
         dp = dp + drho[..., None]
-    if dlse is not None:
-        delta = delta - dlse
     ds = scale * p * (factor * dp - delta[..., None])
     dq = None
     if needs_dq:
-        dq = ds @ x_w if dq_earlier is None else dq_earlier + ds @ x_w
-        dq = dq.to(dq_dtype or q.dtype)
+        dq = (ds @ x_w).to(q.dtype) if dq_sum is None else dq_sum.add_(ds @ x_w)
     dx = (ds.mT @ q_w + (factor * p).mT @ dz_w).to(x.dtype) if needs_dx else None
     return dq, dx

@@ -6,6 +6,7 @@ from perceiver_kernels.backends.composite import (
     pack_inputs_backward,
     pack_inputs_forward,
     shared_kv_attention_backward,
+    shared_kv_attention_delta,
     shared_kv_attention_forward,
 )
 from perceiver_kernels.problem import Problem
@@ -18,6 +19,7 @@ __all__ = [
     "pack_inputs_forward",
     "shared_kv_attention",
     "shared_kv_attention_backward",
+    "shared_kv_attention_delta",
     "shared_kv_attention_forward",
 ]
 

@@ -102,23 +102,20 @@ class _Chunked(Function):
             )
         run, settings = ctx.run, ctx.run.settings
         needs_dq, needs_dx = ctx.needs_input_grad[:2]
-        dz = torch.zeros_like(z) if dz is None else dz
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq: Tensor | None = None
+        backend = run.attention_backend
+        dz, delta, drho = shared_kv_op.row_gradients(dz, dlse, drho, q, z, rho, settings.dropout_p, backend)
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if needs_dq else None
         dcontent = torch.empty_like(content) if needs_dx else None
         for start, stop, part, packed, rstd in run.chunks(q.device):
-            dq_sum, dx = shared_kv_op.BACKWARD(
-                dz, dlse, drho, q, packed, z, lse, rho, part.key_mask, None, seed, settings.scale, settings.dropout_p, start,
-                needs_dq, needs_dx, wide, run.attention_backend, dq,
+            dx = shared_kv_op.BACKWARD_ADD(
+                dq, dz, delta, drho, q, packed, lse, part.key_mask, seed, settings.scale, settings.dropout_p, start,
+                needs_dx, backend,
             )  # fmt: skip
-            dq = dq_sum if needs_dq else None
             if dcontent is not None:
                 dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
                     dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
                     run.pack_backend,
                 )  # fmt: skip
-        if needs_dq and dq is None:
-            dq = torch.zeros_like(q)
         return None if dq is None else dq.to(q.dtype), dcontent, None, None
 
 

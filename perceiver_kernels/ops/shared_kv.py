@@ -36,27 +36,56 @@ def _forward_fake(
     return z, q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
+def _delta(
+    dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor, backend: str
+) -> Tensor:
+    return load("shared_kv_attention", backend).shared_kv_attention_delta(dz, z, dlse, drho, rho)
+
+
+def _delta_fake(
+    dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor, backend: str
+) -> Tensor:
+    return z.new_empty(z.shape[:2], dtype=torch.promote_types(rho.dtype, torch.float32))
+
+
 def _backward(
-    dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
-    key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float,
-    key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None, backend: str,
-    dq_earlier: Tensor | None = None,
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dq: bool,
+    needs_dx: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq, dx = load("shared_kv_attention", backend).shared_kv_attention_backward(
-        dz, dlse, drho, q, x, z, lse, rho, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-        key_offset=key_offset, needs_dq=needs_dq, needs_dx=needs_dx, dq_dtype=dq_dtype, dq_earlier=dq_earlier,
+        dz, delta, drho, q, x, lse, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        key_offset=key_offset, needs_dq=needs_dq, needs_dx=needs_dx,
     )  # fmt: skip
     return q.new_empty(0) if dq is None else dq, x.new_empty(0) if dx is None else dx
 
 
 def _backward_fake(
-    dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
-    key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float,
-    key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None, backend: str,
-    dq_earlier: Tensor | None = None,
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dq: bool,
+    needs_dx: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dq = q.new_empty(q.shape, dtype=dq_dtype or q.dtype) if needs_dq else q.new_empty(0)
-    return dq, x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return q.new_empty(q.shape if needs_dq else 0), x.new_empty(x.shape if needs_dx else 0)
+
+
+def _backward_add(
+    dq_sum: Tensor | None, dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor,
+    key_mask: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dx: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    _, dx = load("shared_kv_attention", backend).shared_kv_attention_backward(
+        dz, delta, drho, q, x, lse, key_mask, None, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        key_offset=key_offset, needs_dq=dq_sum is not None, needs_dx=needs_dx, dq_sum=dq_sum,
+    )  # fmt: skip
+    return x.new_empty(0) if dx is None else dx
+
+
+def _backward_add_fake(
+    dq_sum: Tensor | None, dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor,
+    key_mask: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dx: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape if needs_dx else 0)
 
 
 FORWARD = define(
@@ -67,13 +96,27 @@ FORWARD = define(
     _forward,
     _forward_fake,
 )
+DELTA = define(
+    "shared_kv_attention_delta",
+    "(Tensor dz, Tensor z, Tensor? dlse, Tensor? drho, Tensor rho, str backend) -> Tensor",
+    _delta,
+    _delta_fake,
+)
 BACKWARD = define(
     "shared_kv_attention_backward",
-    "(Tensor dz, Tensor? dlse, Tensor? drho, Tensor q, Tensor x, Tensor z, Tensor lse, Tensor rho, Tensor? key_mask, "
-    "Tensor? lengths, Tensor? dropout_seed, float scale, float dropout_p, SymInt key_offset, bool needs_dq, bool needs_dx, "
-    "ScalarType? dq_dtype, str backend, Tensor? dq_earlier=None) -> (Tensor, Tensor)",
+    "(Tensor dz, Tensor delta, Tensor? drho, Tensor q, Tensor x, Tensor lse, Tensor? key_mask, Tensor? lengths, "
+    "Tensor? dropout_seed, float scale, float dropout_p, SymInt key_offset, bool needs_dq, bool needs_dx, str backend) "
+    "-> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+)
+# Of one chunk of keys: dq is added to dq_sum (None: not needed). Not one with BACKWARD, which vmap must be able to call.
+BACKWARD_ADD = define(
+    "shared_kv_attention_backward_add",
+    "(Tensor(a!)? dq_sum, Tensor dz, Tensor delta, Tensor? drho, Tensor q, Tensor x, Tensor lse, Tensor? key_mask, "
+    "Tensor? dropout_seed, float scale, float dropout_p, SymInt key_offset, bool needs_dx, str backend) -> Tensor",
+    _backward_add,
+    _backward_add_fake,
 )
 
 
@@ -85,17 +128,44 @@ def _forward_flops(q_shape: tuple[int, ...], x_shape: tuple[int, ...], *args: An
 
 @register_flop_formula(torch.ops.perceiver_kernels.shared_kv_attention_backward)
 def _backward_flops(
-    dz_shape: Any, dlse_shape: Any, drho_shape: Any, q_shape: tuple[int, ...], x_shape: tuple[int, ...], z_shape: Any,
-    lse_shape: Any, rho_shape: Any, key_mask: Any, lengths: Any, dropout_seed: Any, scale: float, dropout_p: float,
-    key_offset: int, needs_dq: bool, needs_dx: bool, *args: Any, **kwargs: Any,
+    dz_shape: Any, delta_shape: Any, drho_shape: Any, q_shape: tuple[int, ...], x_shape: tuple[int, ...], lse_shape: Any,
+    key_mask: Any, lengths: Any, dropout_seed: Any, scale: float, dropout_p: float, key_offset: int, needs_dq: bool,
+    needs_dx: bool, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
+    return _gradient_flops(q_shape, x_shape, needs_dq, needs_dx)
+
+
+@register_flop_formula(torch.ops.perceiver_kernels.shared_kv_attention_backward_add)
+def _backward_add_flops(
+    dq_sum_shape: Any, dz_shape: Any, delta_shape: Any, drho_shape: Any, q_shape: tuple[int, ...], x_shape: tuple[int, ...],
+    lse_shape: Any, key_mask: Any, dropout_seed: Any, scale: float, dropout_p: float, key_offset: int, needs_dx: bool,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _gradient_flops(q_shape, x_shape, dq_sum_shape is not None, needs_dx)
+
+
+def _gradient_flops(q_shape: tuple[int, ...], x_shape: tuple[int, ...], needs_dq: bool, needs_dx: bool) -> int:
     B, R, C = q_shape
     products = 3 * bool(needs_dq) + 4 * bool(needs_dx)
     return 2 * products * B * R * x_shape[1] * C
 
 
+def row_gradients(
+    dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None, q: Tensor, z: Tensor, rho: Tensor, dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dz, delta, drho) as BACKWARD takes them, from the gradients of the forward's results.
+
+    dz is rounded to q's dtype before delta is taken from it: ds = p (dz.x_j - dz.z) then sees one dz, whose rounding weighs
+    with x_j - z instead of with both.
+    """
+    dz = torch.zeros_like(z, dtype=q.dtype) if dz is None else dz.to(q.dtype)
+    drho = drho if dropout_p > 0.0 else None  # without dropout rho is constant: its gradient cancels
+    return dz, DELTA(dz, z, dlse, drho, rho, backend), drho
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend, _ = inputs
+    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend = inputs
     z, lse, rho = output
     ctx.save_for_backward(q, x, z, lse, rho, key_mask, lengths, dropout_seed)
     ctx.set_materialize_grads(False)
@@ -103,18 +173,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
 
 
 def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 7
+    nothing = (None,) * 6
     q, x, z, lse, rho, key_mask, lengths, dropout_seed = ctx.saved_tensors
     anchor = next((g for g in (dz, dlse, drho) if g is not None), None)
     if anchor is None:
         return (None, None, *nothing)
     scale, dropout_p, backend = ctx.arguments
     needs_dq, needs_dx = ctx.needs_input_grad[:2]
-    dz = torch.zeros_like(z) if dz is None else dz
+    dz, delta, drho = row_gradients(dz, dlse, drho, q, z, rho, dropout_p, backend)
     dq, dx = BACKWARD(
-        dz, dlse, drho, q, x, z, lse, rho, key_mask, lengths, dropout_seed, scale, dropout_p, 0, needs_dq, needs_dx, None,
-        backend,
-    )  # fmt: skip
+        dz, delta, drho, q, x, lse, key_mask, lengths, dropout_seed, scale, dropout_p, 0, needs_dq, needs_dx, backend
+    )
     dq = refuse_double_backward(dq, anchor) if needs_dq else None
     dx = refuse_double_backward(dx, anchor) if needs_dx else None
     return (dq, dx, *nothing)
@@ -122,15 +191,23 @@ def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | N
 
 def _run(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
-    dropout_p: float, backend: str, out_dtype: torch.dtype | None = None,
+    dropout_p: float, backend: str, out_dtype: torch.dtype | None,
 ) -> State:  # fmt: skip
     return FORWARD(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, 0, None, None, None, out_dtype, backend)
+
+
+def _run_wide(q: Tensor, *inputs: Any) -> State:
+    """With z in fp32 (fp64 for fp64): the backward subtracts dz.z from the gradients of the scores.
+
+    Rounded z left an error of 2^-9 |dz| |z| in scores whose gradients cancel, such as those of a row that sees one key.
+    """
+    return _run(q, *inputs, torch.promote_types(q.dtype, torch.float32))
 
 
 class _SharedKV(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> State:
-        output = _run(*inputs)
+        output = _run_wide(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -140,7 +217,7 @@ class _SharedKV(Function):
 class _SharedKVFunctorch(Function):
     @staticmethod
     def forward(*inputs: Any) -> State:
-        return _run(*inputs)
+        return _run_wide(*inputs)
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_gradient)
@@ -149,6 +226,7 @@ class _SharedKVFunctorch(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[State, tuple[int, int, int]]:
         """Over mapped inputs the axis joins the batch; over shared inputs it joins the query rows, so x is not copied."""
         q, x, key_mask, lengths, *rest = inputs
+        rest.append(torch.promote_types(q.dtype, torch.float32))
         size = info.batch_size
         if all(dim is None for dim in in_dims[1:4]):
             rows = q.movedim(in_dims[0], 1)  # [B, V, R, C]
@@ -170,9 +248,11 @@ def shared_kv_attention(
 
     z has ``out_dtype``, or q's where that is None.
     """
-    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend, out_dtype)
+    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend)
     if transforms_active():
-        return _SharedKVFunctorch.apply(*inputs)
-    if torch.is_grad_enabled() and (q.requires_grad or x.requires_grad):
-        return _SharedKV.apply(*inputs)
-    return _run(*inputs)
+        z, lse, rho = _SharedKVFunctorch.apply(*inputs)
+    elif torch.is_grad_enabled() and (q.requires_grad or x.requires_grad):
+        z, lse, rho = _SharedKV.apply(*inputs)
+    else:
+        return _run(*inputs, out_dtype)
+    return z.to(out_dtype or q.dtype), lse, rho

@@ -89,7 +89,7 @@ def compare(
         "error": (actual.to(oracle) - truth).where(finite, 0),
         "eager": (eager - truth).where(finite, 0),
         "rounding": truth.to(actual.dtype).to(oracle) - truth,
-        "floor": FLOOR * (truth if terms is None else terms.to(oracle)),
+        "floor": FLOOR * (truth if terms is None else terms.detach().to(oracle)),
     }
     return _in_norm("L2", 2, truth, errors), _in_norm("max", torch.inf, truth, errors)
 

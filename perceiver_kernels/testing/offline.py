@@ -139,10 +139,11 @@ def compile_shared_kv(
             shared_kv.shared_kv_attention_forward(q, x, key_mask, seen, **options)
         for name in ("dq", "dx"):
             if name in passes:
+                drho = rows if dropout else None
+                delta = shared_kv.shared_kv_attention_delta(q, q.float(), None, drho, rows)
                 shared_kv.shared_kv_attention_backward(
-                    q, None, rows if dropout else None, q, x, q, rows, rows, key_mask, seen, **options,
-                    needs_dq=name == "dq", needs_dx=name == "dx",
-                )  # fmt: skip
+                    q, delta, drho, q, x, rows, key_mask, seen, **options, needs_dq=name == "dq", needs_dx=name == "dx"
+                )
     return launches
 
 

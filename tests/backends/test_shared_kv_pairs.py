@@ -54,11 +54,15 @@ def forward(
 
 
 def backward(
-    module: ModuleType, *args: Any, key_mask: Any = None, needs_dq: bool = True, needs_dx: bool = True, **kwargs: Any
-) -> Any:
+    module: ModuleType, dz: Tensor, dlse: Any, drho: Any, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor, *,
+    key_mask: Any = None, needs_dq: bool = True, needs_dx: bool = True, **kwargs: Any,
+) -> Any:  # fmt: skip
     if kwargs["dropout_seed"] is not None:
-        kwargs["dropout_seed"] = kwargs["dropout_seed"].to(args[0].device)
-    return module.shared_kv_attention_backward(*args, key_mask, None, needs_dq=needs_dq, needs_dx=needs_dx, **kwargs)
+        kwargs["dropout_seed"] = kwargs["dropout_seed"].to(q.device)
+    delta = module.shared_kv_attention_delta(dz, z, dlse, drho, rho)
+    return module.shared_kv_attention_backward(
+        dz, delta, drho, q, x, lse, key_mask, None, needs_dq=needs_dq, needs_dx=needs_dx, **kwargs
+    )
 
 
 def judge(target: Target, actual: dict[str, Tensor], q: Tensor, x: Tensor, dz: Tensor, kwargs: dict[str, Any]) -> None:
@@ -92,15 +96,14 @@ def test_chunks_of_keys_merge_to_the_whole(target: Target, C: int, p: float, cut
         here = kwargs | {"key_offset": start}
         state = forward(module, q, x[:, start:stop], state=state, out_dtype=torch.float32, **here)
         assert all(part.dtype == torch.float32 for part in state)
-    z, lse, rho = state[0].to(target.dtype), *state[1:]
     dq, dx = torch.zeros(q.shape, device=q.device), []
     for start, stop in bounds:
         here = kwargs | {"key_offset": start}
-        part, dx_part = backward(module, dz, None, None, q, x[:, start:stop], z, lse, rho, dq_dtype=torch.float32, **here)
-        assert part.dtype == torch.float32 and dx_part.dtype == target.dtype
-        dq += part
-        dx.append(dx_part)
-    actual = {"z": z, "lse": lse, "rho": rho, "dq": dq.to(target.dtype), "dx": torch.cat(dx, 1)}
+        added, part = backward(module, dz, None, None, q, x[:, start:stop], *state, dq_sum=dq, **here)
+        assert added is dq and part.dtype == target.dtype
+        dx.append(part)
+    z, lse, rho = state
+    actual = {"z": z.to(target.dtype), "lse": lse, "rho": rho, "dq": dq.to(target.dtype), "dx": torch.cat(dx, 1)}
     judge(target, actual, q, x, dz, kwargs)
 
 
@@ -222,8 +225,6 @@ def test_composite_backward_is_autograd_of_the_specification() -> None:
     outputs = reference.shared_kv_attention(*leaves, key_mask=mask, **known)
     expected = torch.autograd.grad(outputs, leaves, (dz, dlse, drho))
     saved = [value.detach() for value in outputs]
-    found = composite.shared_kv_attention_backward(
-        dz, dlse, drho, q.detach(), x.detach(), *saved, mask, None, **known, key_offset=0, needs_dq=True, needs_dx=True
-    )
+    found = backward(composite, dz, dlse, drho, q.detach(), x.detach(), *saved, key_mask=mask, **known, key_offset=0)
     for value, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(value, truth.masked_fill(~mask[..., None], 0) if truth.shape[1] == 7 else truth)

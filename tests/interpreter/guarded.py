@@ -84,8 +84,9 @@ def attend(place: Callable[[Tensor], Tensor], C: int, dtype: torch.dtype, kind: 
     assert all(part.isfinite().all() for part in continued)
     saved = [guarded(s) for s in state]
     drho = guarded(torch.ones(2, R)) if p else None
+    delta = shared_kv.shared_kv_attention_delta(place(dz), saved[0], guarded(torch.zeros(2, R)), drho, saved[2])
     dq, dx = shared_kv.shared_kv_attention_backward(
-        place(dz), guarded(torch.zeros(2, R)), drho, *tensors, *saved, *masks, **options, needs_dq=True, needs_dx=True
+        place(dz), delta, drho, *tensors, saved[1], *masks, **options, needs_dq=True, needs_dx=True
     )
     leaves = q.double().requires_grad_(), x.double().requires_grad_()
     z, lse, rho = reference.shared_kv_attention(

@@ -58,27 +58,41 @@ def shared_cases(target: Target) -> dict[str, tuple[Any, ...]]:
 
 
 def backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
-    """Arguments of shared_kv_attention_backward; what the forward returned is contiguous, as autograd keeps it."""
+    """Arguments of shared_kv_attention_backward."""
     q, x, dz = randn(target, B, R, C), randn(target, B, M, C), randn(target, B, R, C)
-    saved = shared_op.FORWARD(q, x, None, None, None, 0.2, 0.0, 0, None, None, None, None, target.backend)
-    dlse = rows(target, B, R)
-    rest = (*saved, None, None, None, 0.2, 0.0, 0)
+    _, lse, _ = shared_op.FORWARD(q, x, None, None, None, 0.2, 0.0, 0, None, None, None, None, target.backend)
+    delta, drho = rows(target, B, R), rows(target, B, R)
+    rest = (None, None, None, 0.2, 0.0, 0)
+    swapped = [t.mT.contiguous().mT for t in (delta, lse)]
     return {
-        "both": (dz, dlse, None, q, x, *rest, True, True, None, target.backend),
-        "dq": (dz, None, None, q, x, *rest, True, False, torch.float32, target.backend),
-        "dx": (dz, None, None, q, x, *rest, False, True, None, target.backend),
+        "both": (dz, delta, None, q, x, lse, *rest, True, True, target.backend),
+        "dq": (dz, delta, drho, q, x, lse, *rest, True, False, target.backend),
+        "dx": (dz, delta, None, q, x, lse, *rest, False, True, target.backend),
         "permuted": (
-            permuted(dz),
-            dlse.mT.contiguous().mT,
-            None,
-            permuted(q),
-            permuted(x),
-            *rest,
-            True,
-            True,
-            None,
-            target.backend,
+            permuted(dz), swapped[0], None, permuted(q), permuted(x), swapped[1], *rest, True, True, target.backend,
         ),
+    }  # fmt: skip
+
+
+def backward_add_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    (dz, delta, _, q, x, lse, *_), dq_sum = backward_cases(target)["both"], rows(target, B, R, C)
+    drho, end = rows(target, B, R), (None, None, 0.2, 0.0, 7)
+    return {
+        "both": (dq_sum, dz, delta, None, q, x, lse, *end, True, target.backend),
+        "dq": (dq_sum, dz, delta, drho, q, x, lse, *end, False, target.backend),
+        "dx": (None, dz, delta, None, q, x, lse, *end, True, target.backend),
+    }
+
+
+def delta_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    dz, z = randn(target, B, R, C), rows(target, B, R, C)
+    dlse, drho, rho = (rows(target, B, R) for _ in range(3))
+    swapped = [t.mT.contiguous().mT for t in (dlse, drho, rho)]
+    return {
+        "all": (dz, z, dlse, drho, rho, target.backend),
+        "alone": (dz, z, None, None, rho, target.backend),
+        "permuted": (permuted(dz), permuted(z), *swapped, target.backend),
+        "no rows": (dz[:, :0], z[:, :0], None, None, rho[:, :0], target.backend),
     }
 
 
@@ -116,6 +130,8 @@ OPERATORS = {
         "plain", "permuted", "mask", "lengths", "dropout", "state", "no rows", "no keys", "no keys, state",
     )),
     "shared_kv_attention_backward": (shared_op.BACKWARD, backward_cases, ("both", "dq", "dx", "permuted")),
+    "shared_kv_attention_backward_add": (shared_op.BACKWARD_ADD, backward_add_cases, ("both", "dq", "dx")),
+    "shared_kv_attention_delta": (shared_op.DELTA, delta_cases, ("all", "alone", "permuted", "no rows")),
     "pack_inputs_forward": (pack_op.PACK_FORWARD, pack_cases, (
         "plain", "permuted", "positions", "fourier", "raw", "raw, no padding", "cast", "empty",
     )),

@@ -97,11 +97,9 @@ def merge_states(
     return z, lse, rho
 
 
-def sum_splits(part: Tensor, dtype: torch.dtype, earlier: Tensor | None = None) -> Tensor:
-    """``earlier`` [B, R, C] (0 if None) plus the sum over splits of part [B, S, R, C] fp32."""
-    out = torch.empty(part.shape[0], *part.shape[2:], dtype=dtype, device=part.device)
+def sum_splits(part: Tensor, out: Tensor, earlier: Tensor | None = None) -> None:
+    """``out`` [B, R, C] = ``earlier`` (0 if None; it may be ``out``) + the sum over splits of part [B, S, R, C] fp32."""
     _launch_combine(part, None, None, None if earlier is None else (earlier, None, None), out, None, None)
-    return out
 
 
 @triton.jit
@@ -127,10 +125,10 @@ def _delta_kernel(
 
 
 def row_products(dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor) -> Tensor:
-    """delta = rowsum(dz z) + drho rho - dlse: fp32 [B, R]; z contiguous, dz with unit stride along C."""
+    """delta = rowsum(dz z) + drho rho - dlse: fp32 [B, R]; all contiguous but dz, whose stride along C is 1."""
     B, R, C = z.shape
     delta = torch.empty(B, R, dtype=torch.float32, device=z.device)
-    block_r = 4
+    block_r = 4 if C <= 512 else 2
     _delta_kernel[(triton.cdiv(R, block_r) * B,)](
         dz, z, dlse, drho, rho, delta, R, C, dz.stride(0), dz.stride(1), BLOCK_R=block_r,
         BLOCK_C=triton.next_power_of_2(C), HAS_DLSE=dlse is not None, HAS_DRHO=drho is not None, num_warps=4,

@@ -105,43 +105,44 @@ def _empty_state(
     return torch.zeros(q.shape, dtype=dtype, device=q.device), lse, torch.zeros_like(lse)
 
 
+def shared_kv_attention_delta(
+    dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor
+) -> Tensor:
+    """delta = dz.z + drho rho - dlse, fp32 [B, R]."""
+    if z.numel() == 0:
+        return torch.zeros(z.shape[:2], dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        return row_products(unit_stride(dz), *contiguous(z, dlse, drho, rho))
+
+
 def shared_kv_attention_backward(
-    dz: Tensor, dlse: Tensor | None, drho: Tensor | None, q: Tensor, x: Tensor, z: Tensor, lse: Tensor, rho: Tensor,
-    key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
-    key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype | None = None,
-    dq_earlier: Tensor | None = None, plan: SharedKVPlan | None = None,
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, key_offset: int,
+    needs_dq: bool, needs_dx: bool, dq_sum: Tensor | None = None, plan: SharedKVPlan | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dq = scale ds x and dx = scale ds^T q + (d p)^T dz, ds = p (d (dz x^T + drho) - delta).
 
-    ``dq_earlier`` [B, R, C] is the dq of earlier keys, to which this one is added.
+    dq is added to ``dq_sum`` (fp32 [B, R, C], contiguous) in place where one is given, and that tensor is returned for it.
     """
     B, R, C = q.shape
     if B * R == 0 or x.shape[1] == 0:
-        dtype = dq_dtype or q.dtype
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device) if dq_earlier is None else dq_earlier.to(dtype, copy=True)
-        dq = dq if needs_dq else None
-        return dq, torch.zeros_like(x) if needs_dx else None
+        dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum
+        return dq if needs_dq else None, torch.zeros_like(x) if needs_dx else None
     dz, q, x = unit_stride(dz), unit_stride(q), unit_stride(x)
-    drho = drho if dropout_p > 0.0 else None  # without dropout rho is constant: its gradient cancels
-    z, lse, rho, dlse, drho, key_mask, lengths, dq_earlier = contiguous(
-        z, lse, rho, dlse, drho, key_mask, lengths, dq_earlier
-    )
+    delta, drho, lse, key_mask, lengths = contiguous(delta, drho, lse, key_mask, lengths)
     plan = plan or _plan(q, x, dropout_p)
     dropout = dropout_arguments(dropout_p, dropout_seed, key_offset)
+    statistics = (lse, delta, drho)
+    wide_dq, wide_dx = needs_dq and plan.dq is None, needs_dx and plan.dx is None
+    dq = dx = None
     with torch.cuda.device_of(q):
-        delta = row_products(dz, z, dlse, drho, rho)
-        dz = dz.to(q.dtype)
-        statistics = (lse, delta, drho)
-        wide_dq, wide_dx = needs_dq and plan.dq is None, needs_dx and plan.dx is None
-        dq = dx = None
         if wide_dq or wide_dx:
             dq, dx = wide.backward(
                 q, x, dz, statistics, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-                key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_dtype=dq_dtype or q.dtype,
-                dq_earlier=dq_earlier, plan=plan.wide, tma=plan.tma,
+                key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_sum=dq_sum, plan=plan.wide, tma=plan.tma,
             )  # fmt: skip
         if needs_dq and not wide_dq:
-            dq = _launch_dq(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan, dq_dtype, dq_earlier)
+            dq = _launch_dq(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan, dq_sum)
         if needs_dx and not wide_dx:
             dx = _launch_dx(q, x, dz, statistics, (key_mask, lengths), dropout, dropout_p, scale, plan)
     return dq, dx
@@ -149,21 +150,24 @@ def shared_kv_attention_backward(
 
 def _launch_dq(
     q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, masks: Visibility, dropout: tuple[Any, ...],
-    dropout_p: float, scale: float, plan: SharedKVPlan, dtype: torch.dtype | None, earlier: Tensor | None,
+    dropout_p: float, scale: float, plan: SharedKVPlan, dq_sum: Tensor | None,
 ) -> Tensor:  # fmt: skip
     B, R, C = q.shape
     tile, S = plan.dq, plan.dq_splits
     tma = plan.tma and can_describe(x)
-    dtype = dtype or q.dtype
-    single = S == 1 and earlier is None
-    part = torch.empty(B, S, R, C, dtype=dtype if single else torch.float32, device=q.device)
+    single = S == 1 and dq_sum is None
+    part = torch.empty(B, S, R, C, dtype=q.dtype if single else torch.float32, device=q.device)
     _shared_kv_bwd_dq_kernel[(triton.cdiv(R, tile.block_q) * S * B,)](
         q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, masks[1], *dropout, scale, R, x.shape[1],
         C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
         MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None,
         **_options(tile, tma, dropout_p),
     )  # fmt: skip
-    return part[:, 0] if single else sum_splits(part, dtype, earlier)
+    if single:
+        return part[:, 0]
+    dq = torch.empty(B, R, C, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum
+    sum_splits(part, dq, dq_sum)
+    return dq
 
 
 def _launch_dx(

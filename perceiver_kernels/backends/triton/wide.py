@@ -88,8 +88,8 @@ def forward(
 
 def backward(
     q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, visibility: Visibility, *, scale: float, dropout_p: float,
-    dropout_seed: Tensor | None, key_offset: int, needs_dq: bool, needs_dx: bool, dq_dtype: torch.dtype,
-    dq_earlier: Tensor | None, plan: WidePlan, tma: bool,
+    dropout_seed: Tensor | None, key_offset: int, needs_dq: bool, needs_dx: bool, dq_sum: Tensor | None, plan: WidePlan,
+    tma: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dq, dx) of q [B, R, C] and x [B, M, C]; the weights of a chunk serve both."""
     (B, R, C), M = q.shape, x.shape[1]
@@ -103,7 +103,7 @@ def backward(
     shape = (B, stacked.shape[1] // (1 if needs_dx else 2), min(chunk, plan.padded(M)))
     weights = torch.empty(shape, dtype=q.dtype, device=q.device)
     dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device) if needs_dx else None
-    dq = dq_earlier if needs_dq else None
+    dq = dq_sum if needs_dq else None
     for start in range(0, M, chunk):
         end = min(start + chunk, M)
         key_tiles = triton.cdiv(end - start, tile.columns)
@@ -118,7 +118,10 @@ def backward(
             splits = plan.splits(key_tiles)
             part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
             _launch_values(weights, x, (None, None, None), (part, None, None), R, start, key_tiles, splits, plan, tma, False)
-            dq = sum_splits(part, dq_dtype if end == M else torch.float32, dq)
+            earlier, dq = dq, dq_sum
+            if dq is None:
+                dq = torch.empty(B, R, C, dtype=q.dtype if end == M else torch.float32, device=q.device)
+            sum_splits(part, dq, earlier)
         if dx is not None:
             _launch_dx(weights, q, dz, dx, visibility, start, end, plan, tma)
     return dq, dx
