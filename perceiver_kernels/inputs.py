@@ -321,7 +321,8 @@ class InputArray:
     ) -> InputArray:
         """Every point of float [B, M, axes] is a token; its content, if any, are features float [B, M, F].
 
-        positions default to FourierPositions(64, (1120,) * axes): 387 channels for three axes.
+        positions default to FourierPositions(64, (2240,) * axes), whose highest frequency is the paper's 1120: 387 channels for
+        three axes.
 
         Source: Perceiver, arXiv 2103.03206, section 4.3.
         """
@@ -334,7 +335,7 @@ class InputArray:
             layout = f"[B, M, F] with B={coordinates.shape[0]}, M={coordinates.shape[1]}"
             check_tensor("features", features, layout, (*coordinates.shape[:2], None))
         content = coordinates[:, :, :0] if features is None else features
-        positions = FourierPositions(64, (1120.0,) * coordinates.shape[2]) if positions is None else positions
+        positions = FourierPositions(64, (2240.0,) * coordinates.shape[2]) if positions is None else positions
         return cls(content, positions, coordinates, key_mask=key_mask, lengths=lengths)
 
     @classmethod

@@ -238,6 +238,8 @@ class TestConstructors:
         coordinates, colours = randn(2, 9, 3), randn(2, 9, 4)
         bare = InputArray.points(coordinates)
         assert (bare.content.shape, bare.channels) == ((2, 9, 0), 387)
+        table = bare.slice().fourier
+        assert table is not None and table[1].max() == 1120  # ten times that of 224 x 224 images
         assert torch.equal(bare.slice(3, 7).positions, coordinates[:, 3:7])
         assert bare.slice(3, 7).content.shape == (2, 4, 0)
         lengths = torch.tensor([9, 2], dtype=torch.int32)

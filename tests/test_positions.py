@@ -45,7 +45,7 @@ class TestFourierPositions:
         [
             (FourierPositions(64, (224, 224)), 2, 258),
             (FourierPositions(64, (224, 224), include_raw=False), 2, 256),
-            (FourierPositions(64, (1120,) * 3), 3, 387),
+            (FourierPositions(64, (2240,) * 3), 3, 387),
             (FourierPositions(32, (16, 224, 224)), 3, 195),
             (FourierPositions(1, (1,)), 1, 3),
         ],

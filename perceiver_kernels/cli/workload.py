@@ -22,8 +22,6 @@ from perceiver_kernels.nn import CrossAttention
 
 OURS = "ours"
 CHUNKED = "ours-chunked"
-CHUNK_ROWS = 12_288
-"""Rows (batch x tokens) of one chunk: 6.7 MB of bf16 at C = 261, less than what the partial sums of a pass take."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,11 @@ PASSES = {
 
 
 def chunk_size(batch: int) -> int:
-    """Return the tokens per chunk that make a chunk of CHUNK_ROWS rows."""
-    return max(256, CHUNK_ROWS // max(batch, 1))
+    """Return the tokens per chunk that keep a layer near 60 MiB, forward and backward, at 261 channels and 512 latents.
+
+    The latents of a batch of 8 take half of that, those of one element next to nothing.
+    """
+    return 65_536 if batch == 1 else max(256, 12_288 // max(batch, 1))
 
 
 class Workload:

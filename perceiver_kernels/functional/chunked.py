@@ -50,16 +50,22 @@ class _Run:
     attention_backend: str
 
     def chunks(self, device: torch.device) -> Iterator[tuple[int, int, TokenSlice, Tensor, Tensor]]:
-        """(start, stop, raw tokens, packed tokens, rstd) of every chunk, on ``device``."""
-        settings, M = self.settings, self.source.length
-        for start in range(0, M, settings.chunk_size):
-            stop = min(start + settings.chunk_size, M)
-            part = self.source.slice(start, stop, device=device, dtype=_float_dtype(self.source, settings.dtype))
-            packed, rstd = pack_op.PACK_FORWARD(
-                part.content, part.positions, part.fourier, part.key_mask, settings.normalize, settings.eps, settings.dtype,
-                self.pack_backend,
-            )  # fmt: skip
-            yield start, stop, part, packed, rstd
+        """(start, stop, raw tokens, packed tokens, rstd) of every chunk, on ``device``.
+
+        None of them is kept here: whoever drops them before the next chunk holds one chunk at a time.
+        """
+        M = self.source.length
+        for start in range(0, M, self.settings.chunk_size):
+            yield self._chunk(start, min(start + self.settings.chunk_size, M), device)
+
+    def _chunk(self, start: int, stop: int, device: torch.device) -> tuple[int, int, TokenSlice, Tensor, Tensor]:
+        settings = self.settings
+        part = self.source.slice(start, stop, device=device, dtype=_float_dtype(self.source, settings.dtype))
+        packed, rstd = pack_op.PACK_FORWARD(
+            part.content, part.positions, part.fourier, part.key_mask, settings.normalize, settings.eps, settings.dtype,
+            self.pack_backend,
+        )  # fmt: skip
+        return start, stop, part, packed, rstd
 
 
 def _float_dtype(source: InputArray, dtype: torch.dtype) -> torch.dtype | None:
@@ -75,11 +81,12 @@ class _Chunked(Function):
         settings = run.settings
         state: tuple[Any, Any, Any] = (None, None, None)
         wide = torch.promote_types(q.dtype, torch.float32)
-        for start, _, part, packed, _ in run.chunks(q.device):
+        for start, _, part, packed, rstd in run.chunks(q.device):
             state = shared_kv_op.FORWARD(
                 q, packed, part.key_mask, None, seed, settings.scale, settings.dropout_p, start, *state, wide,
                 run.attention_backend,
             )  # fmt: skip
+            del part, packed, rstd
         if state[0] is None:
             rows = q.shape[:2]
             state = (q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide), q.new_zeros(rows, dtype=wide))
@@ -116,6 +123,7 @@ class _Chunked(Function):
                     dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
                     run.pack_backend,
                 )  # fmt: skip
+            del part, packed, rstd, dx
         return None if dq is None else dq.to(q.dtype), dcontent, None, None
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.triton.describe import ceil_div, power_of_two
 from perceiver_kernels.backends.triton.primitives import LN_2, LOG2_E
 
 _LN_2 = tl.constexpr(LN_2)
@@ -76,10 +77,10 @@ def _launch_combine(
     out: Tensor, lse: Tensor | None, rho: Tensor | None,
 ) -> None:  # fmt: skip
     B, S, R, C = part.shape
-    block_c = min(triton.next_power_of_2(C), 256)
-    block_s = min(triton.next_power_of_2(S), 16)
+    block_c = min(power_of_two(C), 256)
+    block_s = min(power_of_two(S), 16)
     z_state, lse_state, rho_state = state or (part, lse_part, rho_part)
-    _combine_kernel[(B * R, triton.cdiv(C, block_c))](
+    _combine_kernel[(B * R, ceil_div(C, block_c))](
         part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, BLOCK_S=block_s, BLOCK_C=block_c,
         MERGE=lse_part is not None, HAS_STATE=state is not None, num_warps=2,
     )  # fmt: skip
@@ -129,8 +130,8 @@ def row_products(dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None
     B, R, C = z.shape
     delta = torch.empty(B, R, dtype=torch.float32, device=z.device)
     block_r = 4 if C <= 512 else 2
-    _delta_kernel[(triton.cdiv(R, block_r) * B,)](
+    _delta_kernel[(ceil_div(R, block_r) * B,)](
         dz, z, dlse, drho, rho, delta, R, C, dz.stride(0), dz.stride(1), BLOCK_R=block_r,
-        BLOCK_C=triton.next_power_of_2(C), HAS_DLSE=dlse is not None, HAS_DRHO=drho is not None, num_warps=4,
+        BLOCK_C=power_of_two(C), HAS_DLSE=dlse is not None, HAS_DRHO=drho is not None, num_warps=4,
     )  # fmt: skip
     return delta

@@ -12,6 +12,16 @@ Statistics = tuple[Tensor, Tensor, Tensor | None]
 Visibility = tuple[Tensor | None, Tensor | None]
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. triton.cdiv, which kernels use too, takes 5 us on the host, a tenth of a launch."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor with stride 1 along its last axis, copied only if it has not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

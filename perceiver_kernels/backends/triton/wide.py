@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from perceiver_kernels.backends.triton.combine import merge_states, sum_splits
@@ -13,6 +12,7 @@ from perceiver_kernels.backends.triton.describe import (
     Statistics,
     Visibility,
     can_describe,
+    ceil_div,
     dropout_arguments,
     positive_scale,
     stack_row_blocks,
@@ -43,9 +43,9 @@ def _launch_values(
     """``outputs`` = weights x over the chunk, [B, splits, R, C]; softmax statistics are None for plain sums."""
     B, M, C = x.shape
     tile = plan.values
-    _wide_values_kernel[(triton.cdiv(C, tile.columns) * triton.cdiv(R, tile.rows) * splits * B,)](
+    _wide_values_kernel[(ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,)](
         tile_argument(weights, tile.rows, tile.inner, tma), tile_argument(x, tile.inner, tile.columns, tma), *statistics,
-        *outputs, R, M, C, splits, start, key_tiles, triton.cdiv(key_tiles, splits), weights.stride(0),
+        *outputs, R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
         weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=plan.weights.columns, BLOCK_COL=tile.columns,
         BLOCK_K=tile.inner, TMA=tma, SOFTMAX=statistics[0] is not None, DROPOUT=dropout, **_product_options(tile),
     )  # fmt: skip
@@ -61,14 +61,14 @@ def forward(
     if tma and not can_describe(q):
         q = q.contiguous()
     tma = tma and can_describe(x)
-    tile, rows = plan.weights, triton.cdiv(R, plan.weights.rows) * plan.weights.rows
+    tile, rows = plan.weights, ceil_div(R, plan.weights.rows) * plan.weights.rows
     weights = torch.empty(B, rows, min(plan.chunk, plan.padded(M)), dtype=q.dtype, device=q.device)
     options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     for start in range(0, M, plan.chunk):
-        key_tiles = triton.cdiv(min(plan.chunk, M - start), tile.columns)
+        key_tiles = ceil_div(min(plan.chunk, M - start), tile.columns)
         maximum, total = (torch.empty(B, key_tiles, R, **options) for _ in range(2))
         kept = torch.empty_like(total) if dropout_p > 0.0 else None
-        _wide_weights_fwd_kernel[(triton.cdiv(R, tile.rows) * key_tiles * B,)](
+        _wide_weights_fwd_kernel[(ceil_div(R, tile.rows) * key_tiles * B,)](
             tile_argument(q, tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights, maximum,
             total, kept, *visibility, *dropout_arguments(dropout_p, dropout_seed, key_offset), scale * LOG2_E, R, M, C, start,
             key_tiles, q.stride(0), q.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
@@ -106,8 +106,8 @@ def backward(
     dq = dq_sum if needs_dq else None
     for start in range(0, M, chunk):
         end = min(start + chunk, M)
-        key_tiles = triton.cdiv(end - start, tile.columns)
-        _wide_weights_bwd_kernel[(triton.cdiv(R, tile.rows) * key_tiles * B,)](
+        key_tiles = ceil_div(end - start, tile.columns)
+        _wide_weights_bwd_kernel[(ceil_div(R, tile.rows) * key_tiles * B,)](
             tile_argument(stacked, 2 * tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights,
             *statistics, *dropout_arguments(dropout_p, dropout_seed, key_offset), scale, R, M, C, start, key_tiles,
             stacked.stride(0), stacked.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
@@ -132,7 +132,7 @@ def _launch_dx(
 ) -> None:
     B, M, C = dx.shape
     tile = plan.dx
-    _wide_dx_kernel[(triton.cdiv(C, tile.columns) * triton.cdiv(end - start, tile.rows) * B,)](
+    _wide_dx_kernel[(ceil_div(C, tile.columns) * ceil_div(end - start, tile.rows) * B,)](
         tile_argument(weights, tile.inner, tile.rows, tma), tile_argument(q, tile.inner, tile.columns, tma),
         tile_argument(dz, tile.inner, tile.columns, tma), dx, *visibility, q.shape[1], weights.shape[1] // 2, M, C, start, end,
         weights.stride(0), weights.stride(1), q.stride(0), q.stride(1), dz.stride(0), dz.stride(1), BLOCK_KV=tile.rows,
