@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -186,6 +187,23 @@ def test_masks_and_dropout(target: Target, case: EncodeCase, kind: str, p: float
 def test_dropout_probabilities(target: Target, p: float) -> None:
     """From almost nothing to everything dropped: at 1 - 2^-34 the threshold is one more than the largest 32-bit word."""
     check(target, call_of(replace(MASKED, B=1, M=70), target, **dropout(p)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
+def test_a_row_that_sees_one_token_is_that_token(target: Target, case: EncodeCase, p: float) -> None:
+    """z = x / (1 - p) or 0, rounded once at the end, and no gradient reaches q: the weight itself is never rounded."""
+    call = call_of(case, target, lengths=torch.ones(case.B, dtype=torch.int32), **dropout(p))
+    call = replace(call, dlse=torch.zeros_like(call.dlse), drho=torch.zeros_like(call.drho))
+    skip_if_refused(target, call, needs_lse=False)
+    found = results(function_of(target), call)
+    token = (call.x[:, :1].double() / (1 - p)).expand(found["z"].shape)
+    kept = found["z"].any(-1, keepdim=True)
+    assert kept.any() and (p > 0 or kept.all())
+    close = partial(torch.testing.assert_close, rtol=2 * torch.finfo(target.dtype).eps, atol=0)
+    close(found["z"].double(), token.where(kept, 0))
+    terms = call.scale * call.x[:, 0].double().square().amax() * call.dz.double().abs().sum(-1).amax() / (1 - p)
+    assert found["dq"].abs().max() <= 8 * torch.finfo(torch.float32).eps * terms
 
 
 def test_dropout_depends_on_the_seed_alone(target: Target) -> None:

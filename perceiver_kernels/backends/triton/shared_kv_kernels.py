@@ -62,7 +62,7 @@ def _split_range(lengths, i_b, i_s, M, keys_per_split, HAS_LENGTHS: tl.constexpr
 
 @triton.jit
 def _softmax_step(
-    acc, m_i, l_i, r_i, q, x, start, hi, key_mask, factors, scale_log2, i_b, M,
+    acc, m_i, l_i, r_i, q, x, start, hi, key_mask, kept, scale_log2, i_b, M,
     BLOCK_KV: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. After tile t, (acc, m, l) is the softmax state of the split's keys before tile t + 1."""
@@ -80,19 +80,10 @@ def _softmax_step(
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
     if DROPOUT:
-        p = p * factors
+        p = p * kept
         r_i = r_i * alpha + tl.sum(p, 1)
     acc = accumulate(p.to(x[0].dtype), x, rescale(acc, alpha), PRECISION)
     return acc, m_new, l_i, r_i
-
-
-@triton.jit
-def _dropout_tile(seed, threshold, inverse_keep, i_b, o_rows, o_keys, key_offset, DROPOUT: tl.constexpr):
-    if DROPOUT:
-        factors = dropout_factors(seed, threshold, inverse_keep, i_b, o_rows[:, None], key_offset + o_keys[None, :])
-    else:
-        factors = 1.0
-    return factors
 
 
 @triton.jit
@@ -116,11 +107,14 @@ def _shared_kv_fwd_kernel(
     for start in tl.range(lo, hi, BLOCK_KV, num_stages=STAGES):
         b_x = _load_rows(x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, PIECES, BLOCK_KV, TMA)
         o_keys = start + tl.arange(0, BLOCK_KV)
-        factors = _dropout_tile(seed, threshold, inverse_keep, i_b, o_rows, o_keys, key_offset, DROPOUT)
+        # 1 or 0: the factor 1/(1-p) follows at the end, where it is not rounded.
+        kept = dropout_factors(seed, threshold, 1.0, i_b, o_rows[:, None], key_offset + o_keys[None, :]) if DROPOUT else 1.0
         acc, m_i, l_i, r_i = _softmax_step(
-            acc, m_i, l_i, r_i, b_q, b_x, start, hi, key_mask, factors, scale_log2, i_b, M, BLOCK_KV, MASKED, DROPOUT, PRECISION
+            acc, m_i, l_i, r_i, b_q, b_x, start, hi, key_mask, kept, scale_log2, i_b, M, BLOCK_KV, MASKED, DROPOUT, PRECISION
         )
     inverse_l = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+    if DROPOUT:
+        inverse_l *= inverse_keep
     o_part = ((i_b * S + i_s).to(tl.int64) * R) + o_rows
     store_rows(z, C, o_part, m_rows, C, acc, inverse_l, PIECES)
     tl.store(lse + o_part, (m_i + tl.log2(l_i)) * _LN_2, mask=m_rows)

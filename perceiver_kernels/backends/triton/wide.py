@@ -37,17 +37,17 @@ def _product_options(tile: ProductTile) -> dict[str, Any]:
 
 
 def _launch_values(
-    weights: Tensor, x: Tensor, statistics: tuple[Any, Any, Any], outputs: tuple[Any, Any, Any], R: int, start: int,
-    key_tiles: int, splits: int, plan: WidePlan, tma: bool, dropout: bool,
+    weights: Tensor, x: Tensor, statistics: tuple[Any, ...], outputs: tuple[Any, Any, Any], R: int, start: int,
+    key_tiles: int, splits: int, plan: WidePlan, tma: bool, dropout_p: float,
 ) -> None:  # fmt: skip
     """``outputs`` = weights x over the chunk, [B, splits, R, C]; softmax statistics are None for plain sums."""
     B, M, C = x.shape
     tile = plan.values
     _wide_values_kernel[(ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,)](
         tile_argument(weights, tile.rows, tile.inner, tma), tile_argument(x, tile.inner, tile.columns, tma), *statistics,
-        *outputs, R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
+        *outputs, 1.0 / (1.0 - dropout_p), R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
         weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=plan.weights.columns, BLOCK_COL=tile.columns,
-        BLOCK_K=tile.inner, TMA=tma, SOFTMAX=statistics[0] is not None, DROPOUT=dropout, **_product_options(tile),
+        BLOCK_K=tile.inner, TMA=tma, SOFTMAX=statistics[0] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
     )  # fmt: skip
 
 
@@ -63,14 +63,15 @@ def forward(
     tma = tma and can_describe(x)
     tile, rows = plan.weights, ceil_div(R, plan.weights.rows) * plan.weights.rows
     weights = torch.empty(B, rows, min(plan.chunk, plan.padded(M)), dtype=q.dtype, device=q.device)
+    seed, threshold, _, _ = dropout_arguments(dropout_p, dropout_seed, key_offset)
     options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     for start in range(0, M, plan.chunk):
         key_tiles = ceil_div(min(plan.chunk, M - start), tile.columns)
-        maximum, total = (torch.empty(B, key_tiles, R, **options) for _ in range(2))
+        maximum, total, rounded = (torch.empty(B, key_tiles, R, **options) for _ in range(3))
         kept = torch.empty_like(total) if dropout_p > 0.0 else None
         _wide_weights_fwd_kernel[(ceil_div(R, tile.rows) * key_tiles * B,)](
             tile_argument(q, tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights, maximum,
-            total, kept, *visibility, *dropout_arguments(dropout_p, dropout_seed, key_offset), scale * LOG2_E, R, M, C, start,
+            total, kept, rounded, *visibility, seed, threshold, key_offset, scale * LOG2_E, R, M, C, start,
             key_tiles, q.stride(0), q.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
             BLOCK_Q=tile.rows, BLOCK_KV=tile.columns, BLOCK_C=tile.inner, TMA=tma, MASKED=visibility[0] is not None,
             HAS_LENGTHS=visibility[1] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
@@ -78,8 +79,9 @@ def forward(
         splits = plan.splits(key_tiles)
         part = torch.empty(B, splits, R, C, **options)
         lse, rho = (torch.empty(B, splits, R, **options) for _ in range(2))
-        _launch_values(weights, x, (maximum, total, kept), (part, lse, rho), R, start, key_tiles, splits, plan, tma,
-                       dropout_p > 0.0)  # fmt: skip
+        _launch_values(
+            weights, x, (maximum, total, kept, rounded), (part, lse, rho), R, start, key_tiles, splits, plan, tma, dropout_p
+        )
         last = start + plan.chunk >= M
         state = merge_states(part, lse, rho, state, dtype if last else torch.float32)
     assert state is not None  # M > 0: the caller returns early for empty inputs
@@ -117,7 +119,7 @@ def backward(
         if needs_dq:
             splits = plan.splits(key_tiles)
             part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
-            _launch_values(weights, x, (None, None, None), (part, None, None), R, start, key_tiles, splits, plan, tma, False)
+            _launch_values(weights, x, (None,) * 4, (part, None, None), R, start, key_tiles, splits, plan, tma, 0.0)
             earlier, dq = dq, dq_sum
             if dq is None:
                 dq = torch.empty(B, R, C, dtype=q.dtype if end == M else torch.float32, device=q.device)

@@ -70,14 +70,15 @@ def _visible(key_mask, lengths, i_b, o_keys, M, MASKED: tl.constexpr, HAS_LENGTH
 
 @triton.jit
 def _wide_weights_fwd_kernel(
-    q, x, weights, maximum, total, kept, key_mask, lengths, seed, threshold, inverse_keep, key_offset, scale_log2, R, M, C,
+    q, x, weights, maximum, total, kept, rounded, key_mask, lengths, seed, threshold, key_offset, scale_log2, R, M, C,
     key_start, key_tiles, stride_q_b, stride_q_r, stride_x_b, stride_x_m, stride_w_b, stride_w_r,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights of one tile relative to its own row maximum, rounded up to a whole power of two, and their row sums.
 
-    Statistics are [B, key tiles, R]. A power of two rescales the rounded weights exactly in the values kernel.
+    Statistics are [B, key tiles, R]: maximum, total before dropout, and the sum of the weights that dropout kept, before and
+    after rounding. A power of two rescales the rounded weights exactly in the values kernel.
     """
     row_tiles = tl.cdiv(R, BLOCK_Q)
     i_row, i_tile, i_b = _tile_position(key_tiles, row_tiles)
@@ -97,16 +98,18 @@ def _wide_weights_fwd_kernel(
     p = tl.exp2(tl.fma(s - safe[:, None], scale_log2, offset[:, None]))
     l = tl.sum(p, 1)
     if DROPOUT:
-        p = p * dropout_factors(seed, threshold, inverse_keep, i_b, o_rows[:, None], key_offset + o_keys[None, :])
+        p = p * dropout_factors(seed, threshold, 1.0, i_b, o_rows[:, None], key_offset + o_keys[None, :])
+    w = p.to(weights.dtype.element_ty)
     o_statistics = (i_b * key_tiles + i_tile).to(tl.int64) * R + o_rows
     m_rows = o_rows < R
     tl.store(maximum + o_statistics, m, mask=m_rows)
     tl.store(total + o_statistics, l, mask=m_rows)
+    tl.store(rounded + o_statistics, tl.sum(w.to(tl.float32), 1), mask=m_rows)
     if DROPOUT:
         tl.store(kept + o_statistics, tl.sum(p, 1), mask=m_rows)
     o_w = i_b.to(tl.int64) * stride_w_b + o_rows.to(tl.int64)[:, None] * stride_w_r
     o_w += (i_tile * BLOCK_KV + tl.arange(0, BLOCK_KV))[None, :]
-    tl.store(weights + o_w, p.to(weights.dtype.element_ty), mask=m_rows[:, None])
+    tl.store(weights + o_w, w, mask=m_rows[:, None])
 
 
 @triton.jit
@@ -147,25 +150,29 @@ def _wide_weights_bwd_kernel(
 
 
 @triton.jit
-def _split_state(maximum, total, kept, o, tile, tile_end, R, m_rows, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """(m, l, r) of rows over key tiles tile..tile_end: the maximum, and both sums relative to it."""
+def _split_state(
+    maximum, total, kept, rounded, o, tile, tile_end, R, m_rows, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """(m, m or 0, l, r, g) of rows over key tiles tile..tile_end: the maximum, and the three sums relative to it."""
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     for t in range(tile, tile_end):
         m = tl.maximum(m, tl.load(maximum + o + t * R, mask=m_rows, other=-float("inf")))
     safe = tl.where(m == -float("inf"), 0.0, m)
     l = tl.zeros([BLOCK_Q], tl.float32)
     r = tl.zeros([BLOCK_Q], tl.float32)
+    g = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(tile, tile_end):
         factor = tl.exp2(tl.load(maximum + o + t * R, mask=m_rows, other=-float("inf")) - safe)
         l += factor * tl.load(total + o + t * R, mask=m_rows, other=0.0)
+        g += factor * tl.load(rounded + o + t * R, mask=m_rows, other=0.0)
         if DROPOUT:
             r += factor * tl.load(kept + o + t * R, mask=m_rows, other=0.0)
-    return m, safe, l, r if DROPOUT else l
+    return m, safe, l, r if DROPOUT else l, g
 
 
 @triton.jit
 def _wide_values_kernel(
-    weights, x, maximum, total, kept, part, lse, rho, R, M, C, S, key_start, key_tiles, tiles_per_split,
+    weights, x, maximum, total, kept, rounded, part, lse, rho, inverse_keep, R, M, C, S, key_start, key_tiles, tiles_per_split,
     stride_w_b, stride_w_r, stride_x_b, stride_x_m,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_COL: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, SOFTMAX: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,7 +180,8 @@ def _wide_values_kernel(
     """weights x for BLOCK_COL columns over one split of the chunk's key tiles.
 
     With SOFTMAX the weights of tile t are relative to maximum[t]: they are brought to the split's maximum here, and the split's
-    softmax state goes to (part, lse, rho). Without (dq) they are summed as they are.
+    softmax state goes to (part, lse, rho). Rounded weights are divided by their own sum: a row that sees one token is that
+    token, and errors weigh with x_j - z. Without SOFTMAX (dq) they are summed as they are.
     """
     columns = tl.cdiv(C, BLOCK_COL)
     row_tiles = tl.cdiv(R, BLOCK_Q)
@@ -186,7 +194,9 @@ def _wide_values_kernel(
     tile_end = tl.minimum(tile + tiles_per_split, key_tiles)
     o_statistics = (i_b * key_tiles).to(tl.int64) * R + o_rows
     if SOFTMAX:
-        m, safe, l, r = _split_state(maximum, total, kept, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q)
+        m, safe, l, r, g = _split_state(
+            maximum, total, kept, rounded, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q
+        )
     acc = tl.zeros([BLOCK_Q, BLOCK_COL], tl.float32)
     for k in tl.range(tile * BLOCK_KV, tile_end * BLOCK_KV, BLOCK_K, num_stages=STAGES):
         w = _load_tile(
@@ -202,11 +212,11 @@ def _wide_values_kernel(
     o_columns = i_column * BLOCK_COL + tl.arange(0, BLOCK_COL)
     o_part = ((i_b * S + i_s).to(tl.int64) * R) + o_rows
     if SOFTMAX:
-        inverse_l = 1.0 / tl.where(l == 0.0, 1.0, l)
-        acc = acc * inverse_l[:, None]
+        b_rho = r / tl.where(l == 0.0, 1.0, l) * inverse_keep
+        acc = acc * (b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
         if i_column == 0:
             tl.store(lse + o_part, (m + tl.log2(l)) * _LN_2, mask=m_rows)
-            tl.store(rho + o_part, r * inverse_l, mask=m_rows)
+            tl.store(rho + o_part, b_rho, mask=m_rows)
     p = part + o_part[:, None] * C + o_columns[None, :]
     tl.store(p, acc.to(part.dtype.element_ty), mask=m_rows[:, None] & (o_columns < C)[None, :])
 
