@@ -49,11 +49,11 @@ def stack_budget(launch: Resources, device: str, dtype: torch.dtype, dropout: bo
         return 384 if launch.kernel.startswith("_wide_weights") else 0
     if dropout and (kind or launch.kernel.startswith("_wide_weights")):
         # Ten rounds of Philox beside the scores.
-        return 1024
+        return 320
     if kind is None:
         # Sines of 1024 columns in one warp.
         return 160 if launch.constants.get("FOURIER") else 0
-    return {"forward": 0 if sum(launch.constants["PIECES"]) <= 336 else 256, "dq": 0, "dx": 96}[kind]
+    return {"forward": 0 if sum(launch.constants["PIECES"]) <= 336 else 256, "dq": 0, "dx": 16}[kind]
 
 
 def broken_limits(launches: list[Resources], device: str, dtype: torch.dtype, dropout: bool = False) -> list[str]:
@@ -72,6 +72,8 @@ def broken_limits(launches: list[Resources], device: str, dtype: torch.dtype, dr
             found.append(f"{launch.kernel}: no tensor-core instruction")
         if multiplies and dtype.itemsize == 2 and device == "H200" and not (launch.wgmma and launch.tma_loads):
             found.append(f"{launch.kernel}: wgmma {launch.wgmma}, TMA loads {launch.tma_loads}")
+        if launch.kernel in PASSES and launch.serialized:
+            found.append(f"{launch.kernel} {launch.constants}: {launch.wgmma_waits} waits for {launch.wgmma} wgmma")
     return found
 
 

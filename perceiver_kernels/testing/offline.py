@@ -36,7 +36,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Resources:
     """One compiled launch: registers and spilled bytes a thread, shared memory a block, counts of SASS instructions.
 
-    ``stack`` is what ptxas could not keep in registers; ``mma`` counts tensor-core instructions of either generation.
+    ``stack`` is what ptxas could not keep in registers; ``mma`` counts tensor-core instructions of either generation, and
+    ``wgmma_waits`` the waits for asynchronous ones.
     """
 
     kernel: str
@@ -47,7 +48,13 @@ class Resources:
     shared: int
     mma: int
     wgmma: int
+    wgmma_waits: int
     tma_loads: int
+
+    @property
+    def serialized(self) -> bool:
+        """Whether ptxas waits after every single wgmma (its warnings C7510 to C7519): their latencies add up."""
+        return self.wgmma > 1 and self.wgmma_waits >= self.wgmma
 
 
 class _Driver:
@@ -90,6 +97,7 @@ def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], argu
         shared=compiled.metadata.shared,
         mma=len(re.findall(r"\bHG?MMA", sass)),
         wgmma=len(re.findall(r"\bHGMMA", sass)),
+        wgmma_waits=len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
         tma_loads=len(re.findall(r"\bUTMALDG", sass)),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from perceiver_kernels import plan
 from perceiver_kernels.backends.triton import pack, shared_kv, wide
 from perceiver_kernels.device import H200
 from perceiver_kernels.testing import ENCODE, EncodeCase, gapped_rows, misaligned, nan_tail, same_bits
@@ -97,6 +98,20 @@ def test_inputs_that_tma_cannot_read_take_pointers(target: Target, case: EncodeC
         bodies.check(target, replace(call, x=x))
         if x is shared or x.data_ptr() % 16:
             assert tuple(x.shape) not in described
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
+def test_wide_passes_with_different_key_tiles(target: Target, monkeypatch: pytest.MonkeyPatch, tma: bool) -> None:
+    """The forward's key tile is wider than the backward's: several of each, in several chunks."""
+    case = replace(bodies.WIDE, B=2, M=700, N=32)
+    monkeypatch.setattr(plan, "WEIGHTS_BYTES", case.B * case.R * 256 * 2)
+    plan._plan_sizes.cache_clear()
+    call = bodies.call_of(case, target)
+    sizes = shared_kv._plan(call.q, call.x).wide
+    assert sizes.weights.columns != sizes.weights_backward.columns
+    assert max(sizes.chunk, sizes.chunk_dq, sizes.chunk_dx) < case.M
+    bodies.check(target, call if tma else replace(call, x=call.x[:1].expand_as(call.x)))
+    plan._plan_sizes.cache_clear()
 
 
 @pytest.mark.parametrize("positions", pack_bodies.POSITIONS)

@@ -115,6 +115,14 @@ def store_rows(pointer, stride_row, o_rows, m_rows, C, pieces, factor, PIECES: t
 
 
 @triton.jit
+def store_rows_tma(descriptors, i_b, start, pieces, ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """Store rows start..start+ROWS of batch entry i_b through one TMA descriptor per piece; rows past the end are dropped."""
+    for i in tl.static_range(len(PIECES)):
+        value = pieces[i].to(descriptors[i].dtype).reshape(1, ROWS, PIECES[i])
+        descriptors[i].store([i_b, start, piece_start(PIECES, i)], value)
+
+
+@triton.jit
 def dot_transposed(a, b, PRECISION: tl.constexpr):
     """a b^T over all pieces: [ROWS_A, C] x [ROWS_B, C] -> [ROWS_A, ROWS_B], accumulated in fp32."""
     product = tl.dot(a[0], b[0].T, input_precision=PRECISION)

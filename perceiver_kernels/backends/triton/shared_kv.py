@@ -177,11 +177,12 @@ def _launch_dx(
     B, R, C = q.shape
     M, tile = x.shape[1], plan.dx
     rows = stack_row_blocks(q, dz, tile.block_q)
-    tma = plan.tma and can_describe(rows)
+    tma = plan.tma and can_describe(rows) and can_describe(x)
     dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device)
     _shared_kv_bwd_dx_kernel[(ceil_div(M, tile.block_kv) * B,)](
-        *row_arguments(rows, 2 * tile.block_q, tile.pieces, tma), x, *statistics, dx, *masks, *dropout, scale, R, M, C,
-        rows.stride(0), rows.stride(1), x.stride(0), x.stride(1), MASKED=masks[0] is not None,
-        HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None, **_options(tile, tma, dropout_p),
+        *row_arguments(rows, 2 * tile.block_q, tile.pieces, tma), *row_arguments(x, tile.block_kv, tile.pieces, tma),
+        *row_arguments(dx, tile.block_kv, tile.pieces, tma), *statistics, *masks, *dropout, scale, R, M, C, rows.stride(0),
+        rows.stride(1), x.stride(0), x.stride(1), MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None,
+        HAS_DRHO=statistics[2] is not None, **_options(tile, tma, dropout_p),
     )  # fmt: skip
     return dx

@@ -29,6 +29,7 @@ from perceiver_kernels.backends.triton.primitives import (
     split_columns,
     split_rows,
     store_rows,
+    store_rows_tma,
     visible_keys,
     zero_rows,
 )
@@ -168,20 +169,16 @@ def _shared_kv_bwd_dq_kernel(
 
 @triton.jit
 def _shared_kv_bwd_dx_kernel(
-    rows, rows_1, rows_2, x, lse, delta, drho, dx, key_mask, lengths, seed, threshold, inverse_keep, key_offset, scale, R, M, C,
-    stride_rows_b, stride_rows_r, stride_x_b, stride_x_m,
+    rows, rows_1, rows_2, x, x_1, x_2, dx, dx_1, dx_2, lse, delta, drho, key_mask, lengths, seed, threshold, inverse_keep,
+    key_offset, scale, R, M, C, stride_rows_b, stride_rows_r, stride_x_b, stride_x_m,
     PIECES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DRHO: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tl.assume(R > 0)
     key_blocks = tl.cdiv(M, BLOCK_KV)
     i_b = tl.program_id(0) // key_blocks
     start = (tl.program_id(0) % key_blocks) * BLOCK_KV
-    o_keys = start + tl.arange(0, BLOCK_KV)
-    _, hi = _split_range(lengths, i_b, 0, M, M, HAS_LENGTHS)
-    visible = o_keys < hi
-    if MASKED:
-        visible = visible_keys(key_mask, i_b, o_keys, hi, M)
-    b_x = load_rows(x + i_b.to(tl.int64) * stride_x_b, stride_x_m, o_keys, visible, C, PIECES)
+    b_x = _load_rows(x, x_1, x_2, i_b, start, M, stride_x_b, stride_x_m, C, PIECES, BLOCK_KV, TMA)
     acc = zero_rows(BLOCK_KV, PIECES)
     for i_row in tl.range(0, R, BLOCK_Q, num_stages=STAGES):
         o_rows = i_row + tl.arange(0, BLOCK_Q)
@@ -195,6 +192,7 @@ def _shared_kv_bwd_dx_kernel(
         p = tl.exp2(s * (scale * _LOG2_E) - b_lse[None, :])
         kept = p
         if DROPOUT:
+            o_keys = start + tl.arange(0, BLOCK_KV)
             factors = dropout_factors(
                 seed, threshold, inverse_keep, i_b, o_rows[None, :], key_offset + o_keys[:, None]
             )
@@ -203,6 +201,15 @@ def _shared_kv_bwd_dx_kernel(
         ds = p * (dp - b_delta[None, :]) * scale
         weights = join_columns(ds, kept, BLOCK_KV, BLOCK_Q)  # [BLOCK_KV, 2 BLOCK_Q]
         acc = accumulate(weights.to(b_rows[0].dtype), b_rows, acc, PRECISION)
-    o_out = i_b.to(tl.int64) * M + o_keys
+    o_keys = start + tl.arange(0, BLOCK_KV)
+    _, hi = _split_range(lengths, i_b, 0, M, M, HAS_LENGTHS)
+    visible = o_keys < hi
+    if MASKED:
+        visible = visible_keys(key_mask, i_b, o_keys, hi, M)
     # A row is one key: what an invisible one accumulated (possibly NaN) is replaced, and touches no other.
-    store_rows(dx, C, o_out, o_keys < M, C, select_rows(acc, visible), tl.full([BLOCK_KV], 1.0, tl.float32), PIECES)
+    acc = select_rows(acc, visible)
+    if TMA:
+        store_rows_tma((dx, dx_1, dx_2), i_b, start, acc, BLOCK_KV, PIECES)
+    else:
+        o_out = i_b.to(tl.int64) * M + o_keys
+        store_rows(dx, C, o_out, o_keys < M, C, acc, tl.full([BLOCK_KV], 1.0, tl.float32), PIECES)

@@ -38,15 +38,14 @@ def _product_options(tile: ProductTile) -> dict[str, Any]:
 
 def _launch_values(
     weights: Tensor, x: Tensor, statistics: tuple[Any, ...], outputs: tuple[Any, Any, Any], R: int, start: int,
-    key_tiles: int, splits: int, plan: WidePlan, tma: bool, dropout_p: float,
+    key_tiles: int, key_tile: int, splits: int, tile: ProductTile, tma: bool, dropout_p: float,
 ) -> None:  # fmt: skip
-    """``outputs`` = weights x over the chunk, [B, splits, R, C]; softmax statistics are None for plain sums."""
+    """``outputs`` = weights x over ``key_tiles`` tiles of ``key_tile`` keys, [B, splits, R, C]; no statistics: plain sums."""
     B, M, C = x.shape
-    tile = plan.values
     _wide_values_kernel[(ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,)](
         tile_argument(weights, tile.rows, tile.inner, tma), tile_argument(x, tile.inner, tile.columns, tma), *statistics,
         *outputs, 1.0 / (1.0 - dropout_p), R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
-        weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=plan.weights.columns, BLOCK_COL=tile.columns,
+        weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=key_tile, BLOCK_COL=tile.columns,
         BLOCK_K=tile.inner, TMA=tma, SOFTMAX=statistics[0] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
     )  # fmt: skip
 
@@ -80,8 +79,9 @@ def forward(
         part = torch.empty(B, splits, R, C, **options)
         lse, rho = (torch.empty(B, splits, R, **options) for _ in range(2))
         _launch_values(
-            weights, x, (maximum, total, kept, rounded), (part, lse, rho), R, start, key_tiles, splits, plan, tma, dropout_p
-        )
+            weights, x, (maximum, total, kept, rounded), (part, lse, rho), R, start, key_tiles, tile.columns, splits,
+            plan.values, tma, dropout_p,
+        )  # fmt: skip
         last = start + plan.chunk >= M
         state = merge_states(part, lse, rho, state, dtype if last else torch.float32)
     assert state is not None  # M > 0: the caller returns early for empty inputs
@@ -119,7 +119,9 @@ def backward(
         if needs_dq:
             splits = plan.splits(key_tiles)
             part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
-            _launch_values(weights, x, (None,) * 4, (part, None, None), R, start, key_tiles, splits, plan, tma, 0.0)
+            _launch_values(
+                weights, x, (None,) * 4, (part, None, None), R, start, key_tiles, tile.columns, splits, plan.values, tma, 0.0
+            )
             earlier, dq = dq, dq_sum
             if dq is None:
                 dq = torch.empty(B, R, C, dtype=q.dtype if end == M else torch.float32, device=q.device)
