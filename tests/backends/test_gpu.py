@@ -255,7 +255,8 @@ def test_chunks_need_memory_for_one_chunk(target: Target, where: str) -> None:
         for size in ((1, 1, 256, 64), (64, 261), (64, 261))
     )
     peaks, results = [], []
-    for tokens in (50_176, 501_760):
+    # The first run is not measured: cuBLAS takes a workspace of 32 MiB for each thread from the same allocator.
+    for tokens in (50_176, 50_176, 501_760):
         pixels = torch.randint(0, 256, (1, 3, tokens // 224, 224), dtype=torch.uint8, generator=generator)
         raw = pk.InputArray.image(pixels.to(where))
         torch.cuda.synchronize()
@@ -267,7 +268,7 @@ def test_chunks_need_memory_for_one_chunk(target: Target, where: str) -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
         results.append(out)
     assert all(out.isfinite().all() for out in results)
-    assert peaks[1] <= 1.05 * peaks[0] <= 64 << 20
+    assert peaks[2] <= 1.05 * peaks[1] <= 64 << 20
 
 
 @only(torch.bfloat16)

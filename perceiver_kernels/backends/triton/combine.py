@@ -20,16 +20,6 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def _split_weights(lse_part, o_part, m_split, m, l):
-    """Base-2 lse of splits, and (m, l) continued over them."""
-    b_lse = tl.load(lse_part + o_part, mask=m_split, other=-float("inf")) * _LOG2_E
-    m_new = tl.maximum(m, tl.max(b_lse, 0))
-    safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    l = l * tl.exp2(m - safe) + tl.sum(tl.exp2(b_lse - safe), 0)
-    return b_lse, m_new, l
-
-
-@triton.jit
 def _combine_kernel(
     part, lse_part, rho_part, z_state, lse_state, rho_state, z, lse, rho, R, C, S,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, MERGE: tl.constexpr, HAS_STATE: tl.constexpr,
@@ -38,23 +28,20 @@ def _combine_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     i_b, i_r = i_row // R, i_row % R
-    total = 0.0
+    m, safe, l, b_rho = 0.0, 0.0, 0.0, 0.0
     if MERGE:
-        m, l = -float("inf"), 0.0
-        if HAS_STATE:
-            m, l = tl.load(lse_state + i_row) * _LOG2_E, 1.0
-            l = tl.where(m == -float("inf"), 0.0, l)
+        m = tl.load(lse_state + i_row) if HAS_STATE else -float("inf")
         for s in range(0, S, BLOCK_S):
             o_s = s + tl.arange(0, BLOCK_S)
-            _, m, l = _split_weights(lse_part, (i_b * S + o_s) * R + i_r, o_s < S, m, l)
-        # An empty row has l = 0: its weights, its sum and its rho come out 0, its lse -inf.
-        total = tl.where(l == 0.0, float("inf"), m + tl.log2(tl.where(l == 0.0, 1.0, l)))
+            m = tl.maximum(m, tl.max(tl.load(lse_part + (i_b * S + o_s) * R + i_r, mask=o_s < S, other=-float("inf")), 0))
+        safe = tl.where(m == -float("inf"), 0.0, m)
     acc = tl.zeros([BLOCK_C], tl.float32)
-    b_rho = 0.0
     if HAS_STATE:
-        weight = tl.exp2(tl.load(lse_state + i_row) * _LOG2_E - total) if MERGE else 1.0
+        # lse is subtracted before it is scaled: the largest weight is 1, not 1 and the rounding of lse log2(e).
+        weight = tl.exp2((tl.load(lse_state + i_row) - safe) * _LOG2_E) if MERGE else 1.0
         acc += weight * tl.load(z_state + i_row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
         if MERGE:
+            l += weight
             b_rho += weight * tl.load(rho_state + i_row)
     for s in range(0, S, BLOCK_S):
         o_s = s + tl.arange(0, BLOCK_S)
@@ -62,14 +49,19 @@ def _combine_kernel(
         values = tl.load(part + o_part[:, None] * C + o_c[None, :], mask=(o_s < S)[:, None] & m_c[None, :], other=0.0)
         values = values.to(tl.float32)
         if MERGE:
-            weights = tl.exp2(tl.load(lse_part + o_part, mask=o_s < S, other=-float("inf")) * _LOG2_E - total)
+            weights = tl.exp2((tl.load(lse_part + o_part, mask=o_s < S, other=-float("inf")) - safe) * _LOG2_E)
+            l += tl.sum(weights, 0)
             b_rho += tl.sum(weights * tl.load(rho_part + o_part, mask=o_s < S, other=0.0), 0)
             values = values * weights[:, None]
         acc += tl.sum(values, 0)
+    if MERGE:
+        # A row that saw nothing has l = 0: its z and rho stay 0, its lse is -inf.
+        inverse_l = 1.0 / tl.where(l == 0.0, 1.0, l)
+        acc *= inverse_l
+        if tl.program_id(1) == 0:
+            tl.store(lse + i_row, m + tl.log2(l) * _LN_2)
+            tl.store(rho + i_row, b_rho * inverse_l)
     tl.store(z + i_row * C + o_c, acc.to(z.dtype.element_ty), mask=m_c)
-    if MERGE and tl.program_id(1) == 0:
-        tl.store(lse + i_row, tl.where(total == float("inf"), -float("inf"), total * _LN_2))
-        tl.store(rho + i_row, b_rho)
 
 
 def _launch_combine(
