@@ -10,7 +10,7 @@ from typing import Literal
 from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import DeviceFacts
 from perceiver_kernels.problem import CrossAttentionProblem, SharedKVProblem
-from perceiver_kernels.tiles import ProductTile, Tile, column_pieces, fused_tile, wide_tile
+from perceiver_kernels.tiles import Kind, ProductTile, Tile, column_pieces, fused_tile, wide_tile
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,33 @@ class SharedKVPlan:
         return 4 * B * self.forward_splits * R * (C + 2) if self.forward_splits > 1 else 0
 
 
-def _choose_splits(B: int, R: int, M: int, C: int, tile: Tile, products: int, device: DeviceFacts) -> tuple[int, int]:
+def _choose_splits(
+    kind: Kind, tile: Tile, products: int, B: int, R: int, M: int, C: int, itemsize: int, device: DeviceFacts
+) -> tuple[int, int]:
     """(splits, keys per split): the split count with the least estimated time.
 
     A wave of programs costs its longest split plus a fixed start (loading the queries, filling the pipeline); every split
     writes and reads back an fp32 partial. Exactly one full wave is usually best.
     """
     blocks = B * math.ceil(R / tile.block_q)
+    resident = tile.programs_per_sm(kind, itemsize, device)
     flops_per_tile = 2 * products * tile.block_q * tile.block_kv * C
     tile_seconds = flops_per_tile / (0.7 * device.matmul_flops / device.sm_count)
     start_seconds = 4e-6
     key_tiles = max(1, math.ceil(M / tile.block_kv))
+    slots = device.sm_count * resident
     best = (math.inf, 1, key_tiles)
-    for splits in range(1, min(key_tiles, 4 * device.sm_count) + 1):
+    for splits in range(1, min(key_tiles, 4 * slots) + 1):
         tiles = math.ceil(key_tiles / splits)
         if math.ceil(key_tiles / tiles) != splits:
             continue
-        waves = math.ceil(blocks * splits / device.sm_count)
+        waves = math.ceil(blocks * splits / slots)
+        sharing = min(resident, math.ceil(blocks * splits / device.sm_count))
         partials = 8.0 * B * splits * R * C / device.memory_bandwidth if splits > 1 else 0.0
-        seconds = waves * (tiles * tile_seconds + start_seconds) + partials
+        seconds = waves * (tiles * tile_seconds * sharing + start_seconds) + partials
         if seconds < best[0] * 0.999:
             best = (seconds, splits, tiles)
-        if blocks * splits > 4 * device.sm_count:
+        if blocks * splits > 4 * slots:
             break
     return best[1], best[2] * tile.block_kv
 
@@ -132,8 +137,8 @@ def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, dropout: bool, dev
 @functools.lru_cache(maxsize=1024)
 def _plan_sizes(B: int, R: int, M: int, C: int, itemsize: int, dropout: bool, device: DeviceFacts) -> SharedKVPlan:
     forward, dq, dx = (fused_tile(kind, C, itemsize, device) for kind in ("forward", "dq", "dx"))
-    forward_splits = _choose_splits(B, R, M, C, forward, 2, device) if forward else (1, M)
-    dq_splits = _choose_splits(B, R, M, C, dq, 3, device) if dq else (1, M)
+    forward_splits = _choose_splits("forward", forward, 2, B, R, M, C, itemsize, device) if forward else (1, M)
+    dq_splits = _choose_splits("dq", dq, 3, B, R, M, C, itemsize, device) if dq else (1, M)
     wide = _plan_wide(B, R, M, C, itemsize, dropout, device)
     return SharedKVPlan(forward, *forward_splits, dq, *dq_splits, dx, wide, device.has_tma)
 

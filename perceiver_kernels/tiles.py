@@ -37,6 +37,12 @@ class Tile:
         }[kind]
         return (resident + streamed * self.num_stages) * self.columns * itemsize
 
+    def programs_per_sm(self, kind: Kind, itemsize: int, device: DeviceFacts) -> int:
+        """Programs that one multiprocessor holds at a time: by shared memory, and by 255 of its 65,536 registers a thread."""
+        shared = self.shared_bytes(kind, itemsize) + _SHARED_RESERVE + _SHARED_SYSTEM
+        registers = 256 * 32 * self.num_warps
+        return max(1, min((device.smem_bytes + _SHARED_SYSTEM) // shared, 65_536 // registers))
+
     def accumulator_registers(self, kind: Kind) -> int:
         """fp32 accumulator registers of one thread."""
         rows = self.block_kv if kind == "dx" else self.block_q
@@ -71,7 +77,10 @@ def column_pieces(channels: int, limit: int = 3) -> tuple[int, ...]:
 _FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
     "forward": ((64, 256, 64, 8, 3), (128, 128, 128, 8, 3), (336, 128, 64, 8, 3), (400, 128, 32, 8, 2)),
     "dq": ((128, 128, 64, 8, 3), (256, 128, 64, 8, 2), (272, 128, 32, 8, 3), (336, 128, 32, 8, 2)),
-    "dx": ((128, 64, 64, 4, 2), (256, 64, 64, 4, 1), (272, 32, 128, 8, 4), (336, 32, 128, 8, 3)),
+    "dx": (
+        (64, 64, 64, 4, 2), (128, 32, 64, 4, 3), (192, 32, 64, 4, 2), (256, 64, 64, 4, 1), (288, 32, 64, 4, 2),
+        (336, 32, 128, 8, 3),
+    ),
 }
 # Ampere and Ada, 16-bit: synchronous matrix instructions keep operands in registers too, so 64 rows over eight warps.
 _FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
@@ -80,8 +89,9 @@ _FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
     "dq": ((128, 64, 32, 4, 2),),
     "dx": ((128, 32, 64, 4, 2),),
 }
-# Shared memory that a program needs beyond its operands: barriers, reductions across warps.
+# Shared memory that a program needs beyond its operands: barriers, reductions across warps; and what the system keeps of it.
 _SHARED_RESERVE = 1024
+_SHARED_SYSTEM = 1024
 
 
 def fused_tile(kind: Kind, channels: int, itemsize: int, device: DeviceFacts) -> Tile | None:
