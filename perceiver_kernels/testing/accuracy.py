@@ -146,7 +146,8 @@ def shared_kv_gradient_terms(
 ) -> tuple[Tensor, Tensor]:
     """Terms of dq and dx of shared-KV attention, for compare: a row that sees one key, almost, cancels.
 
-    ds_ij = p_ij (dz_i . x_j - dz_i . z_i) has the terms p_ij (|dz_i| . |x_j| + |dz_i| . |z_i|), and so on
+    ds_ij = p_ij (dz_i . x_j - dz_i . z_i) has the terms p_ij (|dz_i| . |x_j| + |dz_i| . |z_i|), and so on. Weights are
+    recomputed from lse, which is kept in fp32: one rounding of |lse|, beside the four of FLOOR, is an error of p.
 
     Args:
         q, x, dz: [B, R, C], [B, M, C] and [B, R, C], of any float dtype.
@@ -165,6 +166,7 @@ def shared_kv_gradient_terms(
     p = (scale * q @ x.mT - lse[..., None]).exp().nan_to_num(0, 0, 0)
     if key_mask is not None:
         p = p.masked_fill(~key_mask[:, None], 0)
+    p = p * (1 + lse.abs().nan_to_num(posinf=0.0) / 4)[..., None]
     q, x, z, dz = (tensor.abs() for tensor in (q, x, z, dz))
     ds = p * (dz @ x.mT + (dz * z).sum(-1, keepdim=True))
     return abs(scale) * ds @ x, abs(scale) * ds.mT @ q + p.mT @ dz

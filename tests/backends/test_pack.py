@@ -87,6 +87,9 @@ def call_of(
         mask[-1] = False
         # What a hidden token holds must not matter.
         content.masked_fill_(~mask[..., None], float("nan"))
+        if channels is not None:
+            hidden = ~mask if channels.ndim == 3 else ~mask.any(0)
+            channels.masked_fill_(hidden[..., None], float("nan"))
     width = content.shape[2] + (0 if channels is None else channels.shape[-1] if table is None else table.shape[-1])
     dpacked = randn(B, M, pad_channels(width)).to(target.dtype)
     tensors = (None if t is None else t.to(target.device) for t in (content, channels, table, mask, dpacked))

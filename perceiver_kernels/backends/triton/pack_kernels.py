@@ -154,10 +154,11 @@ def _pack_fwd_kernel(
             scale = tl.where(visible, row_rstd, 0.0)
             tl.store(rstd + i_b * M + o_m, scale, mask=m_m)
         for i in tl.static_range(len(PIECES)):
+            # Selected, not multiplied by 0: what a hidden token holds, NaN too, goes no further.
+            tile = tl.where(visible[:, None], x[i] * scale[:, None], 0.0) if MASKED else x[i] * scale[:, None]
             _store_vectors(
-                packed + i_b * M * C_padded, x[i] * scale[:, None], o_m, m_m, C_padded, piece_start(PIECES, i), BLOCK_M,
-                PIECES[i],
-            )  # fmt: skip
+                packed + i_b * M * C_padded, tile, o_m, m_m, C_padded, piece_start(PIECES, i), BLOCK_M, PIECES[i]
+            )
 
 
 @triton.jit
