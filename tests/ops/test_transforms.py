@@ -142,6 +142,34 @@ class TestFunctorch:
         for a, b in zip(found, expected, strict=True):
             close(a, b)
 
+    @pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, None, 1)], ids=str)
+    def test_dropout_of_each(self, target: Target, dims: tuple[int | None, ...]) -> None:
+        """vmap(grad) and grad of a vmap: what the forward drops the backward drops too, with one seed or one for each."""
+        seeds = torch.arange(3, 3 + V, device=target.device)[:, None]  # [V, 1]
+        tensors = [randn(target, V, B, R, C), randn(target, V, B, M, C), seeds]
+        given = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(tensors, dims, strict=True)]
+
+        def dropped(attention: Callable[..., Any], q: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+            return attention(q, x, seed)[0].square().sum()
+
+        def actual(q: Tensor, x: Tensor, seed: Tensor) -> Any:
+            return attend(target, q, x, None, seed, 0.4)
+
+        def expected(q: Tensor, x: Tensor, seed: Tensor) -> Any:
+            return reference.shared_kv_attention(q, x, scale=0.3, dropout_p=0.4, dropout_seed=seed)
+
+        each = torch.func.vmap(torch.func.grad(partial(dropped, actual), (0, 1)), dims)(*given)
+        summed = torch.func.grad(lambda *t: torch.func.vmap(partial(dropped, actual), dims)(*t).sum(), (0, 1))(*given)
+        loops = [
+            torch.func.grad(partial(dropped, expected), (0, 1))(
+                *(t if dim is None else t.select(dim, v) for t, dim in zip(given, dims, strict=True))
+            )
+            for v in range(V)
+        ]
+        for i, wanted in enumerate(zip(*loops, strict=True)):
+            close(each[i], torch.stack(wanted))
+            close(summed[i], sum(wanted) if dims[i] is None else torch.stack(wanted, dims[i]))
+
     def test_masks_are_mapped(self, target: Target) -> None:
         q, x = randn(target, B, R, C), randn(target, B, M, C)
         masks = torch.rand(V, B, M, generator=torch.Generator().manual_seed(2)).to(target.device) < 0.7
