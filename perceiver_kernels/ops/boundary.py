@@ -29,25 +29,27 @@ class _NoDoubleBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "perceiver_kernels: kernel backends have no second derivative; "
+            "perceiver_kernels: kernel backends and chunk_size have no second derivative; leave chunk_size None and "
             'pass backend="reference" or use_backend("sdpa", "reference"), whose double backward torch derives'
         )
 
 
-def refuse_double_backward(gradient: Tensor | None, anchor: Tensor | None) -> Tensor | None:
-    if gradient is None or anchor is None or not torch.is_grad_enabled() or not anchor.requires_grad:
+def refuse_double_backward(gradient: Tensor | None, *sources: Tensor | None) -> Tensor | None:
+    """``gradient``, through which no gradient passes to any of the ``sources`` that it was computed from."""
+    if gradient is None or not torch.is_grad_enabled():
         return gradient
-    return _NoDoubleBackward.apply(gradient, anchor)
+    differentiable = [source for source in sources if source is not None and source.requires_grad]
+    return _NoDoubleBackward.apply(gradient, *differentiable) if differentiable else gradient
 
 
 def transforms_active() -> bool:

@@ -30,7 +30,8 @@ def _pack_forward_fake(
     if positions is not None:
         channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
     packed = content.new_empty((*content.shape[:2], pad_channels(channels)), dtype=dtype)
-    rstd = content.new_empty(content.shape[:2] if normalize else (0,), dtype=torch.float32)
+    wide = torch.promote_types(content.dtype, torch.float32)
+    rstd = content.new_empty(content.shape[:2] if normalize else (0,), dtype=wide)
     return packed, rstd
 
 
@@ -74,7 +75,7 @@ def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) ->
     gradient = PACK_BACKWARD(dpacked, packed, rstd, *ctx.arguments)
     if hidden is not None:
         gradient = gradient.masked_fill(hidden, 0.0)
-    return (refuse_double_backward(gradient, dpacked), *nothing)
+    return (refuse_double_backward(gradient, dpacked, packed), *nothing)
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

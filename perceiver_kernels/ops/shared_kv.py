@@ -32,8 +32,9 @@ def _forward_fake(
     dropout_p: float, key_offset: int, z_state: Tensor | None, lse_state: Tensor | None, rho_state: Tensor | None,
     out_dtype: torch.dtype | None, backend: str,
 ) -> State:  # fmt: skip
+    wide = torch.promote_types(q.dtype, torch.float32)
     z = q.new_empty(q.shape, dtype=out_dtype or q.dtype)
-    return z, q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return z, q.new_empty(q.shape[:2], dtype=wide), q.new_empty(q.shape[:2], dtype=wide)
 
 
 def _delta(
@@ -175,17 +176,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
 def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * 6
     q, x, z, lse, rho, key_mask, lengths, dropout_seed = ctx.saved_tensors
-    anchor = next((g for g in (dz, dlse, drho) if g is not None), None)
-    if anchor is None:
+    if dz is None and dlse is None and drho is None:
         return (None, None, *nothing)
+    sources = dz, dlse, drho, q, x
     scale, dropout_p, backend = ctx.arguments
     needs_dq, needs_dx = ctx.needs_input_grad[:2]
     dz, delta, drho = row_gradients(dz, dlse, drho, q, z, rho, dropout_p, backend)
     dq, dx = BACKWARD(
         dz, delta, drho, q, x, lse, key_mask, lengths, dropout_seed, scale, dropout_p, 0, needs_dq, needs_dx, backend
     )
-    dq = refuse_double_backward(dq, anchor) if needs_dq else None
-    dx = refuse_double_backward(dx, anchor) if needs_dx else None
+    dq = refuse_double_backward(dq, *sources) if needs_dq else None
+    dx = refuse_double_backward(dx, *sources) if needs_dx else None
     return (dq, dx, *nothing)
 
 

@@ -160,6 +160,14 @@ def test_fake_results_are_laid_out_as_real_ones(target: Target, name: str, case:
         assert described[0] == described[1]
 
 
+@pytest.mark.parametrize("name", ["shared_kv_attention_forward", "pack_inputs_forward"])
+def test_fakes_of_fp64_are_fp64_too(name: str) -> None:
+    """Statistics are as wide as what they are of; only the specification takes fp64."""
+    target = Target(OP, "reference", "cpu", torch.float64)
+    operator, cases, _ = OPERATORS[name]
+    opcheck(operator, cases(target)["plain"])
+
+
 def test_every_operator_is_covered() -> None:
     names = {
         str(name).split("::")[1]

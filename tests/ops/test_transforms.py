@@ -81,11 +81,23 @@ class TestGradcheck:
         assert gradgradcheck(function, (q, x))
 
 
-def test_second_derivative_is_refused_with_a_way_out(target: Target) -> None:
-    q, x = randn(target, B, R, C).requires_grad_(), randn(target, B, M, C).requires_grad_()
-    (dq,) = torch.autograd.grad(loss(target, q, x), q, create_graph=True)
+@pytest.mark.parametrize("incoming", ["of the inputs", "constant"])
+@pytest.mark.parametrize("of", ["q", "x", "content"])
+def test_second_derivative_is_refused_with_a_way_out(target: Target, of: str, incoming: str) -> None:
+    """Whether or not the incoming gradient is differentiable: a sum's is not, but q, x and content always are.
+
+    Else a penalty on a gradient, as of a critic, would silently be trained without its second derivative.
+    """
+    leaves = {"q": randn(target, B, R, C), "x": randn(target, B, M, C), "content": randn(target, B, M, 5)}
+    q, x, content = (leaf.requires_grad_() for leaf in leaves.values())
+    if of == "content":
+        result, _ = pack_op.pack_inputs(content, None, None, None, True, 1e-5, content.dtype, target.backend)
+    else:
+        result, _, _ = attend(target, q, x)
+    total = result.sum() if incoming == "constant" else result.square().sum()
+    (gradient,) = torch.autograd.grad(total, leaves[of], create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative.*backend="reference" or use_backend\\("sdpa", "reference"\\)'):
-        dq.square().sum().backward()
+        gradient.square().sum().backward()
 
 
 def test_gradients_are_computed_only_where_they_are_needed(target: Target) -> None:
