@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from perceiver_kernels.dispatch import select
 from perceiver_kernels.functional.common import dropout_seed
 from perceiver_kernels.inputs import InputArray, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as shared_kv_op
+from perceiver_kernels.ops.boundary import refuse_double_backward
 from perceiver_kernels.problem import PackProblem, SharedKVProblem, pad_channels
 
 
@@ -48,6 +48,13 @@ class _Run:
     settings: ChunkSettings
     pack_backend: str
     attention_backend: str
+
+    def versions(self) -> list[int]:
+        """How often each raw tensor has been changed in place; graphs and inference tensors do not count."""
+        if torch.compiler.is_compiling():
+            return []
+        fields = (getattr(self.source, name) for name in ("content", "positions", "coordinates", "key_mask", "lengths"))
+        return [field._version for field in fields if isinstance(field, Tensor) and not field.is_inference()]
 
     def chunks(self, device: torch.device) -> Iterator[tuple[int, int, TokenSlice, Tensor, Tensor]]:
         """(start, stop, raw tokens, packed tokens, rstd) of every chunk, on ``device``.
@@ -92,39 +99,46 @@ class _Chunked(Function):
             state = (q.new_zeros(q.shape), q.new_full(rows, -torch.inf, dtype=wide), q.new_zeros(rows, dtype=wide))
         z, lse, rho = state
         ctx.save_for_backward(q, z, lse, rho, seed)
-        # Not saved: it is the caller's, and the backward reads it again through ``run``.
-        ctx.content, ctx.version = content, content._version
+        # Not saved: the raw inputs are the caller's, and the backward reads them again.
+        ctx.content, ctx.run, ctx.versions = content, run, run.versions()
         ctx.set_materialize_grads(False)
-        ctx.run = run
         return z, lse, rho
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
-        q, z, lse, rho, seed = ctx.saved_tensors
-        content = ctx.content
-        if content._version != ctx.version:
-            raise RuntimeError(
-                "the inputs of a chunked cross-attention were modified by an inplace operation before its backward"
-            )
-        run, settings = ctx.run, ctx.run.settings
-        needs_dq, needs_dx = ctx.needs_input_grad[:2]
-        backend = run.attention_backend
-        dz, delta, drho = shared_kv_op.row_gradients(dz, dlse, drho, q, z, rho, settings.dropout_p, backend)
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if needs_dq else None
-        dcontent = torch.empty_like(content) if needs_dx else None
-        for start, stop, part, packed, rstd in run.chunks(q.device):
-            dx = shared_kv_op.BACKWARD_ADD(
-                dq, dz, delta, drho, q, packed, lse, part.key_mask, seed, settings.scale, settings.dropout_p, start,
-                needs_dx, backend,
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            dq, dcontent = _chunk_gradients(ctx, *gradients)
+        sources = *gradients, ctx.saved_tensors[0], ctx.content
+        return refuse_double_backward(dq, *sources), refuse_double_backward(dcontent, *sources), None, None
+
+
+def _chunk_gradients(
+    ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of q and content, each where it is needed."""
+    q, z, lse, rho, seed = ctx.saved_tensors
+    content, run, settings = ctx.content, ctx.run, ctx.run.settings
+    if run.versions() != ctx.versions:
+        raise RuntimeError(
+            "the inputs of a chunked cross-attention were modified by an inplace operation before its backward"
+        )
+    needs_dq, needs_dx = ctx.needs_input_grad[:2]
+    backend = run.attention_backend
+    dz, delta, drho = shared_kv_op.row_gradients(dz, dlse, drho, q, z, rho, settings.dropout_p, backend)
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if needs_dq else None
+    dcontent = torch.empty_like(content) if needs_dx else None
+    for start, stop, part, packed, rstd in run.chunks(q.device):
+        dx = shared_kv_op.BACKWARD_ADD(
+            dq, dz, delta, drho, q, packed, lse, part.key_mask, seed, settings.scale, settings.dropout_p, start,
+            needs_dx, backend,
+        )  # fmt: skip
+        if dcontent is not None:
+            dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
+                dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
+                run.pack_backend,
             )  # fmt: skip
-            if dcontent is not None:
-                dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
-                    dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
-                    run.pack_backend,
-                )  # fmt: skip
-            del part, packed, rstd, dx
-        return None if dq is None else dq.to(q.dtype), dcontent, None, None
+        del part, packed, rstd, dx
+    return None if dq is None else dq.to(q.dtype), dcontent
 
 
 def chunked_attention(

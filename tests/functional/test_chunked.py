@@ -12,7 +12,7 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels import reference
 from perceiver_kernels.absorption import absorb_queries, project_values
-from perceiver_kernels.testing import assert_as_accurate
+from perceiver_kernels.testing import assert_as_accurate, same_bits
 from perceiver_kernels.testing.targets import Target, machine, only
 
 OP = "shared_kv_attention"
@@ -201,18 +201,52 @@ def test_what_is_kept_for_the_backward_does_not_grow(target: Target) -> None:
     assert sizes[0] == sizes[1] > 0
 
 
+def chunked(target: Target, raw: Any, chunk_size: int = 20, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result of ``raw`` in chunks, and the leaves that it was computed with."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in weights(target).items() if name in ("q", "w_k", "w_v")}
+    return pk.input_cross_attention(**leaves, inputs=raw, chunk_size=chunk_size, backend=target.backend, **options), leaves
+
+
+@pytest.mark.parametrize("changed", ["content", "positions", "coordinates", "key_mask", "lengths"])
 @only(torch.float32)
-def test_content_changed_in_place_is_noticed(target: Target) -> None:
-    """The backward packs the content again: if it has changed since, a gradient would be of another input."""
-    leaf, tensors = content(target, B, M, C).requires_grad_(), weights(target)
-    inputs = leaf * 1.0
-    out = pk.input_cross_attention(
-        tensors["q"].requires_grad_(), inputs, tensors["w_k"], tensors["w_v"], chunk_size=20, backend=target.backend
-    )
+def test_inputs_changed_in_place_are_noticed(target: Target, changed: str) -> None:
+    """The backward reads all of the raw inputs again: if one has changed since, a gradient would be of another input."""
+    mask, lengths = torch.ones(B, M, dtype=torch.bool), torch.full((B,), M, dtype=torch.int32)
+    options = {
+        "positions": {"positions": content(target, M, 3)},
+        "coordinates": {"positions": pk.FourierPositions(1, (9.0,)), "coordinates": content(target, B, M, 1).tanh()},
+        "key_mask": {"positions": content(target, M, 3), "key_mask": mask.to(target.device)},
+        "lengths": {"positions": content(target, M, 3), "lengths": lengths.to(target.device)},
+    }  # fmt: skip
+    raw = pk.InputArray(content(target, B, M, C - 3).requires_grad_() * 1.0, **options.get(changed, options["positions"]))
+    out, _ = chunked(target, raw)
     with torch.no_grad():
-        inputs.add_(1.0)
+        getattr(raw, changed).fill_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@only(torch.float32)
+def test_inference_mode(target: Target) -> None:
+    """Inference tensors count no versions: they are read within inference_mode and, as data, trained on outside."""
+    expected, leaves = chunked(target, content(target, B, M, C))
+    truth = torch.autograd.grad(expected.sum(), list(leaves.values()))
+    with torch.inference_mode():
+        raw = content(target, B, M, C)
+        assert same_bits(chunked(target, raw)[0], expected)
+    out, leaves = chunked(target, raw)
+    assert all(map(same_bits, torch.autograd.grad(out.sum(), list(leaves.values())), truth))
+
+
+@pytest.mark.parametrize("of", ["q", "inputs"])
+@only(torch.float32)
+def test_second_derivative_is_refused(target: Target, of: str) -> None:
+    """Of a constant incoming gradient too: q and the inputs are what the first one depends on."""
+    inputs = content(target, B, M, C).requires_grad_()
+    out, leaves = chunked(target, inputs)
+    (gradient,) = torch.autograd.grad(out.sum(), (leaves | {"inputs": inputs})[of], create_graph=True)
+    with pytest.raises(RuntimeError, match="chunk_size have no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), (leaves["q"], inputs))
 
 
 @only(torch.float32)

@@ -20,6 +20,7 @@ from perceiver_kernels.testing.targets import Target
 OP = "shared_kv_attention"
 B, R, C = 2, 5, 32
 LENGTHS = (40, 33, 17, 64, 97)
+FOURIER = pk.FourierPositions(3, (8.0,))
 
 
 def wanted(target: Target) -> bool:
@@ -54,8 +55,7 @@ def pack(target: Target) -> Callable[[Tensor, Tensor], Any]:
 
 
 def pack_grid(target: Target) -> Callable[[Tensor, Tensor], Any]:
-    fourier = pk.FourierPositions(3, (8.0,))
-    return lambda q, x: pk.pack_inputs(x[..., :7], fourier, backend=target.backend).data
+    return lambda q, x: pk.pack_inputs(x[..., :7], FOURIER, backend=target.backend).data
 
 
 def cross(target: Target, **options: Any) -> Callable[[Tensor, Tensor], Any]:
@@ -79,6 +79,17 @@ FUNCTIONS: dict[str, Callable[[Target], Callable[[Tensor, Tensor], Any]]] = {
     "projected": lambda target: cross(target, method="projected"),
     "planned": cross,
 }
+
+
+def chunked(target: Target, form: str) -> Callable[[Tensor, Tensor], Any]:
+    """x in chunks of 16 tokens: as it is, with a mask and dropout, or with positions of a grid."""
+    function = cross(target, method="absorbed", chunk_size=16, dropout_p=0.25 if form == "mask and dropout" else 0.0)
+    read: dict[str, Callable[[Tensor], Any]] = {
+        "tensor": lambda x: x,
+        "mask and dropout": lambda x: pk.InputArray.tokens(x, key_mask=x[..., 0] > 0),
+        "positions": lambda x: pk.InputArray.tokens(x[..., FOURIER.channels :], FOURIER),
+    }
+    return lambda q, x: function(q, read[form](x))
 
 
 def inputs(target: Target, M: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +122,21 @@ def test_one_graph_for_every_length(target: Target, name: str) -> None:
             torch.testing.assert_close(a, b)
     # A plan compares estimated times: one graph for each of its regimes that the lengths meet on this device.
     assert counter.frame_count == 1 or (name == "planned" and target.device == "cuda" and counter.frame_count <= 3)
+
+
+@pytest.mark.parametrize("form", ["tensor", "mask and dropout", "positions"])
+def test_chunks(target: Target, form: str) -> None:
+    """fullgraph, forward and backward, but the loop over chunks is unrolled: a graph for each length."""
+    function = chunked(target, form)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for M in LENGTHS[:3]:
+        found, expected = evaluated(compiled, *inputs(target, M)), evaluated(function, *inputs(target, M))
+        assert len(found) == len(expected) == 3
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    if form != "mask and dropout":
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(*inputs(target, 20)), function(*inputs(target, 20)))
 
 
 def test_kernels_are_not_specialised_on_the_choice_of_a_backend(target: Target) -> None:
