@@ -10,6 +10,7 @@ softmax over j drops const_i, so the key bias and b (through W_k) vanish from th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +83,12 @@ def _pad_to(tensor: T, channels: int) -> T:
     return F.pad(tensor, (0, channels - tensor.shape[-1]))
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside keep the dtype of their operands; entering torch.autocast costs 2 us, so only where it is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
     """q' = g (W_k^T q) per head, heads folded into rows: [B, H, N, d_qk] to [B, H*N, channels].
 
@@ -93,7 +100,8 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     if H == 1 and half and q.is_cuda and q.dtype == weight.dtype == dtype and not transforms_active():
         return _ScaledProduct.apply(q[:, 0].flatten(0, 1), weight, scale).unflatten(0, (B, N))
     wide = torch.promote_types(q.dtype, torch.float32)
-    absorbed = torch.matmul(q.to(wide), weight.to(wide).view(H, d_qk, channels)).view(B, H * N, channels)
+    with _without_autocast(q.device):
+        absorbed = torch.matmul(q.to(wide), weight.to(wide).view(H, d_qk, channels)).view(B, H * N, channels)
     if scale is not None:
         absorbed = absorbed * scale
     return absorbed.to(dtype)
@@ -111,7 +119,8 @@ def fold_norm(
     full = _pad_to(weight, channels).to(wide)
     shift = full.new_zeros(full.shape[0]) if bias is None else bias.to(wide)
     if norm_bias is not None:
-        shift = shift + full @ _pad_to(norm_bias, channels).to(wide)
+        with _without_autocast(weight.device):
+            shift = shift + full @ _pad_to(norm_bias, channels).to(wide)
     if norm_weight is not None:
         full = full * _pad_to(norm_weight, channels).to(wide)
     return full.to(dtype), shift.to(dtype)
