@@ -18,7 +18,7 @@ from perceiver_kernels.checks import (
     check_tensor,
     is_integer,
 )
-from perceiver_kernels.positions import FourierPositions, constant, grid_coordinates
+from perceiver_kernels.positions import FourierPositions, check_coordinates, constant, grid_coordinates
 
 
 def _check_visibility(key_mask: Tensor | None, lengths: Tensor | None, batch: int, length: int) -> None:
@@ -135,9 +135,7 @@ class InputArray:
             got = "neither" if self.grid is None else "both"
             raise ValueError(f"either coordinates or grid must be given with a FourierPositions, got {got}")
         if self.coordinates is not None:
-            layout = f"[M, axes] or [B, M, axes] with B={self.batch}, M={self.length}, axes={axes}"
-            shapes = (self.length, axes), (self.batch, self.length, axes)
-            check_tensor("coordinates", self.coordinates, layout, *shapes)
+            check_coordinates(self.coordinates, fourier, self.batch, self.length)
             return
         grid = self.grid
         if not isinstance(grid, (tuple, list)) or not all(is_integer(size) for size in grid):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import check_numbers, check_range
+from perceiver_kernels.checks import check_numbers, check_range, check_tensor
 
 # Rows of FourierPositions.table hold the axis, the frequency and one of these kinds.
 KIND_RAW, KIND_SIN, KIND_COS = 0, 1, 2
@@ -108,6 +108,13 @@ class FourierPositions:
             by_axis = zip(waves[KIND_SIN], waves[KIND_COS], raw, strict=True)
             groups = [group for axis_groups in by_axis for group in axis_groups]
         return list(zip(*(feature for group in groups for feature in group), strict=True))
+
+
+def check_coordinates(coordinates: object, positions: FourierPositions, batch: int, length: int) -> None:
+    """Raise unless coordinates are those of ``length`` tokens, shared by the batch or not, on the axes of positions."""
+    axes = positions.num_axes
+    layout = f"[M, axes] or [B, M, axes] with B={batch}, M={length}, axes={axes}"
+    check_tensor("coordinates", coordinates, layout, (length, axes), (batch, length, axes))
 
 
 def grid_coordinates(

@@ -87,6 +87,11 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
 
 
+def check_eps(eps: float) -> None:
+    if not (isinstance(eps, (int, float)) and 0.0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number, at least 0, got {eps!r}")
+
+
 def check_key_visibility(key_mask: Tensor | None, lengths: Tensor | None, B: int, M: int, device: torch.device) -> None:
     """A key mask is bool [B, M], True where a token is visible; lengths are int32 [B]; not both."""
     if key_mask is not None and lengths is not None:

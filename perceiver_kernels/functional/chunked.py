@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from perceiver_kernels.dispatch import select
-from perceiver_kernels.functional.common import dropout_seed
+from perceiver_kernels.functional.common import dropout_seed, float_dtype
 from perceiver_kernels.inputs import InputArray, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as shared_kv_op
 from perceiver_kernels.ops.boundary import refuse_double_backward
-from perceiver_kernels.problem import PackProblem, SharedKVProblem, pad_channels
+from perceiver_kernels.problem import PackProblem, SharedKVProblem, needs_gradient, pad_channels
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,12 @@ class _Run:
 
     def _chunk(self, start: int, stop: int, device: torch.device) -> tuple[int, int, TokenSlice, Tensor, Tensor]:
         settings = self.settings
-        part = self.source.slice(start, stop, device=device, dtype=_float_dtype(self.source, settings.dtype))
+        part = self.source.slice(start, stop, device=device, dtype=float_dtype(self.source, settings.dtype))
         packed, rstd = pack_op.PACK_FORWARD(
             part.content, part.positions, part.fourier, part.key_mask, settings.normalize, settings.eps, settings.dtype,
             self.pack_backend,
         )  # fmt: skip
         return start, stop, part, packed, rstd
-
-
-def _float_dtype(source: InputArray, dtype: torch.dtype) -> torch.dtype | None:
-    """Raw floats stay as they are; integers become float32 before the statistics are taken."""
-    if source.content.is_floating_point():
-        return None
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Chunked(Function):
@@ -146,11 +139,12 @@ def chunked_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, lse, rho) of absorbed queries q [B, R, C_padded] over inputs that are packed ``chunk_size`` tokens at a time.
 
-    Gradients reach q and, where it requires one, ``source.content``; learned positions are not supported in chunks.
+    Gradients reach q and, where it requires one, ``source.content``.
     """
-    if isinstance(source.positions, Tensor) and source.positions.requires_grad and torch.is_grad_enabled():
-        raise ValueError("chunk_size needs positions without gradient: learned positions are trained on whole inputs")
-    part = source.slice(0, 0, device=q.device, dtype=_float_dtype(source, settings.dtype))
+    for name, what in (("positions", "learned positions"), ("coordinates", "coordinates")):
+        if isinstance(field := getattr(source, name), Tensor) and needs_gradient(field):
+            raise ValueError(f"chunk_size needs {name} without gradient: {what} are trained on whole inputs")
+    part = source.slice(0, 0, device=q.device, dtype=float_dtype(source, settings.dtype))
     pack_problem = PackProblem.of(
         part.content, part.positions, part.fourier, part.key_mask, None, settings.normalize, settings.dtype
     )

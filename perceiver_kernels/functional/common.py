@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from perceiver_kernels.inputs import InputArray
+
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, makes of ``tensor``; float64 stays, as in torch."""
     device_type = tensor.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Floating tensors in autocast's dtype where autocast is on (float64 stays, as in torch)."""
-    dtype = autocast_dtype(tensors[0]) if isinstance(tensors[0], Tensor) else None
-    if dtype is None:
+def cast_for_autocast(first: Any, *others: Any) -> tuple[Any, ...]:
+    """Floating tensors in autocast's dtype where autocast is on for the device of the first; what is no tensor stays."""
+    tensors = first, *others
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def float_dtype(source: InputArray, dtype: torch.dtype) -> torch.dtype | None:
+    """What raw tokens become before their statistics are taken: floats stay (None), bytes turn float32, or float64."""
+    if source.content.is_floating_point():
+        return None
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:

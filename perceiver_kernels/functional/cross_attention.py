@@ -23,6 +23,7 @@ from perceiver_kernels.problem import (
     check_scale,
     check_shape,
     check_tensor,
+    needs_gradient,
     pad_channels,
 )
 
@@ -62,8 +63,10 @@ def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) 
 
 
 def _requires_gradient(source: InputArray | PackedInputs) -> bool:
-    tensors = (source.data,) if isinstance(source, PackedInputs) else (source.content, source.positions)
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if isinstance(source, PackedInputs):
+        return needs_gradient(source.data)
+    positions = source.positions if isinstance(source.positions, Tensor) else None
+    return needs_gradient(source.content, positions, source.coordinates)
 
 
 def describe(

@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from perceiver_kernels import reference
 from perceiver_kernels.dispatch import load, select
-from perceiver_kernels.functional.common import autocast_dtype, visible
-from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs, grid_coordinates
+from perceiver_kernels.functional.common import autocast_dtype, float_dtype, visible
+from perceiver_kernels.inputs import InputArray, PackedInputs, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
-from perceiver_kernels.problem import PackProblem, check_tensor
+from perceiver_kernels.positions import FourierPositions, check_coordinates, grid_coordinates
+from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, shape_of
 
 
-def _pack(
-    content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, lengths: Tensor | None,
-    normalize: bool, eps: float, dtype: torch.dtype | None, backend: str | None,
-) -> PackedInputs:  # fmt: skip
-    if positions is not None and fourier is None and torch.is_grad_enabled() and positions.requires_grad:
-        # Learned positions: the gradient that reaches both parts flows through one concatenation.
-        content = torch.cat([content, positions.to(content.dtype).expand(content.shape[0], -1, -1)], -1)
-        positions = None
-    problem = PackProblem.of(content, positions, fourier, key_mask, lengths, normalize, dtype)
-    if _is_packed_already(content, problem):
-        return PackedInputs(content, problem.C, False, None, None)
-    name = select(problem, backend)
-    key_visible = visible(key_mask, lengths, problem.M)
-    module = load(problem.OP, name)
-    if module.COMPOSITE:
-        data, _ = module.pack_inputs(
-            content, positions, fourier, key_mask=key_visible, normalize=normalize, eps=eps, dtype=problem.dtype
-        )
-        data = data.contiguous()
+@dataclass(frozen=True)
+class Packing:
+    """One call, checked and decided: everything that is left is to compute it."""
+
+    problem: PackProblem
+    part: TokenSlice
+    key_mask: Tensor | None
+    lengths: Tensor | None
+
+
+def _on_grid(content: Tensor, positions: FourierPositions, coordinates: Tensor | None) -> Tensor:
+    """Coordinates of the tokens of ``content`` [B, *grid, C_content]: those given, or the dense grid's."""
+    grid = tuple(content.shape[1:-1])
+    if coordinates is not None:
+        check_coordinates(coordinates, positions, content.shape[0], math.prod(grid))
+        return coordinates
+    if len(grid) != positions.num_axes:
+        raise ValueError(f"positions must have one max_resolution per grid axis {grid}, got {positions.num_axes}")
+    return grid_coordinates(grid, device=content.device)
+
+
+def _joined(part: TokenSlice, seen: Tensor | None) -> TokenSlice:
+    """Trained positions, or features of trained coordinates, beside the content: one gradient reaches both."""
+    content, positions = part.content, part.positions
+    assert positions is not None
+    if part.fourier is not None:
+        nothing = content[..., :0]
+        positions, _ = reference.pack_inputs(
+            nothing, positions, part.fourier, key_mask=seen, normalize=False, channels_multiple=1,
+            dtype=torch.promote_types(content.dtype, torch.float32),
+        )  # fmt: skip
+    if positions.dtype != content.dtype:
+        wide = torch.promote_types(content.dtype, torch.float32)
+        content, positions = content.to(wide), positions.to(wide)
+    return TokenSlice(torch.cat([content, positions.expand(content.shape[0], -1, -1)], -1))
+
+
+def resolve(
+    content: Tensor | InputArray, positions: Tensor | FourierPositions | None = None, *, coordinates: Tensor | None = None,
+    key_mask: Tensor | None = None, lengths: Tensor | None = None, normalize: bool = True, eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Packing:  # fmt: skip
+    """Check every argument of pack_inputs and decide what is packed."""
+    check_eps(eps)
+    if isinstance(content, InputArray):
+        if not (positions is None and coordinates is None and key_mask is None and lengths is None):
+            raise ValueError("an InputArray brings its own positions, coordinates, key_mask and lengths")
+        raw, key_mask, lengths = content.content, content.key_mask, content.lengths
+        dtype = dtype or autocast_dtype(raw) or (raw.dtype if raw.is_floating_point() else torch.get_default_dtype())
+        part = content.slice(dtype=float_dtype(content, dtype))
     else:
-        data, _ = pack_op.pack_inputs(content, positions, fourier, key_visible, normalize, eps, problem.dtype, name)
-    return PackedInputs(data, problem.C, normalize, key_mask, lengths)
+        check_tensor("content", content)
+        if content.ndim < 3:
+            raise ValueError(f"content must be [B, M, C_content] or [B, *grid, C_content], got {shape_of(content)}")
+        fourier = None
+        if isinstance(positions, FourierPositions):
+            fourier = positions.table(content.device)
+            positions = _on_grid(content, positions, coordinates)
+        elif coordinates is not None:
+            raise ValueError("coordinates must come with FourierPositions as positions")
+        dtype = dtype or autocast_dtype(content) or content.dtype
+        part = TokenSlice(content.flatten(1, -2), positions, fourier)
+    problem = PackProblem.of(part.content, part.positions, part.fourier, key_mask, lengths, normalize, dtype)
+    if needs_gradient(part.positions):
+        part = _joined(part, visible(key_mask, lengths, problem.M))
+        problem = PackProblem.of(part.content, None, None, key_mask, lengths, normalize, dtype)
+    return Packing(problem, part, key_mask, lengths)
 
 
 def _is_packed_already(content: Tensor, problem: PackProblem) -> bool:
@@ -70,7 +120,8 @@ def pack_inputs(
         content: float ``[B, M, C_content]`` or ``[B, *grid, C_content]``; or an InputArray, which brings its own positions
             and masks.
         positions: channels ``[M, P]`` or ``[B, M, P]``, or FourierPositions of the grid or of ``coordinates``.
-        coordinates: ``[M, axes]`` or ``[B, M, axes]`` in ``[-1, 1]`` for FourierPositions; None takes the dense grid.
+        coordinates: ``[M, axes]`` or ``[B, M, axes]`` in ``[-1, 1]`` for FourierPositions; None takes the dense grid. Where
+            they require a gradient their features are computed, and kept for it, before packing.
         key_mask: bool ``[B, M]``, True where a token is visible; masked tokens are packed as zeros whatever they hold.
         lengths: int32 ``[B]``, instead of ``key_mask``.
         normalize: False packs x itself; where nothing has to be computed the result is a view of ``content``.
@@ -86,29 +137,23 @@ def pack_inputs(
 
     Source: Ba et al. 2016 (LayerNorm); Jaegle et al. 2021, section 3.2 (Fourier positions).
     """
-    if isinstance(content, InputArray):
-        if not (positions is None and coordinates is None and key_mask is None and lengths is None):
-            raise ValueError("an InputArray brings its own positions, coordinates, key_mask and lengths")
-        inputs = content
-        part = inputs.slice(dtype=dtype or torch.get_default_dtype() if not inputs.content.is_floating_point() else None)
-        dtype = dtype or autocast_dtype(part.content)
-        return _pack(
-            part.content, part.positions, part.fourier, inputs.key_mask, inputs.lengths, normalize, eps, dtype, backend
+    packing = resolve(
+        content, positions, coordinates=coordinates, key_mask=key_mask, lengths=lengths, normalize=normalize, eps=eps,
+        dtype=dtype,
+    )  # fmt: skip
+    problem, part = packing.problem, packing.part
+    if _is_packed_already(part.content, problem):
+        return PackedInputs(part.content, problem.C, False, None, None)
+    name = select(problem, backend)
+    seen = visible(packing.key_mask, packing.lengths, problem.M)
+    module = load(problem.OP, name)
+    if module.COMPOSITE:
+        data, _ = module.pack_inputs(
+            part.content, part.positions, part.fourier, key_mask=seen, normalize=normalize, eps=eps, dtype=problem.dtype
         )
-    check_tensor("content", content)
-    if content.ndim < 3:
-        raise ValueError(f"content must be [B, M, C_content] or [B, *grid, C_content], got {tuple(content.shape)}")
-    grid = tuple(content.shape[1:-1])
-    content = content.flatten(1, -2)
-    fourier = None
-    if isinstance(positions, FourierPositions):
-        fourier = positions.table(content.device)
-        if coordinates is None:
-            if len(grid) != positions.num_axes:
-                raise ValueError(f"positions must have one max_resolution per grid axis {grid}, got {positions.num_axes}")
-            coordinates = grid_coordinates(grid, device=content.device)
-        positions = coordinates
-    elif coordinates is not None:
-        raise ValueError("coordinates must come with FourierPositions as positions")
-    dtype = dtype or autocast_dtype(content)
-    return _pack(content, positions, fourier, key_mask, lengths, normalize, eps, dtype, backend)
+        data = data.contiguous()
+    else:
+        data, _ = pack_op.pack_inputs(
+            part.content, part.positions, part.fourier, seen, normalize, eps, problem.dtype, name
+        )
+    return PackedInputs(data, problem.C, normalize, packing.key_mask, packing.lengths)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
+from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock, Linear
 from perceiver_kernels.nn.attention import Method, check_probability, check_reading, check_widths
@@ -289,7 +290,7 @@ class Perceiver(nn.Module):
         if inputs.device != device:
             raise ValueError(f"inputs must be on {device} as the model, unless chunk_size is set, got {inputs.device}")
         # The packed array has the dtype that the products run in, whatever the dtype of the content.
-        dtype = None if torch.is_autocast_enabled(device.type) else self.latents.dtype
+        dtype = autocast_dtype(self.latents) or self.latents.dtype
         return functional.pack_inputs(inputs, key_mask=key_mask, lengths=lengths, eps=self.config.eps, dtype=dtype)
 
     def num_params(self) -> int:

@@ -273,3 +273,47 @@ def test_public_function_on_a_grid(target: Target) -> None:
     )  # fmt: skip
     assert (packed.channels, packed.normalized) == (30, True) and packed.key_mask is mask
     assert_as_accurate(packed.data, eager, oracle, f"{target} packed")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_trained_coordinates_get_their_gradient(target: Target, batched: bool, normalize: bool) -> None:
+    """Features of coordinates that require a gradient are computed before packing: gradients of both, the same values."""
+    call = call_of(target, 2, 23, 3, "fourier batched" if batched else "fourier", normalize=normalize, masked=True)
+    skip_if_refused(target, replace(call, fourier=None), needs_grad=True)
+    if batched:
+        call.positions[~call.key_mask] = float("nan")
+
+    def gradients(call: Call, function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (call.content, call.positions)]
+        packed = function(*leaves)
+        return [packed.detach(), *torch.autograd.grad(packed, leaves, call.dpacked)]
+
+    def specified(call: Call) -> list[Tensor]:
+        options = {"key_mask": call.key_mask, **call.options}
+        return gradients(call, lambda content, places: reference.pack_inputs(content, places, call.fourier, **options)[0])
+
+    def from_packed_rows(content: Tensor, places: Tensor) -> Tensor:
+        """PyTorch's gradient from what kernels keep, see eager_backward."""
+        apart = {"key_mask": call.key_mask, "normalize": False, "channels_multiple": 1, "dtype": torch.float32}
+        joined, _ = reference.pack_inputs(content, places, call.fourier, **apart)
+        return op.pack_inputs(joined, None, None, call.key_mask, normalize, 1e-5, target.dtype, "reference")[0]
+
+    def packed(content: Tensor, coordinates: Tensor) -> Tensor:
+        options = {"coordinates": coordinates, "key_mask": call.key_mask, "normalize": normalize, "backend": target.backend}
+        return pk.pack_inputs(content, FOURIER, **options).data
+
+    eager = gradients(call, from_packed_rows) if target.is_kernel else specified(call)
+    actual, oracle = gradients(call, packed), specified(call.wide())
+    for name, *values in zip(("packed", "dcontent", "dcoordinates"), actual, eager, oracle, strict=True):
+        assert_as_accurate(*values, f"{target} {name}")
+    with torch.no_grad():
+        torch.testing.assert_close(packed(call.content, call.positions), actual[0])
+
+
+def test_bytes_are_normalised_before_they_are_rounded(target: Target) -> None:
+    """Bytes that differ by little, whose difference 16 bits of the bytes themselves would round away."""
+    images = torch.randint(250, 253, (2, 4, 3, 5), dtype=torch.uint8).to(target.device)
+    raw, options = pk.InputArray.image(images, torch.zeros(15, 0)), {"dtype": target.dtype, "backend": target.backend}
+    floats = raw.content.float() / 255
+    assert same_bits(pk.pack_inputs(raw, **options).data, pk.pack_inputs(floats, **options).data)

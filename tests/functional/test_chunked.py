@@ -249,14 +249,17 @@ def test_second_derivative_is_refused(target: Target, of: str) -> None:
         torch.autograd.grad(gradient.square().sum(), (leaves["q"], inputs))
 
 
+@pytest.mark.parametrize("trained", ["positions", "coordinates"])
 @only(torch.float32)
-def test_learned_positions_are_refused(target: Target) -> None:
-    raw = pk.InputArray(content(target, B, M, C - 2), positions=content(target, M, 2).requires_grad_())
-    tensors = weights(target)
-    with pytest.raises(ValueError, match="learned positions are trained on whole inputs"):
-        pk.input_cross_attention(tensors["q"], raw, tensors["w_k"], tensors["w_v"], chunk_size=4, backend=target.backend)
+def test_trained_positions_are_refused(target: Target, trained: str) -> None:
+    """Their gradient would be lost: the backward of a chunk gives that of the content alone."""
+    fourier = {"positions": pk.FourierPositions(2, (9.0,))} if trained == "coordinates" else {}
+    leaf = content(target, M, 1 if fourier else 5).requires_grad_()
+    raw = pk.InputArray(content(target, B, M, C - 5), **fourier | {trained: leaf})
+    with pytest.raises(ValueError, match=f"chunk_size needs {trained} without gradient: .* are trained on whole inputs"):
+        chunked(target, raw)
     with torch.no_grad():
-        out = pk.input_cross_attention(tensors["q"], raw, tensors["w_k"], tensors["w_v"], chunk_size=4, backend=target.backend)
+        out, _ = chunked(target, raw)
     assert out.isfinite().all()
 
 

@@ -97,6 +97,26 @@ def test_dtype_is_asked_for_or_autocasts_or_the_contents() -> None:
         assert pk.pack_inputs(x, dtype=torch.float16).data.dtype == torch.float16
 
 
+def test_autocast_leaves_fp64_alone() -> None:
+    """As torch's own attention does, in every function; F.linear of the layers too."""
+    q, x, w = randn(B, 1, 3, 4).double(), randn(B, M, 16).double(), randn(4, 16).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.float64
+        assert pk.pack_inputs(x).data.dtype == torch.float64
+        assert pk.attention(q, q, q).dtype == torch.float64
+        assert pk.shared_kv_attention(x[:, :3], x).dtype == torch.float64
+        for options in ({"method": "absorbed"}, {"method": "projected"}, {"chunk_size": 5}):
+            out = pk.input_cross_attention(q, x, w, w, **options)
+            torch.testing.assert_close(out, reference.input_cross_attention(q, x, w, w))
+
+
+@pytest.mark.parametrize("shape", [(M, 1), (M, 3), (B, M, 3), (M,), (B, M + 1, 2)], ids=str)
+def test_coordinates_have_the_axes_of_their_features(shape: tuple[int, ...]) -> None:
+    rule = r"coordinates must be \[M, axes\] or \[B, M, axes\] with B=2, M=12, axes=2, got"
+    with pytest.raises(ValueError, match=rule):
+        pk.pack_inputs(randn(B, M, C), pk.FourierPositions(3, (9.0, 9.0)), coordinates=randn(*shape))
+
+
 def test_frames_of_a_video_lie_on_a_grid_of_three_axes() -> None:
     content = randn(B, 2, 3, 4, C)
     packed = pk.pack_inputs(content, pk.FourierPositions(2, (2.0, 3.0, 4.0)))
