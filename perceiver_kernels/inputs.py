@@ -40,7 +40,7 @@ class PackedInputs:
         channels: C, the real channels.
         normalized: whether LayerNorm (without its affine part) has been applied.
         key_mask: bool [B, M], True = visible; None: all are.
-        lengths: int32 [B], visible prefix of each sequence; None: all of it.
+        lengths: int32 [B], visible prefix of each sequence (above M all of it, below 0 nothing); None: all of it.
 
     Raises:
         TypeError: a field of another type or dtype.
@@ -94,7 +94,7 @@ class InputArray:
         coordinates: float [M, axes] or [B, M, axes] for a FourierPositions, where tokens fill no dense grid.
         grid: sizes of that grid where they do, their product M.
         key_mask: bool [B, M], True = visible.
-        lengths: int32 [B], visible prefix of each sequence; not together with key_mask.
+        lengths: int32 [B], visible prefix of each sequence (above M all of it, below 0 nothing), without key_mask.
         mean, std: one number for each content channel; uint8 content u becomes (u / 255 - mean) / std.
 
     Raises:

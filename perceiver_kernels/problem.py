@@ -82,9 +82,9 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
 
 
-def check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+def check_probability(name: str, p: float) -> None:
+    if not (isinstance(p, (int, float)) and 0.0 <= p < 1.0):
+        raise ValueError(f"{name} must be in [0, 1), got {p!r}")
 
 
 def check_eps(eps: float) -> None:
@@ -242,7 +242,7 @@ class SharedKVProblem(Problem):
         check_like("x", x, "q", q)
         check_key_visibility(key_mask, lengths, B, M, q.device)
         check_scale(scale)
-        check_dropout(dropout_p)
+        check_probability("dropout_p", dropout_p)
         return cls(
             B=B, R=R, M=M, C=C, dtype=q.dtype, device_type=q.device.type,
             masked=key_mask is not None or lengths is not None, dropout=_is_positive(dropout_p), needs_lse=needs_lse,
@@ -290,13 +290,15 @@ class AttentionProblem(Problem):
         check_shape("value", value, "B, H, Lk, d_v", (key.shape[0], H_kv, Lk, d_v))
         if key.shape[0] not in (1, B) or query.shape[0] not in (1, B):
             raise ValueError(f"query and key must have one batch size (or 1), got {query.shape[0]} and {key.shape[0]}")
-        if H_kv not in (1, H) and not (enable_gqa and H % H_kv == 0):
+        if not (H and d_qk):
+            raise ValueError(f"query must be [B, H, Lq, d_qk] with H and d_qk at least 1, got {shape_of(query)}")
+        if H_kv not in (1, H) and not (enable_gqa and H_kv and H % H_kv == 0):
             hint = "a divisor of the query heads" if enable_gqa else "the query heads or 1 (see enable_gqa)"
             raise ValueError(f"key must have {hint}, H={H}, got H={H_kv}")
         check_like("key", key, "query", query)
         check_like("value", value, "query", query)
         check_scale(scale)
-        check_dropout(dropout_p)
+        check_probability("dropout_p", dropout_p)
         if attn_mask is not None and (is_causal or key_mask is not None):
             raise ValueError("attn_mask excludes is_causal and key_mask: fold them into one mask")
         if key_mask is not None:
@@ -305,6 +307,11 @@ class AttentionProblem(Problem):
             check_tensor("attn_mask", attn_mask)
             if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
                 raise TypeError(f"attn_mask must be bool, float32 or query's dtype {query.dtype}, got {attn_mask.dtype}")
+            check_device("attn_mask", attn_mask, "query", query)
+            scores = (B, H, Lq, Lk)
+            sizes = zip(attn_mask.shape[::-1], scores[::-1], strict=False)
+            if attn_mask.ndim > 4 or any(size not in (1, full) for size, full in sizes):
+                raise ValueError(f"attn_mask must broadcast to [B, H, Lq, Lk] = {scores}, got {shape_of(attn_mask)}")
         return cls(
             B=B, H=H, Lq=Lq, Lk=Lk, d_qk=d_qk, d_v=d_v, dtype=query.dtype, device_type=query.device.type,
             mask="attn_mask" if attn_mask is not None else "key_mask" if key_mask is not None else "none",
@@ -345,15 +352,15 @@ class CrossAttentionProblem(Problem):
             check_rank(name, tensor, axes)
             check_device(name, tensor, "q", q)
         H, N, d_qk, C = constant(q.shape[1]), q.shape[2], constant(q.shape[3]), constant(C)
-        if q.shape[0] not in (1, B):
-            raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, got {shape_of(q)}")
+        if q.shape[0] not in (1, B) or not (H and d_qk):
+            raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, H and d_qk at least 1, got {shape_of(q)}")
         if not 1 <= C <= MAX_CHANNELS:
             raise ValueError(f"inputs must have 1 to {MAX_CHANNELS} channels, got C={C}")
         # Weights may come with zero columns up to C_padded.
         if shape_of(w_k) != (H * d_qk, pad_channels(C)):
             check_shape("w_k", w_k, "H*d_qk, C", (H * d_qk, C))
-        if w_v.shape[0] % H:
-            raise ValueError(f"w_v must be [H*d_v, C] with H={H}, got {shape_of(w_v)}")
+        if w_v.shape[0] % H or not w_v.shape[0]:
+            raise ValueError(f"w_v must be [H*d_v, C] with H={H}, d_v at least 1, got {shape_of(w_v)}")
         if w_v.shape[1] != pad_channels(C):
             check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
         return cls(

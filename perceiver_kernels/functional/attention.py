@@ -101,7 +101,7 @@ def shared_kv_attention(
         x: ``[B, M, C]`` or PackedInputs; C from 1 to 1024. Fastest with C a multiple of 16 (pack_inputs pads so); other C
             are padded here, at the cost of a copy.
         key_mask: bool ``[B, M]``, True where a token is visible. What masked tokens hold is never used, NaN included.
-        lengths: int32 ``[B]``, tokens visible from the front; instead of ``key_mask``.
+        lengths: int32 ``[B]``, tokens visible from the front, all of them above M and none below 0; instead of ``key_mask``.
         scale: factor on the scores (absorbed queries carry theirs, hence 1).
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
         return_lse: also return the log-sum-exp of the scaled scores, natural log; it is differentiable.

@@ -19,7 +19,7 @@ from perceiver_kernels.functional.common import dropout_seed, float_dtype
 from perceiver_kernels.inputs import InputArray, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as shared_kv_op
-from perceiver_kernels.ops.boundary import refuse_double_backward
+from perceiver_kernels.ops.boundary import refuse_double_backward, transforms_active
 from perceiver_kernels.problem import PackProblem, SharedKVProblem, needs_gradient, pad_channels
 
 
@@ -141,6 +141,8 @@ def chunked_attention(
 
     Gradients reach q and, where it requires one, ``source.content``.
     """
+    if transforms_active():
+        raise ValueError("chunk_size must be None under torch.func's transforms (grad, vmap), which need whole inputs")
     for name, what in (("positions", "learned positions"), ("coordinates", "coordinates")):
         if isinstance(field := getattr(source, name), Tensor) and needs_gradient(field):
             raise ValueError(f"chunk_size needs {name} without gradient: {what} are trained on whole inputs")

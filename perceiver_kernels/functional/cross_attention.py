@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels.absorption import absorb_queries, fold_norm, project_values, with_zero_gradient
+from perceiver_kernels.checks import is_integer
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.functional.attention import attend_shared, attention
 from perceiver_kernels.functional.chunked import ChunkSettings, chunked_attention
@@ -19,7 +20,10 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.plan import plan_cross_attention
 from perceiver_kernels.problem import (
     CrossAttentionProblem,
-    check_dropout,
+    check_device,
+    check_eps,
+    check_floating,
+    check_probability,
     check_scale,
     check_shape,
     check_tensor,
@@ -29,6 +33,18 @@ from perceiver_kernels.problem import (
 
 Method = Literal["absorbed", "projected"]
 Inputs = Tensor | InputArray | PackedInputs
+
+
+def check_reading(chunk_size: int | None, method: Method | None) -> None:
+    """How inputs are read: ``method`` by name, ``chunk_size`` tokens at a time."""
+    if method not in (None, "absorbed", "projected"):
+        raise ValueError(f"method must be 'absorbed', 'projected' or None, got {method!r}")
+    if chunk_size is None:
+        return
+    if not is_integer(chunk_size) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+    if method == "projected":
+        raise ValueError("chunk_size needs method='absorbed' or None: projected keys and values are proportional to M")
 
 
 @dataclass(frozen=True)
@@ -42,13 +58,15 @@ class Projections:
     norm_weight: Tensor | None
     norm_bias: Tensor | None
 
-    def check(self, H: int, d_qk: int, d_v: int, C: int) -> None:
+    def check(self, H: int, d_qk: int, d_v: int, C: int, q: Tensor) -> None:
         for name, tensor, axis, size in (
             ("b_k", self.b_k, "H*d_qk", H * d_qk), ("b_v", self.b_v, "H*d_v", H * d_v),
             ("norm_weight", self.norm_weight, "C", C), ("norm_bias", self.norm_bias, "C", C),
         ):  # fmt: skip
             if tensor is not None:
                 check_tensor(name, tensor)
+                check_floating(name, tensor)
+                check_device(name, tensor, "q", q)
                 if axis != "C" or tensor.shape != (pad_channels(size),):
                     check_shape(name, tensor, axis, (size,))
 
@@ -80,6 +98,7 @@ def describe(
     check_tensor("q", q)
     source = _as_source(inputs, key_mask, lengths)
     if isinstance(source, PackedInputs):
+        check_device("inputs", source.data, "q", q)
         (B, M, _), dtype = source.data.shape, source.data.dtype
     else:
         B, M = source.batch, source.length
@@ -88,7 +107,7 @@ def describe(
         q, weights.w_k, weights.w_v, B=B, M=M, C=source.channels, dtype=dtype, packed=isinstance(source, PackedInputs),
         inputs_need_grad=_requires_gradient(source),
     )  # fmt: skip
-    weights.check(problem.H, problem.d_qk, problem.d_v, problem.C)
+    weights.check(problem.H, problem.d_qk, problem.d_v, problem.C, q)
     return problem, source
 
 
@@ -111,15 +130,11 @@ def resolve(
     chunk_size: int | None = None, method: Method | None = None,
 ) -> Call:  # fmt: skip
     """Check every argument of input_cross_attention and decide how it is computed."""
-    if method not in (None, "absorbed", "projected"):
-        raise ValueError(f"method must be 'absorbed', 'projected' or None, got {method!r}")
+    check_reading(chunk_size, method)
+    check_eps(eps)
     check_scale(scale)
-    check_dropout(dropout_p)
+    check_probability("dropout_p", dropout_p)
     if chunk_size is not None:
-        if method == "projected":
-            raise ValueError("chunk_size needs method='absorbed': projected keys and values are proportional to M")
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
         method = "absorbed"
     weights = Projections(w_k, w_v, b_k, b_v, norm_weight, norm_bias)
     problem, source = describe(q, inputs, weights, key_mask, lengths)
@@ -229,7 +244,8 @@ def input_cross_attention(
         normalize: apply LayerNorm's normalisation to the inputs. PackedInputs carry their own answer.
         eps: LayerNorm's.
         scale: factor on the scores; None is ``1/sqrt(d_qk)``.
-        key_mask: bool ``[B, M]``, True where a token is visible. lengths: int32 ``[B]``, instead of ``key_mask``.
+        key_mask: bool ``[B, M]``, True where a token is visible. lengths: int32 ``[B]``, instead of ``key_mask``: tokens
+            visible from the front, all of them above M and none below 0.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
         chunk_size: tokens packed and attended at a time; memory is then independent of M, forward and backward.
         method: ``"absorbed"`` or ``"projected"``; None lets the planner choose.

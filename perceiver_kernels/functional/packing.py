@@ -123,7 +123,7 @@ def pack_inputs(
         coordinates: ``[M, axes]`` or ``[B, M, axes]`` in ``[-1, 1]`` for FourierPositions; None takes the dense grid. Where
             they require a gradient their features are computed, and kept for it, before packing.
         key_mask: bool ``[B, M]``, True where a token is visible; masked tokens are packed as zeros whatever they hold.
-        lengths: int32 ``[B]``, instead of ``key_mask``.
+        lengths: int32 ``[B]``, tokens visible from the front, all of them above M and none below 0; instead of ``key_mask``.
         normalize: False packs x itself; where nothing has to be computed the result is a view of ``content``.
         eps: added to the variance.
         dtype: of the result; None is autocast's where autocast is on, else content's.

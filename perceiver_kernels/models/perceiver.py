@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.common import autocast_dtype
+from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock, Linear
-from perceiver_kernels.nn.attention import Method, check_probability, check_reading, check_widths
+from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.blocks import GELU
+from perceiver_kernels.nn.checks import check_count, check_input_dim, check_inputs, check_widths
+from perceiver_kernels.problem import check_eps, check_probability
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class PerceiverConfig:
     """Sizes of a Perceiver; the defaults are the paper's ImageNet model, but for ``input_dim`` and ``num_classes``.
 
     Args:
-        input_dim: C, channels of the inputs, content and positions together.
+        input_dim: C, channels of the inputs, content and positions together, at most 1024.
         num_classes: outputs of the head.
         num_latents, latent_dim: N and D.
         num_cross_attends: how often the latents read the inputs.
@@ -71,15 +74,13 @@ class PerceiverConfig:
     method: Method | None = None
 
     def __post_init__(self) -> None:
+        check_input_dim(self.input_dim)
         for name in (
-            "input_dim", "num_classes", "num_latents", "latent_dim", "num_cross_attends",
-            "cross_widening_factor", "latent_widening_factor",
+            "num_classes", "num_latents", "latent_dim", "num_cross_attends", "cross_widening_factor", "latent_widening_factor",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("num_blocks", "layers_per_block"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), 0)
         for name, choices in (
             ("cross_attends", ("interleaved", "start")),
             ("weight_sharing", ("v1", "v2", "none")),
@@ -99,8 +100,7 @@ class PerceiverConfig:
         check_widths(self.latent_heads, latent_dim=self.latent_dim)
         check_probability("attention_dropout", self.attention_dropout)
         check_probability("dropout", self.dropout)
-        if not self.eps > 0.0:
-            raise ValueError(f"eps must be positive, got {self.eps!r}")
+        check_eps(self.eps)
         check_reading(self.chunk_size, self.method)
 
     def cross_weights(self) -> tuple[int, ...]:
@@ -277,13 +277,7 @@ class Perceiver(nn.Module):
         self, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
     ) -> Tensor | InputArray | PackedInputs:
         """Check the channels and pack, unless the cross-attends are to pack chunk by chunk."""
-        if not isinstance(inputs, (Tensor, InputArray, PackedInputs)):
-            raise TypeError(f"inputs must be a Tensor, InputArray or PackedInputs, got {type(inputs).__name__}")
-        channels = inputs.shape[-1] if isinstance(inputs, Tensor) else inputs.channels
-        if channels != self.config.input_dim:
-            raise ValueError(
-                f"inputs must have input_dim={self.config.input_dim} channels, content and positions together, got {channels}"
-            )
+        check_inputs(inputs, self.config.input_dim)
         if isinstance(inputs, PackedInputs) or self.config.chunk_size is not None:
             return inputs
         device = self.latents.device

@@ -5,18 +5,18 @@ Every layer is pre-norm and owns its norms and its residual, so a block is a pla
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
+from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.problem import pad_channels
-
-Method = Literal["absorbed", "projected"]
+from perceiver_kernels.nn.checks import check_count, check_input_dim, check_inputs, check_sequence, check_widths
+from perceiver_kernels.problem import check_eps, check_probability, pad_channels
 
 
 class Linear(nn.Linear):
@@ -45,37 +45,6 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def check_widths(num_heads: int, **channels: int) -> None:
-    """Every width must be a positive multiple of ``num_heads``."""
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-    for name, width in channels.items():
-        if width < 1 or width % num_heads:
-            raise ValueError(f"{name} must be a positive multiple of num_heads={num_heads}, got {width}")
-
-
-def check_probability(name: str, p: float) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {p!r}")
-
-
-def check_reading(chunk_size: int | None, method: str | None) -> None:
-    """How a cross-attention reads its inputs: ``method`` by name, ``chunk_size`` tokens at a time."""
-    if method not in ("absorbed", "projected", None):
-        raise ValueError(f'method must be "absorbed", "projected" or None, got {method!r}')
-    if chunk_size is None:
-        return
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-    if method == "projected":
-        raise ValueError('chunk_size needs method="absorbed" or None, got "projected", which stores keys and values')
-
-
-def check_sequence(name: str, x: Tensor, axes: str, channels: int) -> None:
-    if x.ndim != 3 or x.shape[-1] != channels:
-        raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
-
-
 class CrossAttention(nn.Module):
     """Latents read an input array of any length.
 
@@ -89,7 +58,7 @@ class CrossAttention(nn.Module):
 
     Args:
         latent_dim: D, channels of the latents.
-        input_dim: C, channels of the inputs, content and positions together.
+        input_dim: C, channels of the inputs, content and positions together, at most 1024.
         num_heads: H.
         qk_channels: H * d_qk, width of all queries; ``input_dim`` when None.
         v_channels: H * d_v, width of all values; ``qk_channels`` when None.
@@ -132,10 +101,14 @@ class CrossAttention(nn.Module):
         qk_channels = input_dim if qk_channels is None else qk_channels
         v_channels = qk_channels if v_channels is None else v_channels
         out_channels = latent_dim if out_channels is None else out_channels
+        check_count("latent_dim", latent_dim)
+        check_count("out_channels", out_channels)
+        check_input_dim(input_dim)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
         if residual and out_channels != latent_dim:
             raise ValueError(f"out_channels must be latent_dim={latent_dim} with a residual, got {out_channels}")
+        check_eps(eps)
         check_reading(chunk_size, method)
         self.latent_dim, self.input_dim, self.num_heads = latent_dim, input_dim, num_heads
         self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
@@ -162,7 +135,7 @@ class CrossAttention(nn.Module):
             latents: [B, N, D], or [1, N, D] to share one set over the batch (its query is then projected once).
             inputs: [B, M, C] tensor, InputArray, or PackedInputs shared by several layers.
             key_mask: bool [B, M], True where a token is visible; for inputs that do not bring their own.
-            lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
+            lengths: int32 [B], visible leading tokens (above M all, below 0 none); excludes ``key_mask``.
 
         Returns:
             [B, N, out_channels].
@@ -170,7 +143,8 @@ class CrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("latents", latents, "B, N, D", self.latent_dim)
+        check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
+        check_inputs(inputs, self.input_dim)
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
@@ -276,8 +250,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         qk_channels = dim if qk_channels is None else qk_channels
         v_channels = qk_channels if v_channels is None else v_channels
+        check_count("dim", dim)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
+        check_eps(eps)
         self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
         self.qk_channels, self.v_channels = qk_channels, v_channels
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -295,7 +271,7 @@ class SelfAttention(nn.Module):
         Returns:
             [B, N, D].
         """
-        check_sequence("x", x, "B, N, D", self.dim)
+        check_sequence("x", x, "B, N, D", self.dim, self.qkv_proj.weight)
         qkv = self.qkv_proj(x if self.norm is None else self.norm(x))
         query, key, value = qkv.split((self.qk_channels, self.qk_channels, self.v_channels), dim=-1)
         attended = functional.attention(

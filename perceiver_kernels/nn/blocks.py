@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.inputs import InputArray, PackedInputs
-from perceiver_kernels.nn.attention import (
-    CrossAttention,
-    Linear,
-    Method,
-    SelfAttention,
-    check_probability,
-    check_sequence,
-)
+from perceiver_kernels.nn.attention import CrossAttention, Linear, Method, SelfAttention
+from perceiver_kernels.nn.checks import check_count, check_sequence
+from perceiver_kernels.problem import check_eps, check_probability
 
 GELU = Literal["exact", "tanh"]
 
@@ -52,11 +47,12 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if widening_factor < 1:
-            raise ValueError(f"widening_factor must be at least 1, got {widening_factor}")
+        check_count("dim", dim)
+        check_count("widening_factor", widening_factor)
         if gelu not in ("exact", "tanh"):
             raise ValueError(f'gelu must be "exact" or "tanh", got {gelu!r}')
         check_probability("dropout", dropout)
+        check_eps(eps)
         self.dim, self.hidden_dim = dim, widening_factor * dim
         self.gelu, self.dropout, self.residual = gelu, dropout, residual
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -66,7 +62,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        check_sequence("x", x, "B, N, D", self.dim)
+        check_sequence("x", x, "B, N, D", self.dim, self.up_proj.weight)
         hidden = self.up_proj(x if self.norm is None else self.norm(x))
         out = self.down_proj(F.gelu(hidden, approximate="none" if self.gelu == "exact" else "tanh"))
         if self.dropout:

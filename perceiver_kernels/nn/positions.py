@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from perceiver_kernels.nn.checks import check_count
+
 
 class LearnedPositions(nn.Module):
     """A trained vector for every place of the input array.
@@ -33,8 +35,8 @@ class LearnedPositions(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if length < 1 or channels < 1:
-            raise ValueError(f"length and channels must be at least 1, got {length} and {channels}")
+        check_count("length", length)
+        check_count("channels", channels)
         self.length, self.channels = length, channels
         self.weight = nn.Parameter(torch.empty(length, channels, device=device, dtype=dtype))
         self.reset_parameters()

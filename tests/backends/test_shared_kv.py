@@ -164,7 +164,8 @@ def visibility(kind: str, case: EncodeCase) -> dict[str, Tensor]:
     """The first entry sees a part, the second nothing, the last everything."""
     mask = torch.rand(case.B, case.M, generator=torch.Generator().manual_seed(3)) < 0.4
     mask[0, :70], mask[1], mask[-1] = False, False, True
-    lengths = torch.tensor([case.M // 2 + 3, 0, 1, case.M], dtype=torch.int32)[: case.B]
+    # Past the ends they mean all and nothing.
+    lengths = torch.tensor([case.M // 2 + 3, 0, case.M + 9, -5, case.M, 1], dtype=torch.int32)[: case.B]
     return {"all": {}, "key_mask": {"key_mask": mask}, "lengths": {"lengths": lengths}}[kind]
 
 

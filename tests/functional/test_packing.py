@@ -124,3 +124,14 @@ def test_frames_of_a_video_lie_on_a_grid_of_three_axes() -> None:
     positions = pk.FourierPositions(2, (2.0, 3.0, 4.0))
     array = pk.InputArray(content.flatten(1, 3), positions, grid=(2, 3, 4))
     assert same_bits(pk.pack_inputs(array).data, packed.data)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_lengths_past_the_ends_are_the_ends(chunk_size: int | None) -> None:
+    """Above M all tokens are visible, below 0 none; lengths are not looked at, so that nothing waits for the device."""
+    q, x, w = randn(B, 2, 3, 4), randn(B, M, C), randn(8, C)
+    past, ends = (torch.tensor(lengths, dtype=torch.int32) for lengths in ((M + 50, -3), (M, 0)))
+    assert same_bits(pk.pack_inputs(x, lengths=past).data, pk.pack_inputs(x, lengths=ends).data)
+    options = {"chunk_size": chunk_size, "method": "absorbed"}
+    found, expected = (pk.input_cross_attention(q, x, w, w, lengths=lengths, **options) for lengths in (past, ends))
+    assert same_bits(found, expected) and found[0].any() and not found[1].any()

@@ -364,13 +364,13 @@ def test_learns_a_batch() -> None:
         ({"cross_attends": "end"}, "cross_attends must be one of 'interleaved', 'start', got 'end'"),
         ({"weight_sharing": "v3"}, "weight_sharing must be one of 'v1', 'v2', 'none', got 'v3'"),
         ({"gelu": "fast"}, "gelu must be one of 'exact', 'tanh', got 'fast'"),
-        ({"method": "fused"}, 'method must be "absorbed", "projected" or None'),
+        ({"method": "fused"}, "method must be 'absorbed', 'projected' or None"),
         ({"cross_heads": 2}, "qk_channels must be a positive multiple of num_heads=2, got 13"),
         ({"latent_heads": 3}, "latent_dim must be a positive multiple of num_heads=3, got 16"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"eps": 0.0}, "eps must be positive, got 0.0"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
-        ({"chunk_size": 4, "method": "projected"}, 'chunk_size needs method="absorbed" or None'),
+        ({"eps": -1.0}, "eps must be a finite number, at least 0, got -1.0"),
+        ({"chunk_size": 0}, "chunk_size must be a positive number of tokens, got 0"),
+        ({"chunk_size": 4, "method": "projected"}, "chunk_size needs method='absorbed' or None"),
     ],
 )
 def test_wrong_configurations_are_named(changes: dict[str, Any], message: str) -> None:

@@ -312,9 +312,9 @@ def test_default_widths_are_those_of_the_paper() -> None:
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"out_channels": 7}, "out_channels must be latent_dim=24 with a residual, got 7"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
-        ({"chunk_size": 8, "method": "projected"}, 'chunk_size needs method="absorbed" or None'),
-        ({"method": "fast"}, 'method must be "absorbed", "projected" or None, got \'fast\''),
+        ({"chunk_size": 0}, "chunk_size must be a positive number of tokens, got 0"),
+        ({"chunk_size": 8, "method": "projected"}, "chunk_size needs method='absorbed' or None"),
+        ({"method": "fast"}, "method must be 'absorbed', 'projected' or None, got 'fast'"),
     ],
 )
 def test_wrong_configurations_are_named(keywords: dict, message: str) -> None:

@@ -174,7 +174,7 @@ def test_learned_positions_start_as_the_latents_do() -> None:
         (lambda: FeedForward(D, gelu="fast"), 'gelu must be "exact" or "tanh", got \'fast\''),
         (lambda: FeedForward(D, dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
         (lambda: LatentBlock(D, 3), "qk_channels must be a positive multiple of num_heads=3, got 16"),
-        (lambda: LearnedPositions(0, 4), "length and channels must be at least 1, got 0 and 4"),
+        (lambda: LearnedPositions(0, 4), "length must be at least 1, got 0"),
         (lambda: FeedForward(D)(torch.randn(B, N, D + 1)), r"x must be \[B, N, D\] with D=16, got \(2, 6, 17\)"),
         (lambda: LatentBlock(D)(torch.randn(N, D)), r"x must be \[B, N, D\] with D=16, got \(6, 16\)"),
     ],
