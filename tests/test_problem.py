@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,6 +99,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("shared", {"lengths": zeros(3, dtype=torch.int32)}, ValueError, ("lengths must be [B] with B=2", "(3,)")),
     ("shared", {"lengths": zeros(B, dtype=torch.int32, device=META)}, ValueError, ("lengths must be on cpu", "meta")),
     ("shared", {"lengths": zeros(B, dtype=torch.int32), "key_mask": zeros(B, M, dtype=torch.bool)}, ValueError, ("key_mask and lengths exclude each other",)),
+    ("shared", {"x": pk.PackedInputs(zeros(B, M, C), C, True), "lengths": zeros(B, dtype=torch.int32)}, ValueError, ("must be given to pack_inputs",)),
     ("shared", {"backend": "cudnn"}, ValueError, ("backend must name backends among cuda, triton, sdpa, reference", "'cudnn'")),
     ("shared", {"backend": "sdpa", "return_lse": True}, ValueError, ("no backend can serve shared_kv_attention", "sdpa does not return lse")),
     ("shared", {"backend": "sdpa", "dropout_p": 0.5}, ValueError, ("no backend can serve shared_kv_attention", "row sums")),
@@ -121,6 +123,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("pack", {"coordinates": zeros(M, 1)}, ValueError, ("coordinates must come with FourierPositions",)),
     ("pack", {"dtype": INT}, TypeError, ("dtype must be float16", "torch.int64")),
     ("pack", {"key_mask": zeros(B, M, dtype=INT)}, TypeError, ("key_mask must be torch.bool", "int64")),
+    ("pack", {"content": pk.InputArray.tokens(zeros(B, M, 5)), "positions": zeros(M, 2)}, ValueError, ("an InputArray brings its own",)),
+    ("pack", {"positions": pk.FourierPositions(2, (4.0,)), "coordinates": zeros(M, 2)}, ValueError, ("coordinates must be", "axes=1", "(7, 2)")),
     ("pack", {"backend": "gpu"}, ValueError, ("backend must name backends", "'gpu'")),
     ("attend", {"query": zeros(B, N, 4)}, ValueError, ("query must be [B, H, Lq, d_qk]", "(2, 3, 4)")),
     ("attend", {"key": zeros(3, H, M, 4), "value": zeros(3, H, M, 6)}, ValueError, ("query and key must have one batch size", "2 and 3")),
@@ -156,6 +160,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("cross", {"norm_weight": zeros(C + 1)}, ValueError, ("norm_weight must be [C] with C=16", "(17,)")),
     ("cross", {"inputs": zeros(B, M, 1025), "w_k": zeros(8, 1025), "w_v": zeros(12, 1025)}, ValueError, ("1 to 1024 channels", "C=1025")),
     ("cross", {"inputs": zeros(B, M, C, dtype=INT)}, TypeError, ("content must be", "int64")),
+    ("cross", {"inputs": pk.InputArray(zeros(B, M, C - 2), zeros(M, 2).requires_grad_()), "chunk_size": 4}, ValueError, ("chunk_size needs positions without gradient",)),
+    ("cross", {"inputs": pk.InputArray.tokens(zeros(B, M, C)), "key_mask": zeros(B, M, dtype=torch.bool)}, ValueError, ("must come with the InputArray",)),
     ("cross", {"inputs": None}, TypeError, ("inputs must be a torch.Tensor", "NoneType")),
     ("cross", {"inputs": pk.PackedInputs(zeros(B, M, C, device=META), C, True)}, ValueError, ("inputs must be on q's device cpu", "meta")),
     ("cross", {"w_k": None}, TypeError, ("w_k must be a torch.Tensor", "NoneType")),
@@ -193,6 +199,22 @@ def test_bad_call_is_one_sentence_before_any_launch(
     assert type(raised.value) is error
     assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
     assert recorder.computed == []
+
+
+@pytest.mark.parametrize(("entry", "changes"), [row[:2] for row in REFUSED])
+def test_explain_refuses_with_the_same_sentence(entry: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every argument that the call refuses; backends that refuse are what an explanation lists."""
+    with pytest.raises((TypeError, ValueError)) as called:
+        ENTRY[entry](**changes)
+    for name in ("shared_kv_attention", "pack_inputs", "attention", "input_cross_attention"):
+        monkeypatch.setattr(pk, name, partial(pk.explain, name))
+    if str(called.value).startswith("no backend can serve"):
+        explanation = ENTRY[entry](**changes)
+        assert explanation.backend is None and all(why in str(called.value) for [why] in explanation.refused.values())
+        return
+    with pytest.raises(called.type) as explained:
+        ENTRY[entry](**changes)
+    assert str(explained.value) == str(called.value)
 
 
 @pytest.mark.parametrize("entry", ENTRY)

@@ -83,6 +83,23 @@ def attend_shared(
     )
 
 
+def resolve_shared_kv(
+    q: Tensor, x: Tensor | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None, scale: float, dropout_p: float,
+    return_lse: bool,
+) -> tuple[SharedKVProblem, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Check every argument of shared_kv_attention: the problem; q and x as autocast has them; which tokens are visible."""
+    check_tensor("q", q)
+    if isinstance(x, PackedInputs):
+        if key_mask is not None or lengths is not None:
+            raise ValueError("key_mask and lengths must be given to pack_inputs, whose PackedInputs carry them")
+        data, key_mask, lengths = x.data, x.key_mask, x.lengths
+    else:
+        check_tensor("x", x)
+        data = x
+    q, data = cast_for_autocast(q, data)
+    return SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse), q, data, key_mask, lengths
+
+
 def shared_kv_attention(
     q: Tensor,
     x: Tensor | PackedInputs,
@@ -113,16 +130,7 @@ def shared_kv_attention(
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names it.
     """
-    check_tensor("q", q)
-    if isinstance(x, PackedInputs):
-        if key_mask is not None or lengths is not None:
-            raise ValueError("key_mask and lengths must be given to pack_inputs, whose PackedInputs carry them")
-        data, key_mask, lengths = x.data, x.key_mask, x.lengths
-    else:
-        check_tensor("x", x)
-        data = x
-    q, data = cast_for_autocast(q, data)
-    SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse)
+    _, q, data, key_mask, lengths = resolve_shared_kv(q, x, key_mask, lengths, scale, dropout_p, return_lse)
     seen = None if isinstance(x, PackedInputs) else visible(key_mask, lengths, data.shape[1])
     if seen is not None:
         data = torch.where(seen[..., None], data, 0.0)

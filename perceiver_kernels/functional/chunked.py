@@ -134,6 +134,23 @@ def _chunk_gradients(
     return None if dq is None else dq.to(q.dtype), dcontent
 
 
+def check_source(source: InputArray) -> None:
+    """What the gradients of chunks cannot reach is refused, rather than left without one."""
+    if transforms_active():
+        raise ValueError("chunk_size must be None under torch.func's transforms (grad, vmap), which need whole inputs")
+    for name, what in (("positions", "learned positions"), ("coordinates", "coordinates")):
+        if isinstance(field := getattr(source, name), Tensor) and needs_gradient(field):
+            raise ValueError(f"chunk_size needs {name} without gradient: {what} are trained on whole inputs")
+
+
+def pack_problem(source: InputArray, settings: ChunkSettings, device: torch.device) -> PackProblem:
+    """What packing a chunk on ``device`` asks of a backend."""
+    part = source.slice(0, 0, device=device, dtype=float_dtype(source, settings.dtype))
+    return PackProblem.of(
+        part.content, part.positions, part.fourier, part.key_mask, None, settings.normalize, settings.dtype
+    )
+
+
 def chunked_attention(
     q: Tensor, source: InputArray, settings: ChunkSettings, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,17 +158,7 @@ def chunked_attention(
 
     Gradients reach q and, where it requires one, ``source.content``.
     """
-    if transforms_active():
-        raise ValueError("chunk_size must be None under torch.func's transforms (grad, vmap), which need whole inputs")
-    for name, what in (("positions", "learned positions"), ("coordinates", "coordinates")):
-        if isinstance(field := getattr(source, name), Tensor) and needs_gradient(field):
-            raise ValueError(f"chunk_size needs {name} without gradient: {what} are trained on whole inputs")
-    part = source.slice(0, 0, device=q.device, dtype=float_dtype(source, settings.dtype))
-    pack_problem = PackProblem.of(
-        part.content, part.positions, part.fourier, part.key_mask, None, settings.normalize, settings.dtype
-    )
-    attention_problem = SharedKVProblem.of(
-        q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True
-    )
-    run = _Run(source, settings, select(pack_problem, backend), select(attention_problem, backend))
+    packing = pack_problem(source, settings, q.device)
+    attending = SharedKVProblem.of(q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True)
+    run = _Run(source, settings, select(packing, backend), select(attending, backend))
     return _Chunked.apply(q, source.content, dropout_seed(settings.dropout_p, q.device), run)

@@ -13,7 +13,7 @@ from perceiver_kernels.absorption import absorb_queries, fold_norm, project_valu
 from perceiver_kernels.checks import is_integer
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.functional.attention import attend_shared, attention
-from perceiver_kernels.functional.chunked import ChunkSettings, chunked_attention
+from perceiver_kernels.functional.chunked import ChunkSettings, check_source, chunked_attention
 from perceiver_kernels.functional.common import autocast_dtype, visible
 from perceiver_kernels.functional.packing import pack_inputs
 from perceiver_kernels.inputs import InputArray, PackedInputs
@@ -141,6 +141,7 @@ def resolve(
     scale = problem.d_qk**-0.5 if scale is None else float(scale)
     chunks = None
     if chunk_size is not None and isinstance(source, InputArray):
+        check_source(source)
         chunks = ChunkSettings(chunk_size, problem.dtype, normalize, eps, scale, dropout_p, source.channels)
     method = method or plan_cross_attention(problem, device_facts(q.device)).method
     return Call(problem, source, weights, scale, method, chunks)
@@ -198,7 +199,7 @@ def _absorbed_chunked(
     return _values_of(problem, z, rho, weights)
 
 
-def _on_device(source: InputArray, device: torch.device) -> InputArray:
+def on_device(source: InputArray, device: torch.device) -> InputArray:
     """The raw inputs on the queries' device; whole, so only for inputs that are not chunked."""
     moved: dict[str, Any] = {
         name: value.to(device)
@@ -269,7 +270,7 @@ def input_cross_attention(
     packed = call.source
     if isinstance(packed, InputArray):
         packed = pack_inputs(
-            _on_device(packed, q.device), normalize=normalize, eps=eps, dtype=call.problem.dtype, backend=backend
+            on_device(packed, q.device), normalize=normalize, eps=eps, dtype=call.problem.dtype, backend=backend
         )
     run = _absorbed if call.method == "absorbed" else _projected
     return run(call.problem, q, packed, call.weights, call.scale, dropout_p, backend)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_kernels import plan as planning
 from perceiver_kernels.cost import Cost, absorbed_cost, problem_pack_cost, projected_cost, shared_kv_cost
 from perceiver_kernels.device import device_facts
-from perceiver_kernels.dispatch import candidates, refusals
-from perceiver_kernels.functional import cross_attention
-from perceiver_kernels.functional.common import autocast_dtype
-from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
-from perceiver_kernels.problem import (
-    AttentionProblem,
-    PackProblem,
-    Problem,
-    SharedKVProblem,
-    pad_channels,
-)
+from perceiver_kernels.dispatch import candidates, load, refusals
+from perceiver_kernels.functional import chunked, cross_attention
+from perceiver_kernels.functional.attention import attention, resolve_shared_kv, shared_kv_attention
+from perceiver_kernels.functional.common import cast_for_autocast
+from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
+from perceiver_kernels.functional.packing import resolve as resolve_packing
+from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, pad_channels
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _explain(problem: Problem, cost: Cost, plan: Any, device: torch.device, dtype: torch.dtype, backend: str | None,
-             parts: tuple[Explanation, ...] = ()) -> Explanation:  # fmt: skip
+def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None) -> Explanation:
     refused: dict[str, list[str]] = {}
     chosen = None
     for name in candidates(problem.OP, backend):
@@ -63,91 +61,96 @@ def _explain(problem: Problem, cost: Cost, plan: Any, device: torch.device, dtyp
             chosen = name
             del refused[name]
             break
+    if chosen is None or load(problem.OP, chosen).COMPOSITE:
+        plan = None  # tiles and splits are those of kernels
+    dtype: torch.dtype = problem.dtype  # type: ignore[attr-defined]
     seconds = cost.seconds(device_facts(device), dtype)
-    return Explanation(problem.OP, problem, chosen, refused, plan, cost.flops, cost.bytes, seconds * 1e3, parts)
+    return Explanation(problem.OP, problem, chosen, refused, plan, cost.flops, cost.bytes, seconds * 1e3)
 
 
-def _explain_shared_kv(
-    q: Tensor, x: Tensor | PackedInputs, *, key_mask: Tensor | None = None, lengths: Tensor | None = None,
-    scale: float = 1.0, dropout_p: float = 0.0, return_lse: bool = False, backend: str | None = None,
-) -> Explanation:  # fmt: skip
-    if isinstance(x, PackedInputs):
-        data, key_mask, lengths = x.data, x.key_mask, x.lengths
-    else:
-        data = x
-    problem = SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse)
-    cost = shared_kv_cost(problem.B, problem.R, problem.M, problem.C, q.dtype.itemsize)
-    plan = planning.plan_shared_kv(problem.with_sizes(C=pad_channels(problem.C)), device_facts(q.device))
-    return _explain(problem, cost, plan, q.device, q.dtype, backend)
+def _explain_shared_problem(p: SharedKVProblem, device: torch.device, backend: str | None) -> Explanation:
+    cost = shared_kv_cost(p.B, p.R, p.M, p.C, p.dtype.itemsize)
+    plan = planning.plan_shared_kv(p.with_sizes(C=pad_channels(p.C)), device_facts(device))
+    return _explain(p, cost, device, backend, plan)
 
 
-def _explain_pack(
-    content: Tensor | InputArray, positions: Tensor | FourierPositions | None = None, *, coordinates: Tensor | None = None,
-    key_mask: Tensor | None = None, lengths: Tensor | None = None, normalize: bool = True, eps: float = 1e-5,
-    dtype: torch.dtype | None = None, backend: str | None = None,
-) -> Explanation:  # fmt: skip
-    if not isinstance(content, InputArray):
-        dense = isinstance(positions, FourierPositions) and coordinates is None
-        grid = tuple(content.shape[1:-1]) if dense else None
-        content = InputArray(content.flatten(1, -2), positions, coordinates, grid, key_mask, lengths)
-    part = content.slice(dtype=None if content.content.is_floating_point() else torch.get_default_dtype())
-    problem = PackProblem.of(
-        part.content, part.positions, part.fourier, content.key_mask, content.lengths, normalize,
-        dtype or autocast_dtype(part.content),
-    )  # fmt: skip
-    return _explain(problem, problem_pack_cost(problem), None, part.content.device, problem.dtype, backend)
+def _explain_shared_kv(*, backend: str | None, **arguments: Any) -> Explanation:
+    problem, q, *_ = resolve_shared_kv(**arguments)
+    return _explain_shared_problem(problem, q.device, backend)
+
+
+def _explain_pack(*, backend: str | None, **arguments: Any) -> Explanation:
+    packing = resolve_packing(**arguments)
+    problem, content = packing.problem, packing.part.content
+    if is_packed_already(content, problem):
+        return Explanation(problem.OP, problem, None, {}, "a view of the content", 0.0, 0.0, 0.0)
+    return _explain(problem, problem_pack_cost(problem), content.device, backend)
+
+
+def _explain_attention_problem(p: AttentionProblem, device: torch.device, backend: str | None) -> Explanation:
+    width = p.d_qk + p.d_v
+    cost = Cost(
+        2.0 * p.B * p.H * p.Lq * p.Lk * width, float(p.B * p.H * (p.Lq + p.Lk) * width * p.dtype.itemsize)
+    )
+    return _explain(p, cost, device, backend)
 
 
 def _explain_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
-    is_causal: bool = False, dropout_p: float = 0.0, scale: float | None = None, enable_gqa: bool = False,
-    return_lse: bool = False, backend: str | None = None,
-) -> Explanation:  # fmt: skip
-    problem = AttentionProblem.of(
-        query, key, value, key_mask, attn_mask, is_causal, dropout_p, scale, enable_gqa, return_lse
-    )
-    width = problem.d_qk + problem.d_v
-    cost = Cost(
-        2.0 * problem.B * problem.H * problem.Lq * problem.Lk * width,
-        float(problem.B * problem.H * (problem.Lq + problem.Lk) * width * query.dtype.itemsize),
-    )
-    return _explain(problem, cost, None, query.device, query.dtype, backend)
+    *, backend: str | None, query: Tensor, key: Tensor, value: Tensor, return_lse: bool, **options: Any
+) -> Explanation:
+    query, key, value = cast_for_autocast(query, key, value)
+    problem = AttentionProblem.of(query, key, value, needs_lse=return_lse, **options)
+    return _explain_attention_problem(problem, query.device, backend)
 
 
-def _explain_cross_attention(*args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
-    call = cross_attention.resolve(*args, **kwargs)
-    p, device = call.problem, device_facts(call.weights.w_k.device)
-    masked = any(getattr(call.source, name) is not None for name in ("key_mask", "lengths"))
-    dropout = kwargs.get("dropout_p", 0.0) > 0
-    inner: Problem
+def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explanation:
+    call = cross_attention.resolve(**arguments)
+    p, source, device = call.problem, call.source, call.weights.w_k.device
+    parts = []
+    if call.chunks is not None:
+        assert isinstance(source, InputArray)
+        problem = chunked.pack_problem(source, call.chunks, device).with_sizes(M=p.M)
+        parts.append(_explain(problem, problem_pack_cost(problem), device, backend))
+    elif isinstance(source, InputArray):
+        whole, normalize, eps = cross_attention.on_device(source, device), arguments["normalize"], arguments["eps"]
+        parts.append(_explain_pack(backend=backend, content=whole, normalize=normalize, eps=eps, dtype=p.dtype))
+    masked = source.key_mask is not None or source.lengths is not None
+    dropout, needs_grad = arguments["dropout_p"] > 0, p.needs_grad or p.inputs_need_grad
     if call.method == "absorbed":
         cost = absorbed_cost(p)
-        inner = SharedKVProblem(
+        absorbed = SharedKVProblem(
             p.B, p.H * p.N, p.M, pad_channels(p.C), p.dtype, p.device_type, masked, dropout, call.chunks is not None,
-            p.needs_grad,
+            needs_grad,
         )  # fmt: skip
-        inner_plan = planning.plan_shared_kv(inner, device)
-        inner_cost = shared_kv_cost(inner.B, inner.R, inner.M, inner.C, p.dtype.itemsize)
+        parts.append(_explain_shared_problem(absorbed, device, backend))
     else:
         cost = projected_cost(p)
         mask = "key_mask" if masked else "none"
-        inner = AttentionProblem(
-            p.B, p.H, p.N, p.M, p.d_qk, p.d_v, p.dtype, p.device_type, mask, False, dropout, False, p.needs_grad
+        projected = AttentionProblem(
+            p.B, p.H, p.N, p.M, p.d_qk, p.d_v, p.dtype, p.device_type, mask, False, dropout, False, needs_grad
         )
-        inner_plan, inner_cost = None, Cost(2.0 * p.B * p.H * p.N * p.M * (p.d_qk + p.d_v), 0.0)
-    where = call.weights.w_k.device
-    part = _explain(inner, inner_cost, inner_plan, where, p.dtype, backend)
-    plan = planning.plan_cross_attention(p, device)
-    seconds = cost.seconds(device, p.dtype)
-    return Explanation(p.OP, p, part.backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, (part,))
+        parts.append(_explain_attention_problem(projected, device, backend))
+    facts = device_facts(device)
+    seconds, plan = cost.seconds(facts, p.dtype), planning.plan_cross_attention(p, facts)
+    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, tuple(parts))
 
 
-_EXPLAINERS: dict[str, Callable[..., Explanation]] = {
-    "attention": _explain_attention,
-    "pack_inputs": _explain_pack,
-    "shared_kv_attention": _explain_shared_kv,
-    "input_cross_attention": _explain_cross_attention,
+_EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {
+    attention: _explain_attention,
+    pack_inputs: _explain_pack,
+    shared_kv_attention: _explain_shared_kv,
+    cross_attention.input_cross_attention: _explain_cross_attention,
 }
+
+
+def _described(value: Any, mode: FakeTensorMode) -> Any:
+    """``value`` with tensors that have every property but memory: what is computed from them costs nothing."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, (InputArray, PackedInputs)):
+        held = {item.name: getattr(value, item.name) for item in fields(value)}
+        return replace(value, **{name: _described(item, mode) for name, item in held.items()})
+    return value
 
 
 def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
@@ -159,8 +162,13 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
 
     Raises:
         ValueError: not one of these functions; or an argument that the call itself would refuse (then also TypeError).
+            Backends that would refuse are listed instead.
     """
-    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
-    if name not in _EXPLAINERS:
-        raise ValueError(f"function must be one of {', '.join(_EXPLAINERS)}, got {name!r}")
-    return _EXPLAINERS[name](*args, **kwargs)
+    named = {known.__name__: known for known in _EXPLAINERS}
+    called = named.get(function) if isinstance(function, str) else next((f for f in _EXPLAINERS if f is function), None)
+    if called is None:
+        raise ValueError(f"function must be one of {', '.join(named)}, got {function!r}")
+    call = inspect.signature(called).bind(*args, **kwargs)
+    call.apply_defaults()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return _EXPLAINERS[called](**{name: _described(value, mode) for name, value in call.arguments.items()})

@@ -86,7 +86,7 @@ def resolve(
     return Packing(problem, part, key_mask, lengths)
 
 
-def _is_packed_already(content: Tensor, problem: PackProblem) -> bool:
+def is_packed_already(content: Tensor, problem: PackProblem) -> bool:
     """Whether ``content`` can serve as packed inputs as it lies: nothing to compute and rows of 16-byte multiples."""
     return (
         not problem.normalize
@@ -142,7 +142,7 @@ def pack_inputs(
         dtype=dtype,
     )  # fmt: skip
     problem, part = packing.problem, packing.part
-    if _is_packed_already(part.content, problem):
+    if is_packed_already(part.content, problem):
         return PackedInputs(part.content, problem.C, False, None, None)
     name = select(problem, backend)
     seen = visible(packing.key_mask, packing.lengths, problem.M)

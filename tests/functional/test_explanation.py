@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels import dispatch
+from perceiver_kernels import dispatch, reference
 from perceiver_kernels.cost import absorbed_cost, problem_pack_cost, projected_cost, shared_kv_cost
 from perceiver_kernels.device import CPU
 
@@ -22,8 +22,10 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
+BYTES = pk.InputArray.image(ones(B, 3, 2, 4, dtype=torch.uint8), pk.FourierPositions(2, (2.0, 4.0)))
 MASK = torch.ones(B, M, dtype=torch.bool)
 CROSS = (ones(B, H, N, 4), ones(B, M, C), ones(8, C), ones(6, C))
+ATTENTION = {"absorbed": "shared_kv_attention", "projected": "attention"}
 CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "attention": (pk.attention, (ones(B, H, N, 4), ones(B, H, M, 4), ones(B, H, M, 6)), {}),
     "attention, lse": (pk.attention, (ones(B, H, N, 4), ones(B, H, M, 4), ones(B, H, M, 6)), {"return_lse": True}),
@@ -43,6 +45,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "cross, dropout": (pk.input_cross_attention, CROSS, {"method": "absorbed", "dropout_p": 0.5}),
     "cross, packed": (pk.input_cross_attention, (CROSS[0], pk.PackedInputs(ones(B, M, 32), C, True), *CROSS[2:]), {}),
     "cross, chunked": (pk.input_cross_attention, CROSS, {"chunk_size": 4}),
+    "cross, bytes": (pk.input_cross_attention, (CROSS[0], BYTES, ones(8, 13), ones(6, 13)), {}),
+    "cross, bytes in chunks": (pk.input_cross_attention, (CROSS[0], BYTES, ones(8, 13), ones(6, 13)), {"chunk_size": 4}),
 }  # fmt: skip
 
 
@@ -67,8 +71,7 @@ def test_backend_is_the_one_that_would_be_called(name: str, selected: list[tuple
     explanation = pk.explain(function, *args, **kwargs)
     assert selected == []
     function(*args, **kwargs)
-    explained = [(part.op, part.backend) for part in (explanation, *explanation.parts) if part.op in dispatch.TABLE]
-    assert explained and explained[-1] == selected[-1]
+    assert [(part.op, part.backend) for part in explanation.parts or (explanation,)] == selected
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -101,13 +104,45 @@ def test_numbers_are_those_of_the_planner() -> None:
     for method, cost_of in (("absorbed", absorbed_cost), ("projected", projected_cost)):
         cross = pk.explain("input_cross_attention", *CROSS, method=method)
         assert cross.flops == cost_of(cross.problem).flops
-        assert cross.parts[0].op == {"absorbed": "shared_kv_attention", "projected": "attention"}[method]
+        assert [part.op for part in cross.parts] == ["pack_inputs", ATTENTION[method]]
+        assert cross.parts[0].bytes == problem_pack_cost(cross.parts[0].problem).bytes
 
 
 def test_refusals_of_an_explicit_backend_are_shown_not_raised() -> None:
     explanation = pk.explain("shared_kv_attention", ones(B, N, 32), ones(B, M, 32), return_lse=True, backend="sdpa")
     assert explanation.backend is None and explanation.refused == {"sdpa": ["sdpa does not return lse"]}
     assert str(explanation).startswith("shared_kv_attention on no backend")
+
+
+def test_only_kernels_have_tiles_and_splits() -> None:
+    """A CPU's call shows no plan of another machine's kernels; the choice of a method is a plan anywhere."""
+    arguments = ones(B, N, 32), ones(B, M, 32)
+    assert pk.explain("shared_kv_attention", *arguments, backend="reference").plan is None
+    cross = pk.explain("input_cross_attention", *CROSS, method="absorbed", backend="reference")
+    assert cross.plan is not None and cross.parts[-1].plan is None and "Tile" not in str(cross)
+
+
+def test_a_view_is_explained_as_nothing_to_do() -> None:
+    explanation = pk.explain("pack_inputs", ones(B, M, 32), normalize=False)
+    assert (explanation.backend, explanation.bytes, explanation.plan) == (None, 0.0, "a view of the content")
+
+
+def test_nothing_is_computed() -> None:
+    """Bytes of a terabyte, as they are in float32, positions of all of their tokens, autocast's copies."""
+    huge = torch.ones(1, 1, 3, dtype=torch.uint8).expand(10**4, 10**8, 3)
+    raw = pk.InputArray.tokens(huge, pk.FourierPositions(2, (11.0,)))
+    assert pk.explain("pack_inputs", raw).bytes > 1e13
+    x = ones(1, 1, 16).expand(10**4, 10**8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pk.explain("shared_kv_attention", x[:, :2], x).problem.dtype == torch.bfloat16
+        assert pk.explain("attention", x[:, None, :2], x[:, None], x[:, None]).problem.dtype == torch.bfloat16
+
+
+def test_gradients_are_seen() -> None:
+    """What a call differentiates decides about backends and costs: coordinates count as the inputs do."""
+    points = pk.InputArray.points(ones(B, M, 1).requires_grad_(), None, pk.FourierPositions(10, (9.0,)))
+    cross = pk.explain("input_cross_attention", CROSS[0], points, *CROSS[2:], method="absorbed")
+    assert cross.problem.inputs_need_grad and all(part.problem.needs_grad for part in cross.parts)
 
 
 def test_use_backend_is_respected() -> None:
@@ -133,6 +168,10 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("input_cross_attention", CROSS, {"scale": float("nan")}, ValueError, "scale must be"),
     ("input_cross_attention", CROSS, {"chunk_size": 0}, ValueError, "chunk_size must be"),
     ("input_cross_attention", CROSS, {"chunks": 3}, TypeError, "chunks"),
+    ("attention", (ones(B, H, N, 4),), {}, TypeError, "missing a required argument: 'key'"),
+    (reference.attention, (), {}, ValueError, "function must be one of .*, got <function attention"),
+    (None, (), {}, ValueError, "function must be one of .*, got None"),
+    ([], (), {}, ValueError, r"function must be one of .*, got \[\]"),
 ]
 
 
