@@ -59,7 +59,7 @@ class _ScaledProduct(Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
         product = torch.mm(a, b, out_dtype=torch.float32)
-        return (product if g is None else product.mul_(g)).to(a.dtype)
+        return product.to(a.dtype) if g is None else torch.mul(product, g, out=torch.empty_like(product, dtype=a.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -74,6 +74,27 @@ class _ScaledProduct(Function):
         if needs_g:
             dg = torch.mm(a, b, out_dtype=torch.float32).mul_(gradient).sum(0).to(g.dtype)
         return scaled @ b.mT if needs_a else None, a.mT @ scaled if needs_b else None, dg
+
+
+class _ScaledShift(Function):
+    """z g + b for z [B, R, C] and g, b [C], computed as z and rounded to ``dtype`` by one kernel."""
+
+    @staticmethod
+    def forward(z: Tensor, g: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.addcmul(b, z, g, out=torch.empty_like(z, dtype=dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, g, b = ctx.saved_tensors
+        needs_z, needs_g, needs_b, _ = ctx.needs_input_grad
+        gradient = gradient.to(z.dtype)
+        dg = (gradient * z).sum((0, 1)).to(g.dtype) if needs_g else None
+        db = gradient.sum((0, 1)).to(b.dtype) if needs_b else None
+        return gradient * g if needs_z else None, dg, db, None
 
 
 def _pad_to(tensor: T, channels: int) -> T:
@@ -136,8 +157,8 @@ def project_values(
     """
     B, rows, channels = z.shape
     weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
-    if scale is not None and shift is not None and rho is None:
-        z = torch.addcmul(shift, z, scale)
+    if scale is not None and shift is not None and rho is None and not transforms_active():
+        z = _ScaledShift.apply(z, scale, shift, w_v.dtype)
     else:
         z = z if scale is None else z * scale
         if shift is not None:
