@@ -38,9 +38,11 @@ class Tile:
         return (resident + streamed * self.num_stages) * self.columns * itemsize
 
     def programs_per_sm(self, kind: Kind, itemsize: int, device: DeviceFacts) -> int:
-        """Programs that one multiprocessor holds at a time: by shared memory, and by 255 of its 65,536 registers a thread."""
+        """Programs that one multiprocessor holds at a time, by shared memory and by its 65,536 registers."""
         shared = self.shared_bytes(kind, itemsize) + _SHARED_RESERVE + _SHARED_SYSTEM
-        registers = 256 * 32 * self.num_warps
+        scores = self.block_q * self.block_kv * (1 if kind == "forward" else 2) // (32 * self.num_warps)
+        # What kernels take beside the accumulator and the scores is at most 64 (offline, for sm_90a).
+        registers = min(256, self.accumulator_registers(kind) + scores + 64) * 32 * self.num_warps
         return max(1, min((device.smem_bytes + _SHARED_SYSTEM) // shared, 65_536 // registers))
 
     def accumulator_registers(self, kind: Kind) -> int:
@@ -76,11 +78,8 @@ def column_pieces(channels: int, limit: int = 3) -> tuple[int, ...]:
 # of 128 rows up to about 336 columns; fewer stages than these cost 15 to 40 %.
 _FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
     "forward": ((64, 256, 64, 8, 3), (128, 128, 128, 8, 3), (336, 128, 64, 8, 3), (400, 128, 32, 8, 2)),
-    "dq": ((256, 128, 64, 8, 3), (272, 128, 64, 8, 2), (336, 128, 32, 8, 2)),
-    "dx": (
-        (64, 64, 64, 4, 2), (128, 32, 64, 4, 3), (192, 32, 64, 4, 2), (256, 64, 64, 4, 1), (288, 32, 64, 4, 2),
-        (336, 16, 64, 4, 3),
-    ),
+    "dq": ((64, 128, 128, 8, 3), (256, 128, 64, 8, 3), (272, 128, 64, 8, 2), (336, 128, 32, 8, 2)),
+    "dx": ((192, 32, 64, 4, 3), (256, 64, 64, 4, 1), (288, 32, 64, 4, 2), (336, 16, 64, 4, 3)),
 }
 # Ampere and Ada, 16-bit: synchronous matrix instructions keep operands in registers too, so 64 rows over eight warps.
 _FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
