@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ def _check_visibility(key_mask: Tensor | None, lengths: Tensor | None, batch: in
         check_tensor("key_mask", key_mask, layout, (batch, length), dtypes=(torch.bool,))
     if lengths is not None:
         check_tensor("lengths", lengths, f"[B] with B={batch}", (batch,), dtypes=(torch.int32,))
+
+
+def _summary(self: Any) -> str:
+    """The fields that are given; of a tensor its dtype, shape and device."""
+    given = ((field.name, getattr(self, field.name)) for field in fields(self))
+    told = (f"{name}={_brief(value)}" for name, value in given if value is not None)
+    return f"{type(self).__name__}({', '.join(told)})"
+
+
+def _brief(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +77,8 @@ class PackedInputs:
         if not isinstance(self.normalized, bool):
             raise TypeError(f"normalized must be a bool, got {self.normalized!r}")
         _check_visibility(self.key_mask, self.lengths, batch, length)
+
+    __repr__ = _summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +144,8 @@ class InputArray:
         _check_visibility(self.key_mask, self.lengths, self.batch, self.length)
         for name in ("mean", "std"):
             self._check_moments(name)
+
+    __repr__ = _summary
 
     def _check_coordinates(self, fourier: FourierPositions) -> None:
         axes = fourier.num_axes

@@ -65,6 +65,24 @@ class TestPackedInputs:
             PackedInputs(**{"data": torch.zeros(2, 3, 16), "channels": 13, "normalized": False} | changes)
 
 
+class TestRepr:
+    """Printing one of these printed every number in it."""
+
+    def test_packed_inputs(self) -> None:
+        packed = PackedInputs(torch.zeros(2, 7, 16), 5, True, lengths=torch.tensor([1, 7], dtype=torch.int32))
+        told = "data=float32[2, 7, 16] on cpu, channels=5, normalized=True, lengths=int32[2] on cpu"
+        assert repr(packed) == f"PackedInputs({told})"
+
+    def test_input_array(self) -> None:
+        learned = InputArray.tokens(torch.zeros(2, 7, 3).bfloat16(), torch.zeros(7, 4))
+        told = "content=bfloat16[2, 7, 3] on cpu, positions=float32[7, 4] on cpu"
+        assert repr(learned) == f"InputArray({told})"
+        fourier = FourierPositions(2, (4.0,))
+        image = InputArray(random_bytes(1, 4, 3), fourier, grid=(4,), mean=(0.5, 0.5, 0.5))
+        told = f"content=uint8[1, 4, 3] on cpu, positions={fourier}, grid=(4,), mean=(0.5, 0.5, 0.5)"
+        assert repr(image) == f"InputArray({told})"
+
+
 class TestSlice:
     def test_everything_by_default_without_a_copy(self) -> None:
         content, positions, mask = randn(2, 6, 3), randn(6, 4), torch.ones(2, 6, dtype=torch.bool)
