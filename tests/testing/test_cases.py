@@ -75,6 +75,16 @@ def test_scaling_keeps_the_ragged_tile() -> None:
     assert [ENCODE[name].scaled(300).M for name in ("imagenet", "multimodal", "peract")] == [256, 257, 269]
 
 
+@pytest.mark.parametrize("limit", [1, 10, 127])
+def test_a_limit_below_the_remainder_is_the_size(limit: int) -> None:
+    """No number up to 10 leaves the remainder 77 when divided by 128; the size was negative then."""
+    for case in ENCODE.values():
+        M = case.scaled(limit).M
+        assert 1 <= M <= limit
+        assert M in (limit, case.M) or (M - case.M) % 128 == 0
+    assert (ENCODE["modelnet"].scaled(10).M, ENCODE["multimodal"].scaled(10).M) == (10, 1)
+
+
 def test_edges_surround_nothing_one_and_every_tile_size() -> None:
     for axis, tiles in (("M", (64, 128)), ("N", (8, 16, 32, 64)), ("C", (16, 256, 336))):
         sizes = {getattr(case, axis) for name, case in EDGE.items() if name.startswith(f"{axis}=")}
