@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,16 @@ def _read(path: Path) -> Tensor:
         raise CommandError("--image needs Pillow: pip install 'perceiver-kernels[cli]'") from None
     try:
         with Image.open(path) as image:
-            pixels = numpy.array(image.convert("RGB"))
+            is_wide = image.mode.startswith(("I", "F"))
+            pixels = _from_wide(numpy.array(image)) if is_wide else numpy.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for a broken PNG; a truncated file is an OSError.
         raise CommandError(f"cannot read image {path}: {' '.join(str(error).split())}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _from_wide(grey: Any) -> Any:
+    """Grey pixels of more than 8 bits as 8-bit RGB; Pillow's own conversion cuts every value off at 255."""
+    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"pixels must be 8 or 16 bits, got {grey.dtype} from {grey.min()} to {grey.max()}")
+    return (grey[..., None] / 257).round().astype("uint8").repeat(3, axis=-1)
