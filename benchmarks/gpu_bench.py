@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 import large  # noqa: E402
 import tables  # noqa: E402
 
-from perceiver_kernels.cli import bench, check, measure, memory  # noqa: E402
+from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
 from perceiver_kernels.cli.stock import Peer  # noqa: E402
@@ -118,7 +118,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure everything that is claimed about one GPU.")
     parser.add_argument("--parts", type=names, default=tuple(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--cases", type=names, help="only these cases")
-    parser.add_argument("--peers", type=bench.split_names, help="only these stock implementations ('none')")
+    parser.add_argument("--peers", type=options.peers, help="only these stock implementations ('none')")
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the JSON files")
     parser.add_argument(
         "--budget", type=float, default=540.0, help="seconds after which no part or case starts"
@@ -151,7 +151,6 @@ def correctness(context: Context) -> None:
         del work
         measure.release()
     context.failures += judge.failures
-    report.close()
 
 
 def kernels(context: Context) -> None:
@@ -178,7 +177,6 @@ def _timed(
             break
         judge.case(case, passes, peers, compiled=context.compiled and case.name in COMPILED_CASES)
     context.failures += judge.failures
-    report.close()
 
 
 def memory_against_inputs(context: Context) -> None:
@@ -190,7 +188,6 @@ def memory_against_inputs(context: Context) -> None:
     peers = [Peer.parse(name) for name in ("eager", "efficient-pad8")]
     sweep.run(case, MEMORY_SIZES, ["forward", "backward"], peers)
     sweep.show()
-    report.close()
 
 
 def ten_million(context: Context) -> None:
@@ -205,7 +202,6 @@ def ten_million(context: Context) -> None:
         if not context.out_of_time(each.title):
             judge.measure_pass(work, each, [])
     context.failures += judge.failures
-    report.close()
 
 
 def hundred_million(context: Context) -> None:
@@ -214,7 +210,6 @@ def hundred_million(context: Context) -> None:
     context.failures += large.measure_photograph(
         report, context.console, context.device, side=PHOTOGRAPH_SIDE
     )
-    report.close()
 
 
 PARTS: dict[str, Callable[[Context], None]] = {

@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import info, measure
+from perceiver_kernels.cli import info, measure, options
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
 from perceiver_kernels.cli.gate import Gate, Verdict
-from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.report import CommandError, Report
 from perceiver_kernels.cli.stock import peers_for
 from perceiver_kernels.cli.workload import (
     CHUNKED,
@@ -29,10 +29,9 @@ from perceiver_kernels.cli.workload import (
     chunk_size,
     flops,
     least_bytes,
-    pass_names,
 )
-from perceiver_kernels.dispatch import backends, use_backend
-from perceiver_kernels.testing.cases import ENCODE
+from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
+from perceiver_kernels.testing.cases import ENCODE, EncodeCase
 
 HELP = "time named cases against named stock implementations; refuses to time a wrong result"
 DEFAULT_CASES = ("imagenet", "longctx", "flow", "multimodal")
@@ -50,24 +49,36 @@ COLUMNS = (
     "error",
     "eager's",
 )
+SPARE_COLUMNS = ("host us", "p20..p80", "extra memory", "of floor")
+"""Left out, in this order, where a line has no room for all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("what", choices=["encode"], help="the regime: few latents read many inputs")
     parser.add_argument(
-        "--case", nargs="+", metavar="NAME", help=f"default on a GPU: {' '.join(DEFAULT_CASES)}"
-    )
-    parser.add_argument("--passes", type=split_names, metavar="NAME,...", help=f"of {','.join(PASSES)}")
+        "--case", type=options.name_of("case", ENCODE), nargs="+", metavar="NAME", default=DEFAULT_CASES,
+        help=f"named sizes (default: {' '.join(DEFAULT_CASES)})",
+    )  # fmt: skip
     parser.add_argument(
-        "--peers", type=split_names, metavar="NAME,...", help="stock implementations ('none' for none)"
-    )
+        "--passes", type=options.names_of("pass", PASSES), default=list(PASSES), metavar="NAME,...",
+        help=f"what to measure (default: {','.join(PASSES)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", type=options.peers, metavar="NAME,...",
+        help="stock implementations (default: all that the device has; 'none' for none)",
+    )  # fmt: skip
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile of the stock layer"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.3, help="sampling time per implementation and pass"
-    )
+        "--seconds", type=options.seconds, default=Bench.seconds,
+        help="sampling time per implementation and pass (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-inputs", type=options.count, metavar="M",
+        help=f"cut cases to M inputs (default: {CPU_INPUTS} on a CPU, as many as they have on a GPU)",
+    )  # fmt: skip
     add_device_arguments(parser)
 
 
@@ -76,34 +87,25 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
-        "--backend", metavar="NAME,...", help="allow these backends only, tried in this order"
-    )
-    parser.add_argument(
-        "--max-inputs", type=int, metavar="M", help=f"cut cases to M inputs (default on a CPU: {CPU_INPUTS})"
-    )
-
-
-def split_names(text: str) -> list[str]:
-    """Read names separated by commas; 'none' is the empty list."""
-    return [] if text == "none" else [name for name in text.split(",") if name]
+        "--backend", type=options.names_of("backend", BACKENDS), metavar="NAME,...",
+        help="allow these backends only, tried in this order (default: all that are available)",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the benchmark; exit code 1 when a result of ours was wrong."""
     device, dtype = device_and_dtype(arguments)
-    cases = cases_named(arguments.case, device, arguments.max_inputs)
-    passes = pass_names(arguments.passes)
-    peers_for(arguments.peers, (8,), device, compiled=False)  # a wrong name fails before anything is measured
-    report = Report("bench encode", arguments.json)
-    bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
-    console.line(f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}")
-    with backend_scope(arguments.backend):
+    cases = [cut(ENCODE[name], device, arguments.max_inputs) for name in arguments.case]
+    passes = [PASSES[name] for name in arguments.passes]
+    compiled = device.type == "cuda" and not arguments.no_compile
+    with backend_scope(arguments.backend), Report("bench encode", arguments.json) as report:
+        bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
+        console.line(
+            f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}"
+        )
         bench.measure_ceilings()
         for case in cases:
-            bench.case(
-                case, passes, arguments.peers, compiled=device.type == "cuda" and not arguments.no_compile
-            )
-    report.close()
+            bench.case(case, passes, arguments.peers, compiled=compiled)
     return 1 if bench.failures else 0
 
 
@@ -116,34 +118,41 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
     return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-def cases_named(names: list[str] | None, device: torch.device, max_inputs: int | None) -> list[Any]:
-    """Return the cases asked for, cut to what the device can do."""
-    for name in names or ():
-        if name not in ENCODE:
-            raise unknown_name("case", name, ENCODE)
-    if max_inputs is not None and max_inputs < 1:
-        raise CommandError(f"--max-inputs must be at least 1, got {max_inputs}")
-    chosen = [ENCODE[name] for name in names or [name for name in DEFAULT_CASES if name in ENCODE]]
+def cut(case: EncodeCase, device: torch.device, max_inputs: int | None) -> EncodeCase:
+    """Return a case cut to what the device can do."""
     if device.type == "cpu":
-        return [case.scaled(max_inputs=max_inputs or CPU_INPUTS) for case in chosen]
-    return [dataclasses.replace(case, M=min(case.M, max_inputs or case.M)) for case in chosen]
+        return case.scaled(max_inputs=max_inputs or CPU_INPUTS)
+    return dataclasses.replace(case, M=min(case.M, max_inputs or case.M))
 
 
 @contextlib.contextmanager
-def backend_scope(names: str | None) -> Iterator[None]:
-    """Allow the backends of a list with commas in the body, tried in that order; all of them for None."""
+def backend_scope(names: Sequence[str] | None) -> Iterator[None]:
+    """Allow these backends in the body, tried in that order; None for what the environment allows.
+
+    Raises:
+        CommandError: a name whose backend cannot run, or an environment that leaves none that can.
+    """
+    known = backends()
     if names is None:
+        _check_environment(known)
         yield
         return
-    known, asked = backends(), split_names(names)
-    for name in asked:
-        if name not in known:
-            raise unknown_name("backend", name, known)
+    for name in names:
         available, reason = known[name]
         if not available:
             raise CommandError(f"backend {name} is not available: {reason}")
-    with use_backend(*asked):
+    with use_backend(*names):
         yield
+
+
+def _check_environment(known: dict[str, tuple[bool, str]]) -> None:
+    try:
+        allowed = candidates("attention", None)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if not any(known[name][0] for name in allowed):
+        reasons = "; ".join(f"{name}: {known[name][1]}" for name in allowed)
+        raise CommandError(f"{ENVIRONMENT_VARIABLE} allows no backend that is available: {reasons}")
 
 
 @dataclasses.dataclass
@@ -289,7 +298,8 @@ class Bench:
 
     def _print(self, each: Pass, rows: list[dict[str, Any]]) -> None:
         self.console.line(f"\n{each.title}")
-        self.console.table(COLUMNS, [_cells(row) for row in rows if not (row["failure"] and _is_peer(row))])
+        shown = [_cells(row) for row in rows if not (row["failure"] and _is_peer(row))]
+        self.console.table(COLUMNS, shown, SPARE_COLUMNS)
         for row in rows:
             if row["failure"] and not _is_peer(row):
                 self.console.warn(f"{row['case']} {row['pass']} {row['implementation']}: {row['failure']}")
@@ -306,10 +316,13 @@ def shape_of(case: Any) -> dict[str, int]:
 
 def describe(case: Any) -> str:
     """Return a case in one line."""
-    return (
-        f"{case.name}: B={case.B}, {case.N} latents x {case.D} read {case.M:,} inputs x {case.C}, "
-        f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
-    )
+    return f"{case.name}: B={case.B}, {case.M:,} inputs, {widths_of(case)}"
+
+
+def widths_of(case: Any) -> str:
+    """Return what of a case stays when its batch and its inputs are swept."""
+    heads = f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
+    return f"{case.C} channels, {case.N} latents x {case.D}, {heads}"
 
 
 def _is_peer(row: dict[str, Any]) -> bool:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels.cli import bench, info
+from perceiver_kernels.cli import bench, info, options
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.gate import Verdict, verdict
 from perceiver_kernels.cli.measure import attempt, release, seeded
 from perceiver_kernels.cli.report import Report
-from perceiver_kernels.dispatch import backends
+from perceiver_kernels.dispatch import BACKENDS, backends
 
 HELP = "quick self-test of every available backend against the reference; exit code 1 on failure"
 B, H, N, M, CONTENT, AXES, BANDS = 2, 2, 19, 517, 3, 2, 11
@@ -41,8 +41,9 @@ class Probe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--backend", metavar="NAME", help="check this backend only (default: every available one)"
-    )
+        "--backend", type=options.names_of("backend", BACKENDS), metavar="NAME,...",
+        help="check these backends only (default: every available one)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
 
 
@@ -50,11 +51,11 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run every probe on every backend; exit code 1 when one is wrong."""
     arguments.dtype = None
     device, _ = bench.device_and_dtype(arguments)
-    report = Report("check", arguments.json)
-    console.line(info.device_line(report.content["environment"]))
-    info.show_backends(report.content["environment"]["backends"], console)
-    failures = run(report, console, device, _backends(arguments.backend))
-    report.close()
+    names = arguments.backend or _available()
+    with bench.backend_scope(names), Report("check", arguments.json) as report:
+        console.line(info.device_line(report.content["environment"]))
+        info.show_backends(report.content["environment"]["backends"], console)
+        failures = run(report, console, device, names)
     return 1 if failures else 0
 
 
@@ -62,11 +63,12 @@ def run(
     report: Report, console: Console, device: torch.device, names: Sequence[str] | None = None
 ) -> list[str]:
     """Run every probe on backends (None: all available), print the table and return what was wrong."""
-    rows = list(_rows(names or _backends(None), device, report, console))
+    rows = list(_rows(names or _available(), device, report, console))
     console.heading("Errors against fp64 (relative L2, worst tensor of each call)")
     console.table(
         ["backend", "call", "dtype", "error", "reference's", "verdict"],
         [[row["backend"], row["call"], row["dtype"], *_errors(row), row["verdict"]] for row in rows],
+        spare=["reference's"],
     )
     wrong = [row for row in rows if row["verdict"] == "WRONG"]
     refused = sum(row["verdict"].startswith("refused") for row in rows)
@@ -78,11 +80,8 @@ def run(
     return failures
 
 
-def _backends(name: str | None) -> list[str]:
-    if name is None:
-        return [found for found, (available, _) in backends().items() if available]
-    with bench.backend_scope(name):
-        return [name]
+def _available() -> list[str]:
+    return [name for name, (available, _) in backends().items() if available]
 
 
 def _rows(

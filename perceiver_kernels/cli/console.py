@@ -5,9 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TextIO
+
+from perceiver_kernels.cli.report import emit
+
+PIPE_COLUMNS = 140
+"""Columns where there is no terminal: a pipe has no width of its own."""
+GAP = "  "
+"""Between the columns of a table."""
 
 
 class Progress(Protocol):
@@ -32,33 +42,52 @@ class Console:
         self.shows_progress = sys.stderr.isatty() if progress is None else progress
         self.rich = not plain and importlib.util.find_spec("rich") is not None
 
+    @property
+    def columns(self) -> int:
+        """How wide a line may be."""
+        return shutil.get_terminal_size().columns if self.stream.isatty() else PIPE_COLUMNS
+
     def heading(self, text: str) -> None:
         """Print a section title."""
-        if self.rich:
-            self._rich().print(f"\n[bold]{_escape(text)}[/bold]", highlight=False)
-        else:
-            print(f"\n{text}\n{'-' * len(text)}", file=self.stream, flush=True)
+        self.line()
+        self._styled(text, "bold")
+        if not self.rich:
+            self.line("-" * len(text))
 
     def line(self, text: str = "") -> None:
         """Print one line as it is."""
-        print(text, file=self.stream, flush=True)
+        emit(text, self.stream)
 
     def warn(self, text: str) -> None:
         """Print one line that asks for attention."""
-        if self.rich:
-            self._rich().print(f"[yellow]{_escape(text)}[/yellow]", highlight=False, soft_wrap=True)
-        else:
-            self.line(f"! {text}")
+        self._styled(text if self.rich else f"! {text}", "yellow")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table; columns whose every cell is a number or a dash are right-aligned."""
-        cells = [[_text(cell) for cell in row] for row in rows]
-        rights = [all(_is_numeric(row[i]) for row in cells) for i in range(len(columns))]
-        if self.rich:
-            self._rich_table(columns, cells, rights)
-        else:
-            for text in plain_table(columns, cells, rights):
-                self.line(text)
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], spare: Sequence[str] = ()) -> None:
+        """Print a table; columns whose every cell is a number or a dash are right-aligned.
+
+        Text is folded between words where the line is too short, numbers never.
+
+        Args:
+            columns: titles.
+            rows: cells.
+            spare: titles of the columns that are left out, in this order, where folding is not enough.
+        """
+        cells = [list(columns), *([_text(cell) for cell in row] for row in rows)]
+        titles, lines = table_lines(cells, self.columns)
+        left_out = []
+        for title in spare:
+            if len(lines[0]) <= self.columns:
+                break
+            left_out.append(title)
+            i = cells[0].index(title)
+            cells = [row[:i] + row[i + 1 :] for row in cells]
+            titles, lines = table_lines(cells, self.columns)
+        for text in titles:
+            self._styled(text, "bold")
+        for text in lines:
+            self.line(text)
+        if left_out:
+            self.line(f"(no room for {', '.join(left_out)})")
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Progress]:
@@ -80,23 +109,18 @@ class Console:
             finally:
                 task.close()
 
-    def _rich(self) -> Any:
-        from rich.console import Console as RichConsole
+    def _styled(self, text: str, style: str) -> None:
+        if self.rich:
+            from rich.console import Console as RichConsole
 
-        # A pipe has no width of its own; 80 columns would fold the tables.
-        width = None if self.stream.isatty() else 140
-        return RichConsole(file=self.stream, width=width)
-
-    def _rich_table(self, columns: Sequence[str], rows: list[list[str]], rights: list[bool]) -> None:
-        from rich import box
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, right in zip(columns, rights, strict=True):
-            table.add_column(_escape(name), justify="right" if right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(_escape(cell) for cell in row))
-        self._rich().print(table)
+            console = RichConsole(file=self.stream)
+            # Captured, not printed: on a pipe without a reader rich ends the process with a code of its own.
+            with console.capture() as captured:
+                console.print(
+                    text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True, end=""
+                )
+            text = captured.get()
+        self.line(text)
 
 
 class _Silent:
@@ -137,15 +161,50 @@ class _PlainTask:
         self.width = len(text)
 
 
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], rights: Sequence[bool]) -> list[str]:
-    """Return the lines of a table in plain text."""
-    widths = [max(len(row[i]) for row in [list(columns), *rows]) for i in range(len(columns))]
+def table_lines(cells: Sequence[Sequence[str]], width: int) -> tuple[list[str], list[str]]:
+    """Return the lines of the titles and of the rest, at most `width` wide where folding can do that.
 
-    def join(row: Sequence[str]) -> str:
-        cells = [t.rjust(w) if r else t.ljust(w) for t, w, r in zip(row, widths, rights, strict=True)]
-        return "  ".join(cells).rstrip()
+    Args:
+        cells: rows of text, titles first.
+        width: in characters.
+    """
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    rights = [all(map(_is_numeric, column[1:])) for column in columns]
+    while len(GAP.join(" " * w for w in widths)) > width:
+        foldable = [i for i, column in enumerate(columns) if widths[i] > _least_width(column)]
+        if not foldable:
+            break
+        widths[max(foldable, key=lambda i: widths[i])] -= 1
 
-    return [join(columns), "  ".join("-" * width for width in widths), *(join(row) for row in rows)]
+    def lines(row: Sequence[str]) -> list[str]:
+        folded = [_folded(text, w) for text, w in zip(row, widths, strict=True)]
+        height = max(map(len, folded))
+        # Titles stand on the rule below them; other cells hang from their first line.
+        folded = [
+            [""] * (height - len(cell)) + cell if row is cells[0] else cell + [""] * (height - len(cell))
+            for cell in folded
+        ]
+        return [
+            GAP.join(
+                t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, rights, strict=True)
+            ).rstrip()
+            for line in zip(*folded, strict=True)
+        ]
+
+    rule = GAP.join("-" * w for w in widths)
+    return lines(cells[0]), [rule, *(line for row in cells[1:] for line in lines(row))]
+
+
+def _least_width(column: Sequence[str]) -> int:
+    """How narrow a column can be: numbers stay whole, text its words."""
+    return max(len(text) if _is_numeric(text) else max(map(len, text.split())) for text in column)
+
+
+def _folded(text: str, width: int) -> list[str]:
+    if len(text) <= width:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def format_bytes(count: float | None) -> str:
@@ -179,11 +238,11 @@ def _three_digits(value: float) -> str:
 def _text(cell: Any) -> str:
     if cell is None:
         return "-"
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.3g}" if isinstance(cell, float) else " ".join(str(cell).split())
 
 
 def _is_numeric(text: str) -> bool:
-    return text in ("", "-") or (text[0].isdigit() or text[0] in "+-.<>")
+    return text in ("", "-") or re.match(r"[-+.<>]*\d", text) is not None
 
 
 def _escape(text: str) -> str:

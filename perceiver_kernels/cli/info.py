@@ -38,9 +38,8 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Print the environment; exit code 0 whatever is missing."""
     from perceiver_kernels.cli.report import Report
 
-    report = Report("info", arguments.json)
-    report.close()
-    show(report.content["environment"], console)
+    with Report("info", arguments.json) as report:
+        show(report.content["environment"], console)
     return 0
 
 
@@ -59,6 +58,7 @@ def collect() -> dict[str, Any]:
         "driver": _guard(_driver),
         "build": _guard(_build),
         "backends": _guard(_backends),
+        "allowed_backends": _guard(_allowed_backends),
         "environment_variables": {k: v for k, v in os.environ.items() if k.startswith("PERCEIVER_KERNELS_")},
         "extras": {name: _guard(_version_of, name) for name in EXTRAS},
     }
@@ -80,6 +80,7 @@ def show(environment: dict[str, Any], console: Console) -> None:
     console.table(["what", "found"], rows)
     console.heading("Backends")
     show_backends(environment["backends"], console)
+    console.line(f"\nallowed, in this order: {environment['allowed_backends']}")
     console.heading("Optional packages")
     console.table(
         ["package", "version", "for"],
@@ -213,6 +214,18 @@ def _backends() -> dict[str, dict[str, Any]]:
     from perceiver_kernels.dispatch import backends
 
     return {name: {"available": found, "reason": reason} for name, (found, reason) in backends().items()}
+
+
+def _allowed_backends() -> str:
+    """What calls may use that name no backend themselves."""
+    from perceiver_kernels.dispatch import ENVIRONMENT_VARIABLE, candidates
+
+    if not os.environ.get(ENVIRONMENT_VARIABLE, "").strip():
+        return "whatever is available"
+    try:
+        return f"{', '.join(candidates('attention', None))} (by {ENVIRONMENT_VARIABLE})"
+    except ValueError as error:
+        return str(error)
 
 
 def _sentence(value: Any) -> str:

@@ -15,6 +15,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -314,7 +315,8 @@ def _first_sentence(error: BaseException, caught: list[warnings.WarningMessage])
         ]
         if told:
             return " ".join(told[0].split())
-    text = " ".join(str(error).split())
+    # Indented lines are items of a list.
+    text = " ".join(re.sub(r"\n\s+", "; ", str(error)).split())
     return (text.split(". ")[0] or type(error).__name__)[:200]
 
 

@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import bench, info, measure, plot
+from perceiver_kernels.cli import bench, info, measure, options, plot
 from perceiver_kernels.cli.console import Console, format_bytes
-from perceiver_kernels.cli.report import CommandError, Report
+from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import CHUNKED, OURS, Workload, chunk_size, packed_bytes_per_token
-from perceiver_kernels.testing.cases import EncodeCase
+from perceiver_kernels.testing.cases import ENCODE, EncodeCase
 
 HELP = "measure extra peak memory against the number of inputs: packed, chunked and stock"
 PASSES = {"forward": "forward", "backward": "forward + backward"}
 DEFAULT_PEERS = {"cuda": ("eager", "math", "efficient-pad8"), "cpu": ("eager", "flash")}
 FUSED = ("cuda", "triton")
 SIZES = tuple(2**power for power in range(10, 22, 2))
+GPU_CASE = dataclasses.replace(ENCODE["imagenet"], B=1)
 CPU_CASE = EncodeCase("small", B=1, M=4096, C=69, N=64, D=128, H=1, d_qk=69, d_v=69)
 """What is swept on a CPU unless a case is named: small enough that a million inputs take seconds."""
 
@@ -34,53 +35,70 @@ CPU_CASE = EncodeCase("small", B=1, M=4096, C=69, N=64, D=128, H=1, d_qk=69, d_v
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--case", metavar="NAME", help="case whose channels and latents are used (default: imagenet, B=1)"
+        "--case", type=options.name_of("case", ENCODE), metavar="NAME",
+        help="case whose sizes but M are used (default: "
+        f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {bench.widths_of(CPU_CASE)} on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sizes", type=_sizes, default=SIZES, metavar="M,...",
+        help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-inputs", type=options.count, metavar="M", help="leave out larger sizes (default: no limit)"
     )
     parser.add_argument(
-        "--sizes", type=_sizes, default=SIZES, metavar="M,...", help="numbers of inputs; 64K and 1M work"
-    )
+        "--passes", type=options.names_of("pass", PASSES), default=list(PASSES), metavar="NAME,...",
+        help=f"what to measure (default: {','.join(PASSES)})",
+    )  # fmt: skip
+    defaults = "; ".join(f"{','.join(peers)} on {device}" for device, peers in DEFAULT_PEERS.items())
     parser.add_argument(
-        "--passes", type=bench.split_names, default=list(PASSES), metavar="NAME,...", help="forward,backward"
-    )
-    parser.add_argument(
-        "--peers", type=bench.split_names, metavar="NAME,...", help="stock implementations ('none')"
-    )
-    parser.add_argument("--plot", metavar="PATH", help="also draw a PNG")
+        "--peers", type=options.peers, metavar="NAME,...",
+        help=f"stock implementations (default: {defaults}; 'none' for none)",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG")
     bench.add_device_arguments(parser)
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the sweep; exit code 0 also where implementations ran out of memory."""
     device, dtype = bench.device_and_dtype(arguments)
-    case = CPU_CASE
-    if arguments.case or device.type == "cuda":
-        named = bench.cases_named([arguments.case or "imagenet"], torch.device("cuda"), None)[0]
-        case = named if arguments.case else dataclasses.replace(named, B=1)
-    for name in arguments.passes:
-        if name not in PASSES:
-            raise CommandError(f"--passes takes {' and '.join(PASSES)}, got {name!r}")
-    sizes = [size for size in arguments.sizes if arguments.max_inputs is None or size <= arguments.max_inputs]
-    peers = (
-        [Peer.parse(name) for name in arguments.peers]
-        if arguments.peers is not None
-        else default_peers(device)
-    )
-    report = Report("memory", arguments.json)
-    report.set(memory_method=measure.MEMORY_METHOD[device.type])
-    console.line(f"{info.device_line(report.content['environment'])}; {measure.MEMORY_METHOD[device.type]}")
-    sweep = Sweep(report, console, device, dtype)
-    with bench.backend_scope(arguments.backend):
-        sweep.run(case, sizes, arguments.passes, peers)
-    sweep.show()
+    case = ENCODE[arguments.case] if arguments.case else GPU_CASE if device.type == "cuda" else CPU_CASE
+    sizes = sizes_up_to(arguments.max_inputs, arguments.sizes)
+    _check_fits(case, max(sizes), device, dtype)
     if arguments.plot:
-        console.line(plot.save(Path(arguments.plot), memory=sweep.rows, title=bench.describe(case)))
-    report.close()
+        check_writable(Path(arguments.plot))
+    names = DEFAULT_PEERS[device.type] if arguments.peers is None else arguments.peers
+    with bench.backend_scope(arguments.backend), Report("memory", arguments.json) as report:
+        report.set(memory_method=measure.MEMORY_METHOD[device.type])
+        console.line(
+            f"{info.device_line(report.content['environment'])}; {measure.MEMORY_METHOD[device.type]}"
+        )
+        sweep = Sweep(report, console, device, dtype)
+        sweep.run(case, sizes, arguments.passes, [Peer.parse(name) for name in names])
+        sweep.show()
+        if arguments.plot:
+            title = f"{case.name}: {bench.widths_of(case)}"
+            console.line(plot.save(Path(arguments.plot), memory=sweep.rows, title=title))
     return 0
 
 
-def default_peers(device: torch.device) -> list[Peer]:
-    """Return the stock implementations that a sweep compares with."""
-    return [Peer.parse(name) for name in DEFAULT_PEERS[device.type]]
+def sizes_up_to(max_inputs: int | None, sizes: Sequence[int]) -> list[int]:
+    """Return the sizes that --max-inputs leaves; CommandError where it leaves none."""
+    left = [size for size in sizes if max_inputs is None or size <= max_inputs]
+    if not left:
+        raise CommandError(
+            f"--max-inputs must be at least {min(sizes)}, the smallest size of the sweep, got {max_inputs}"
+        )
+    return left
+
+
+def _check_fits(case: EncodeCase, size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """The inputs themselves must fit; what an implementation adds to them is what is measured."""
+    needed, free = case.B * size * case.C * dtype.itemsize, measure.free_bytes(device)
+    if free is not None and needed > 0.8 * free:
+        raise CommandError(
+            f"--sizes must fit into memory, got {size}: {format_bytes(needed)} of inputs, {format_bytes(free)} are free"
+        )
 
 
 class Sweep:
@@ -164,7 +182,8 @@ class Sweep:
                 table.append(
                     [f"{size:,}", *(_cell(cells[size, name]) for name in names), format_bytes(bound)]
                 )
-            self.console.table(["inputs", *names, "closed form (packed)"], table)
+            closed = "closed form (packed)"
+            self.console.table(["inputs", *names, closed], table, spare=[closed, *reversed(names[2:])])
             self._show_failures(rows)
             for name in (OURS, CHUNKED):
                 self.console.line(slope_sentence(rows, name))
@@ -237,7 +256,7 @@ def _sizes(text: str) -> list[int]:
             for part in text.upper().split(",")
         ]
     except (ValueError, IndexError):
-        raise argparse.ArgumentTypeError(f"numbers like 1024,64K,1M are needed, got {text!r}") from None
+        raise CommandError(f"must be numbers like 1024,64K,1M, got {text!r}") from None
     if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"sizes must be at least 1, got {text!r}")
-    return sorted(sizes)
+        raise CommandError(f"must be at least 1, got {text!r}")
+    return sorted(set(sizes))

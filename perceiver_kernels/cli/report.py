@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 from perceiver_kernels.cli import info
 
 SCHEMA = 1
 
 
-class CommandError(Exception):
-    """The request cannot be served; the text is the whole message, one line."""
+class CommandError(argparse.ArgumentTypeError):
+    """The request cannot be served; the text is the whole message.
+
+    While an option is read, argparse puts the option's name before it.
+    """
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
@@ -27,16 +33,48 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> CommandError:
     return CommandError(f"no {kind} named {name!r}; nearest: {', '.join(near)}")
 
 
+def emit(text: str, stream: TextIO) -> None:
+    """Print lines at once.
+
+    Raises:
+        BrokenPipeError: the reader (head, less) is gone.
+        CommandError: the stream takes no more, as a full disk does.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # What the buffer still holds would fail again, with a traceback, when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError(f"cannot write to {stream.name.strip('<>')}: {error.strerror}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise the CommandError of a file that cannot be written before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        if existed and not path.is_file():
+            raise OSError(errno.EINVAL, "it is a folder or a device")
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
 class Report:
-    """Results of one command, written after every row, so that an interrupted sweep keeps what it has.
+    """Results of one command, in files that are written after every row and hold them all when the body ends.
 
     Args:
         command: name of the command.
-        path: file to write, '-' for stdout (written once, at the end), None for nowhere.
+        paths: files to write; '-' is stdout, written once, at the end; None is nowhere.
     """
 
-    def __init__(self, command: str, path: str | os.PathLike[str] | None) -> None:
-        self.path = path
+    def __init__(self, command: str, *paths: str | os.PathLike[str] | None) -> None:
+        self.files = [Path(path) for path in paths if path not in (None, "-")]
+        self.prints = "-" in paths
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "command": command,
@@ -45,11 +83,28 @@ class Report:
             "environment": info.collect(),
             "rows": [],
         }
+        for path in self.files:
+            check_writable(path)
         self._keep()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.prints:
+            emit(self._text(), sys.stdout)
+        if kind is KeyboardInterrupt:
+            self._keep()
+            if self.files:
+                told = f"{len(self.rows)} rows are in {' and '.join(map(str, self.files))}"
+                raise KeyboardInterrupt(told) from None
 
     def set(self, **values: Any) -> None:
         """Put values beside the rows."""
         self.content.update(values)
+        self._keep()
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Append one row and return it."""
@@ -61,29 +116,17 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return self.content["rows"]
 
-    def close(self) -> None:
-        """Write what is left to write."""
-        if self.path is not None:
-            self.write(self.path)
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a file, in one step, or to stdout for '-'."""
-        text = json.dumps(_plain(self.content), indent=1, allow_nan=False)
-        if path == "-":
-            print(text)
-            return
-        target = Path(os.fspath(path))
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(target.name + ".partial")
-            partial.write_text(text + "\n")
-            partial.replace(target)
-        except OSError as error:
-            raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
-
     def _keep(self) -> None:
-        if self.path is not None and self.path != "-":
-            self.write(self.path)
+        for path in self.files:
+            try:
+                partial = path.with_name(path.name + ".partial")
+                partial.write_text(self._text() + "\n")
+                partial.replace(path)
+            except OSError as error:
+                raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _text(self) -> str:
+        return json.dumps(_plain(self.content), indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

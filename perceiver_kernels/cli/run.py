@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels.cli import bench, info, measure, photograph, plot
+from perceiver_kernels.cli import bench, info, measure, options, photograph, plot
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
-from perceiver_kernels.cli.memory import Sweep
-from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.memory import Sweep, sizes_up_to
+from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import OURS, PASSES, Workload
 from perceiver_kernels.models import Perceiver
@@ -79,47 +79,52 @@ PRESETS = {
         peers=("eager", "math"), sweep_peers=("eager",), seconds=0.01,
     ),
 }  # fmt: skip
+DEFAULT_PRESETS = {"cuda": "imagenet", "cpu": "small"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--image", metavar="PATH", help="photograph to read (default: those that scikit-image ships)"
-    )
+        "--image", type=options.path, metavar="PATH",
+        help="photograph to read (default: those that scikit-image ships)",
+    )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="DIR", default=OUTPUT, help=f"folder for results.json and plot.png ({OUTPUT})"
-    )
+        "--output", type=options.path, metavar="DIR", default=OUTPUT,
+        help="folder for results.json and plot.png (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: imagenet on a GPU, small on a CPU)"
-    )
+        "--preset", type=options.name_of("preset", PRESETS), metavar="NAME",
+        help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESETS['cuda']} on a GPU, {DEFAULT_PRESETS['cpu']} on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-inputs", type=options.count, metavar="M",
+        help="leave larger sizes out of the memory sweep (default: no limit)",
+    )  # fmt: skip
     bench.add_device_arguments(parser)
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Do the main job; exit code 1 when a result was wrong."""
     device, dtype = bench.device_and_dtype(arguments)
-    name = arguments.preset or ("imagenet" if device.type == "cuda" else "small")
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    preset = PRESETS[arguments.preset or DEFAULT_PRESETS[device.type]]
+    sizes = sizes_up_to(arguments.max_inputs, preset.sizes)
     photographs = photograph.load(arguments.image)
-    output = Path(arguments.output)
-    with bench.backend_scope(arguments.backend):
-        report = Report("run", output / "results.json")
+    numbers, picture = (Path(arguments.output) / name for name in ("results.json", "plot.png"))
+    check_writable(picture)
+    with bench.backend_scope(arguments.backend), Report("run", numbers, arguments.json) as report:
         console.line(info.device_line(report.content["environment"]))
         console.heading("Backends")
         info.show_backends(report.content["environment"]["backends"], console)
         # A picture that somebody chose may be blank, and the textbook exact on it by luck.
-        job = Job(PRESETS[name], photographs, device, dtype, report, console, strict=arguments.image is None)
+        job = Job(preset, photographs, device, dtype, report, console, strict=arguments.image is None)
         job.run_model()
         failures = job.compare()
-        memory = job.sweep(arguments.max_inputs)
-    report.close()
-    if arguments.json:
-        report.write(arguments.json)
-    times = [row for row in report.rows if row["kind"] == "bench"]
-    console.heading("Results")
-    console.line(plot.save(output / "plot.png", memory=memory, times=times, title=job.title))
-    console.line(f"numbers: {output / 'results.json'}")
+        memory = job.sweep(sizes)
+        times = [row for row in report.rows if row["kind"] == "bench"]
+        console.heading("Results")
+        title = f"{job.names}: {bench.widths_of(job.case)}, {report.content['dtype']}"
+        console.line(plot.save(picture, memory=memory, times=times, title=title))
+        console.line(f"numbers: {numbers}")
     for failure in failures:
         console.warn(f"WRONG: {failure}")
     return 1 if failures else 0
@@ -235,11 +240,10 @@ class Job:
         ]
         self.console.table(["tensor", "ours", "textbook"], rows)
 
-    def sweep(self, max_inputs: int | None) -> list[dict[str, Any]]:
+    def sweep(self, sizes: list[int]) -> list[dict[str, Any]]:
         """Measure memory against the number of inputs."""
         self.console.heading("Memory against input size")
         self.console.line(measure.MEMORY_METHOD[self.device.type])
-        sizes = [size for size in self.preset.sizes if max_inputs is None or size <= max_inputs]
         sweep = Sweep(self.report, self.console, self.device, self.dtype)
         case = dataclasses.replace(self.case, name="sweep", B=1)
         sweep.run(

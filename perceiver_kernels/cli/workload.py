@@ -7,7 +7,7 @@ are LayerNorm -> projections -> attention -> output projection, and end where th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -265,16 +265,6 @@ def least_bytes(case: Any, which: str, itemsize: int) -> int:
 def packed_bytes_per_token(channels: int, itemsize: int) -> int:
     """Return the closed form of the extra bytes per input token, packed whole: itemsize * C_padded + 16."""
     return itemsize * (-(-channels // 16) * 16) + 16
-
-
-def pass_names(names: Sequence[str] | None) -> list[Pass]:
-    """Return the passes asked for, or all; CommandError with the nearest names for an unknown one."""
-    from perceiver_kernels.cli.report import unknown_name
-
-    for name in names or ():
-        if name not in PASSES:
-            raise unknown_name("pass", name, PASSES)
-    return [PASSES[name] for name in names] if names is not None else list(PASSES.values())
 
 
 def _normalize_and_pad(x: Tensor, pad: int) -> Tensor:

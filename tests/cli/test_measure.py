@@ -12,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels.cli import gate, measure
-from perceiver_kernels.cli.console import Console, format_bytes, format_ms, plain_table
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.memory import slope
 from perceiver_kernels.cli.report import CommandError, unknown_name
@@ -85,6 +84,13 @@ class TestAttempt:
             raise ValueError("too wide. Try something else.")
 
         assert measure.attempt(call) == "too wide"
+
+    def test_indented_lines_are_items(self) -> None:
+        def call() -> None:
+            raise ValueError("no backend can serve pack_inputs\n  cuda: not built\n  triton: no CUDA device")
+
+        told = "no backend can serve pack_inputs; cuda: not built; triton: no CUDA device"
+        assert measure.attempt(call) == told
 
     def test_out_of_memory_says_so(self) -> None:
         def call() -> None:
@@ -193,29 +199,3 @@ class TestGate:
         for a, b in zip(whole, Gate(work)._specification(which, torch.float64), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert gate.relative_error(a.float(), b) < 1e-6
-
-
-class TestConsole:
-    def test_sizes_and_times_have_three_digits(self) -> None:
-        sizes = [0, 1023, 1024, 1536, 10 * 2**20, 1000 * 2**30, None]
-        assert [format_bytes(n) for n in sizes] == [
-            "0 B", "1023 B", "1.00 KiB", "1.50 KiB", "10.0 MiB", "1000 GiB", "-",
-        ]  # fmt: skip
-        assert [format_ms(ms) for ms in (0.4321, 4.321, 43.21, 432.1, 4321.0, None)] == [
-            "0.432", "4.32", "43.2", "432", "4321", "-",
-        ]  # fmt: skip
-
-    def test_plain_tables_align(self) -> None:
-        assert plain_table(["name", "n"], [["a", "10"], ["bcdef", "9"]], [False, True]) == [
-            "name    n",
-            "-----  --",
-            "a      10",
-            "bcdef   9",
-        ]
-
-    def test_progress_is_silent_unless_asked_for(self, capsys: pytest.CaptureFixture[str]) -> None:
-        for shown in (False, True):
-            with Console(plain=True, progress=shown).progress("work", 2) as progress:
-                progress.advance("first")
-                progress.advance("second")
-            assert ("work second" in capsys.readouterr().err) == shown

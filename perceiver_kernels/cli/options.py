@@ -1,0 +1,67 @@
+"""Types of the options: each reads the text of one and raises a CommandError that says which rule it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from perceiver_kernels.cli.report import CommandError, unknown_name
+from perceiver_kernels.cli.stock import Peer
+
+LONGEST_SECONDS = 3600.0
+"""A longer sample of one implementation is a slip of the keyboard; the samples are limited too."""
+
+
+def name_of(kind: str, known: Collection[str]) -> Callable[[str], str]:
+    """Return the type of one name."""
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise unknown_name(kind, text, known)
+        return text
+
+    return read
+
+
+def names_of(kind: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return the type of names separated by commas."""
+    read = name_of(kind, known)
+    return lambda text: [read(name) for name in _split(text)]
+
+
+def peers(text: str) -> list[str]:
+    """Read names of stock implementations; 'none' is the empty list."""
+    return [] if text == "none" else [Peer.parse(name).name for name in _split(text)]
+
+
+def count(text: str) -> int:
+    """Read a whole number from 1 on."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise CommandError(f"must be a whole number, at least 1, got {text!r}")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Read a duration."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= LONGEST_SECONDS:
+        raise CommandError(f"must be above 0 and at most {LONGEST_SECONDS:.0f}, got {text!r}")
+    return number
+
+
+def path(text: str) -> str:
+    """Read the name of a file or folder."""
+    if not text:
+        raise CommandError(f"must name a file or folder, got {text!r}")
+    return text
+
+
+def _split(text: str) -> list[str]:
+    """The names, each once."""
+    return list(dict.fromkeys(text.split(",")))
