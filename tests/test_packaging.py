@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -198,6 +199,31 @@ class TestMetadata:
         (requires,) = [line for line in build_system.splitlines() if line.startswith("requires")]
         assert "setuptools" in requires
         assert "torch" not in requires
+
+    def test_source_distribution_holds_the_tree(self, tmp_path):
+        """setuptools alone takes tests/test*.py: tests without conftest.py, benchmarks and the documents that they read."""
+        if not is_installed("setuptools"):
+            pytest.skip("setuptools is not installed")
+        tree, folders = tmp_path / "tree", ("benchmarks", "csrc", "docs", "perceiver_kernels", "tests")
+        for name in folders:
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", build_info.FILE_NAME)
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        for path in ROOT.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copy(path, tree)
+        held = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
+        built = ("__pycache__/conftest.pyc", ".benchmarks/machine/0001.json", "_C.so", build_info.FILE_NAME)
+        for product in (f"{name}/{product}" for name in folders for product in built):
+            (tree / product).parent.mkdir(parents=True, exist_ok=True)
+            (tree / product).touch()
+        command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+        environment = os.environ | {"PERCEIVER_KERNELS_BUILD_CUDA": "0"}
+        subprocess.run(command, cwd=tree, check=True, capture_output=True, env=environment, timeout=300)
+        (archive,) = tmp_path.glob("*.tar.gz")
+        with tarfile.open(archive) as content:
+            names = {Path(*Path(member.name).parts[1:]) for member in content if member.isfile()}
+        assert held <= names
+        assert {str(name) for name in names - held if "egg-info" not in str(name)} == {"PKG-INFO", "setup.cfg"}
 
     def test_pure_wheel_holds_the_package_alone(self, tmp_path):
         for tool in ("pip", "setuptools"):
