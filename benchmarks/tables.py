@@ -1,4 +1,4 @@
-"""Tables of README.md and docs from benchmarks/results/*.json; `python benchmarks/tables.py` rewrites them.
+"""Tables of README.md from benchmarks/results/*.json; `python benchmarks/tables.py` rewrites them.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; all between is generated. With
 `--check` nothing is written; the exit code is 1 when a table is not what the JSON gives.
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "encode.md")
+DOCUMENT = ROOT.parent / "README.md"
 OURS_NAMES = ("ours", "ours-chunked")
 PASS_TITLES = {
     "pack": "pack",
@@ -84,8 +84,11 @@ def large(results: Results) -> list[str]:
         title = f"{row['M']:,} x {row['C']} from host memory, {PASS_TITLES[row['pass']]}"
         seconds, peak = _ms(1e3 * row["seconds"]), _bytes(row["peak_extra_bytes"])
         table.append([title, row["implementation"], seconds, peak])
-    header = ["inputs, pass", "implementation", "ms", "extra peak memory"]
-    return _markdown(header, table) if table else []
+    if not table:
+        return []
+    measured = (results[part] for part in ("ten-million", "hundred-million") if part in results)
+    where = dict.fromkeys(_where(report | {"ceilings": None}) for report in measured)
+    return [*where, "", *_markdown(["inputs, pass", "implementation", "ms", "extra peak memory"], table)]
 
 
 def summary(results: Results) -> list[str]:
@@ -186,24 +189,21 @@ def _markdown(header: list[str], table: list[list[str]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the documents, or check them."""
-    parser = argparse.ArgumentParser(description="Generate the tables of README.md and docs.")
+    """Rewrite the tables, or check them."""
+    parser = argparse.ArgumentParser(description="Generate the tables of README.md.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 when a table is out of date"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     arguments = parser.parse_args(argv)
-    results, stale = load(arguments.results), []
-    for path in DOCUMENTS:
-        text = path.read_text()
-        new = rewritten(text, results)
-        if new != text:
-            stale.append(path.name)
-            if not arguments.check:
-                path.write_text(new)
-    if stale:
-        print(("out of date: " if arguments.check else "rewritten: ") + ", ".join(stale))
-    return 1 if stale and arguments.check else 0
+    text = DOCUMENT.read_text()
+    new = rewritten(text, load(arguments.results))
+    if new == text:
+        return 0
+    print(f"{'out of date' if arguments.check else 'rewritten'}: {DOCUMENT.name}")
+    if not arguments.check:
+        DOCUMENT.write_text(new)
+    return 1 if arguments.check else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from perceiver_kernels.dispatch import BACKENDS, TABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -45,19 +47,17 @@ def test_ten_lines_are_ten_lines() -> None:
 
 
 def test_tables_are_what_the_results_give() -> None:
-    results = tables.load()
-    for path in tables.DOCUMENTS:
-        text = path.read_text()
-        assert tables.rewritten(text, results) == text, f"{path.name}: run python benchmarks/tables.py"
+    text = tables.DOCUMENT.read_text()
+    assert tables.rewritten(text, tables.load()) == text, "run python benchmarks/tables.py"
 
 
 def test_every_table_has_a_place_in_the_readme() -> None:
-    marked = {match["name"] for match in tables.MARKED.finditer((ROOT / "README.md").read_text())}
+    marked = {match["name"] for match in tables.MARKED.finditer(tables.DOCUMENT.read_text())}
     assert marked == set(tables.TABLES)
 
 
 def test_links_lead_somewhere() -> None:
-    for path in tables.DOCUMENTS:
+    for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
@@ -130,6 +130,32 @@ def test_memory_table_says_out_of_memory() -> None:
         "| 1,024 | 1.0 MiB | 0.50 GiB |",
         "| 4,096 | 2.0 MiB | out of memory |",
     ]
+
+
+def test_large_table_says_where_once() -> None:
+    """Both parts are measured on one machine on one day, with ceilings that no column refers to."""
+    large = row("ours-chunked", None, seconds=1.5, M=100, C=261, **{"pass": "backward"})
+    results = {"ten-million": report(row("ours", 12.0), ceilings={"tflops": 788.0}), "hundred-million": report(large)}
+    lines = tables.large(results)
+    assert lines[:3] == [
+        "A GPU, bfloat16, torch 2.11, triton 3.6, 2026-11-23.",
+        "",
+        "| inputs, pass | implementation | ms | extra peak memory |",
+    ]
+    assert len(lines) == 6 and lines[-1].startswith("| 100 x 261 from host memory, ")
+    assert tables.large({}) == []
+
+
+def test_backends_that_serve_one_operation_are_told() -> None:
+    for name in BACKENDS:
+        served = [operation for operation, modules in TABLE.items() if name in modules]
+        (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+        assert (f"of `{served[0]}` only" in line) == (len(served) == 1)
+
+
+def test_exit_codes_are_told() -> None:
+    (told,) = re.findall(r"Exit codes: (.+?)\.", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert re.findall(r"\b\d+\b", told) == ["0", "1", "2", "130"]
 
 
 def test_no_results_say_so() -> None:

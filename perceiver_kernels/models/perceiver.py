@@ -241,8 +241,9 @@ class Perceiver(nn.Module):
         """Classify every element of the batch.
 
         Args:
-            inputs: InputArray (images, audio, video, points, tokens), or a [B, M, C] tensor, C content and positions.
-            key_mask: bool [B, M], True where a token is visible; for tensors, an InputArray brings its own.
+            inputs: InputArray (images, audio, video, points, tokens), PackedInputs, or a [B, M, C] tensor, C content and
+                positions.
+            key_mask: bool [B, M], True where a token is visible; for inputs that do not bring their own.
             lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
 
         Returns:
