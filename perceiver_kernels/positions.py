@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,23 +16,35 @@ from perceiver_kernels.checks import check_numbers, check_range, check_tensor
 # Rows of FourierPositions.table hold the axis, the frequency and one of these kinds.
 KIND_RAW, KIND_SIN, KIND_COS = 0, 1, 2
 
-_CONSTANTS: dict[tuple[Hashable, torch.device], Tensor] = {}
+# More shapes than a training set usually mixes; a table of 64 bands and three axes takes 5 KB.
+MAX_CONSTANTS = 256
+
+_Key = tuple[Hashable, torch.device]
+_constants: OrderedDict[_Key, Tensor] = OrderedDict()
+"""The last MAX_CONSTANTS that were used, the least recent first."""
+_captured: dict[_Key, Tensor] = {}
+"""Those that a CUDA graph reads at every replay: they stay."""
 
 
 def constant(key: Hashable, device: torch.device, build: Callable[[], Sequence[Any]]) -> Tensor:
-    """The fp32 tensor of build() on device, made once: a later call copies nothing and suits a CUDA graph."""
+    """The fp32 tensor of build() on device, kept: a later call copies nothing and suits a CUDA graph."""
     if torch.compiler.is_compiling():
         return torch.tensor(build(), dtype=torch.float32, device=device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    constant = _CONSTANTS.get((key, device))
+    place = (key, device)
+    constant = _constants.pop(place, _captured.get(place))
     if constant is None:
         # An inference tensor could never be saved for a later backward pass.
         with torch.inference_mode(False):
             constant = torch.tensor(build(), dtype=torch.float32, device=device)
-        # A fake tensor must not outlive the mode that made it.
-        if type(constant) is Tensor:
-            _CONSTANTS[key, device] = constant
+    # A fake tensor must not outlive the mode that made it.
+    if type(constant) is Tensor:
+        _constants[place] = constant
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[place] = constant
+        while len(_constants) > MAX_CONSTANTS:
+            _constants.popitem(last=False)
     return constant
 
 

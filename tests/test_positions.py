@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_kernels import reference
+from perceiver_kernels import positions, reference
 from perceiver_kernels.inputs import FourierPositions, InputArray, TokenSlice, grid_coordinates
 
 close = torch.testing.assert_close
@@ -78,6 +78,28 @@ class TestFourierPositions:
 
     def test_table_is_made_once(self) -> None:
         assert FourierPositions(3, (5,)).table() is FourierPositions(3, [5.0]).table("cpu")
+
+    def test_tables_of_shapes_long_past_are_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A data set of endless lengths fills no memory; what is in use, or was captured in a CUDA graph, stays."""
+        captured, place = FourierPositions(1, (3.125,)).table(), (FourierPositions(1, (3.125,)), torch.device("cpu"))
+        monkeypatch.setitem(positions._captured, place, captured)
+        used, dropped = FourierPositions(1, (3.25,)).table(), FourierPositions(1, (3.375,)).table()
+        for size in range(2 * positions.MAX_CONSTANTS):
+            FourierPositions(1, (1000.0 + size,)).table()
+            assert FourierPositions(1, (3.25,)).table() is used
+        assert len(positions._constants) == positions.MAX_CONSTANTS
+        assert FourierPositions(1, (3.125,)).table() is captured
+        again = FourierPositions(1, (3.375,)).table()
+        assert again is not dropped and torch.equal(again, dropped)
+
+    @pytest.mark.gpu
+    def test_tables_in_a_cuda_graph_stay(self) -> None:
+        fourier = FourierPositions(1, (3.0625,))
+        table, graph = fourier.table("cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            doubled = 2 * fourier.table("cuda")
+        graph.replay()
+        assert torch.equal(doubled, 2 * table) and any(kept is table for kept in positions._captured.values())
 
     def test_table_made_in_inference_mode_serves_autograd(self) -> None:
         positions = FourierPositions(3, (5.25,))

@@ -178,7 +178,7 @@ def visible_keys(key_mask, i_b, o_keys, hi, M):
 
 @triton.jit
 def dropout_factors(seed, threshold, inverse_keep, i_b, o_rows, o_keys):
-    """0 or 1/(1-p) for each (row, key): Philox-4x32-10 with counter (key, row, batch, 0), first word >= threshold keeps.
+    """0 or ``inverse_keep`` for each (row, key): Philox-4x32-10, counter (key, row, batch, 0), first word >= threshold keeps.
 
     ``o_rows`` and ``o_keys`` broadcast against each other; keys are global indices, so chunks and splits do not matter.
     """
