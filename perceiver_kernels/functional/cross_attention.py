@@ -248,7 +248,8 @@ def input_cross_attention(
         key_mask: bool ``[B, M]``, True where a token is visible. lengths: int32 ``[B]``, instead of ``key_mask``: tokens
             visible from the front, all of them above M and none below 0.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
-        chunk_size: tokens packed and attended at a time; memory is then independent of M, forward and backward.
+        chunk_size: tokens packed and attended at a time; memory is then independent of M, forward and backward. Gradients
+            reach the content, not positions or coordinates; there are no second ones, nor torch.func's transforms.
         method: ``"absorbed"`` or ``"projected"``; None lets the planner choose.
         backend: a backend's name; it never falls back.
 

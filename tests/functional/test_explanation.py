@@ -158,7 +158,7 @@ def test_empty_calls_are_explained_too(sizes: tuple[int, int, int]) -> None:
     assert pk.explain("input_cross_attention", ones(b, H, r, 4), ones(b, m, C), ones(8, C), ones(6, C)).backend
 
 
-BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("softmax", (), {}, ValueError, "function must be one of attention, pack_inputs"),
     ("shared_kv_attention", (ones(B, N, 32), ones(B, M, 16)), {}, ValueError, "x must be"),
     ("shared_kv_attention", (ones(B, N, 32), ones(B, M, 32)), {"backend": "best"}, ValueError, "backend must name"),
@@ -175,9 +175,9 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "args", "kwargs", "error", "message"), BAD, ids=[f"{b[0]}-{b[4]}" for b in BAD])
+@pytest.mark.parametrize(("name", "args", "kwargs", "error", "message"), BAD, ids=[f"{number}-{b[4]}" for number, b in enumerate(BAD)])
 def test_what_the_call_would_refuse_is_refused(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
+    name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         pk.explain(name, *args, **kwargs)
