@@ -50,6 +50,11 @@ def with_zero_gradient(value: Tensor, parameter: Tensor | None) -> Tensor:
     return _ZeroGradient.apply(value, parameter)
 
 
+def _unfused() -> bool:
+    """Whether results are left to the compiler to fuse; torch 2.11 loses the gradients of functions that write to ``out``."""
+    return transforms_active() or torch.compiler.is_compiling()
+
+
 class _ScaledProduct(Function):
     """(a b) g for 16-bit matrices a [R, K], b [K, C] on a GPU and g [C] or None: fp32 until one rounding at the end.
 
@@ -59,7 +64,9 @@ class _ScaledProduct(Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
         product = torch.mm(a, b, out_dtype=torch.float32)
-        return product.to(a.dtype) if g is None else torch.mul(product, g, out=torch.empty_like(product, dtype=a.dtype))
+        if g is None or _unfused():
+            return (product if g is None else product * g).to(a.dtype)
+        return torch.mul(product, g, out=torch.empty_like(product, dtype=a.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -157,7 +164,7 @@ def project_values(
     """
     B, rows, channels = z.shape
     weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
-    if scale is not None and shift is not None and rho is None and not transforms_active():
+    if scale is not None and shift is not None and rho is None and not _unfused():
         z = _ScaledShift.apply(z, scale, shift, w_v.dtype)
     else:
         z = z if scale is None else z * scale

@@ -293,11 +293,13 @@ def test_bad_values_stay_in_their_row(target: Target) -> None:
     found = results(function_of(target), call)
     bad = torch.zeros(call.q.shape[:2], dtype=torch.bool, device=call.q.device)
     bad[0, 3] = bad[2, 5] = True
-    for name in ("z", "lse", "dq"):
-        if name in found:
-            assert torch.equal(found[name][~bad], clean[name][~bad]), name
+    rows = [(found[name][~bad], clean[name][~bad]) for name in ("z", "lse", "dq") if name in found]
+    for actual, expected in (*rows, (found["dx"][1], clean["dx"][1])):
+        if target.is_kernel:
+            assert torch.equal(actual, expected)
+        else:  # torch's products on a CPU round a row by what lies beside it
+            torch.testing.assert_close(actual, expected)
     assert found["z"][0, 3].isnan().all()
-    assert torch.equal(found["dx"][1], clean["dx"][1])
 
 
 def test_very_negative_lse_with_a_ragged_masked_tail(target: Target) -> None:

@@ -134,14 +134,14 @@ def test_equals_the_equations_written_out(case: str, method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
-    """Error of the logits against fp64 at most twice that of the written-out model in the same dtype."""
+    """Over many models: a single one's few logits may be right by luck, in eager's bf16 or in ours."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, order = ORDERS["v2"]
-    model, x = randomised(config).to(device, dtype), tokens(dtype).to(device)
-    with torch.no_grad():
-        eager = textbook(model, x, order)
-        oracle = textbook(copy.deepcopy(model).double(), x.double(), order)
-        assert_as_accurate(model(x), eager, oracle, "logits")
+    (config, order), x, results = ORDERS["v2"], tokens(dtype).to(device), []
+    for model in (randomised(config, seed).to(device, dtype) for seed in range(12)):
+        with torch.no_grad():
+            oracle = textbook(copy.deepcopy(model).double(), x.double(), order)
+            results.append((model(x), textbook(model, x, order), oracle))
+    assert_as_accurate(*(torch.stack(logits) for logits in zip(*results, strict=True)), "logits")
 
 
 def test_weights_are_really_shared() -> None:
