@@ -230,9 +230,10 @@ class _SharedKVFunctorch(Function):
         With dropout every entry is a call of its own: what is dropped depends on batch and row, and the backward of each
         entry counts its own from 0.
         """
-        q, x, key_mask, lengths, *rest = inputs
+        q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend = inputs
         size, wide = info.batch_size, torch.promote_types(q.dtype, torch.float32)
-        if inputs[6] > 0.0:
+        rest = dropout_seed, scale, dropout_p, backend, wide
+        if dropout_p > 0.0:
             entries = (
                 [value if dim is None else value.select(dim, v) for value, dim in zip(inputs, in_dims, strict=True)]
                 for v in range(size)
@@ -241,13 +242,13 @@ class _SharedKVFunctorch(Function):
             return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
         if all(dim is None for dim in in_dims[1:4]):
             rows = q.movedim(in_dims[0], 1)  # [B, V, R, C]
-            outputs = shared_kv_attention(rows.flatten(1, 2), x, key_mask, lengths, *rest, wide)
+            outputs = shared_kv_attention(rows.flatten(1, 2), x, key_mask, lengths, *rest)
             return tuple(out.unflatten(1, rows.shape[1:3]) for out in outputs), (1, 1, 1)
         fold = BatchFold(size, q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1])
         q, x = fold(q, in_dims[0]), fold(x, in_dims[1])
         key_mask = None if key_mask is None else fold(key_mask, in_dims[2])
         lengths = None if lengths is None else fold(lengths, in_dims[3])
-        outputs = shared_kv_attention(q, x, key_mask, lengths, *rest, wide)
+        outputs = shared_kv_attention(q, x, key_mask, lengths, *rest)
         return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0, 0, 0)
 
 
