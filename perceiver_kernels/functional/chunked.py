@@ -99,17 +99,19 @@ class _Chunked(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        # Read once: checkpointing computes them again, for one reader.
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            dq, dcontent = _chunk_gradients(ctx, *gradients)
-        sources = *gradients, ctx.saved_tensors[0], ctx.content
+            dq, dcontent = _chunk_gradients(ctx, saved, *gradients)
+        sources = *gradients, saved[0], ctx.content
         return refuse_double_backward(dq, *sources), refuse_double_backward(dcontent, *sources), None, None
 
 
 def _chunk_gradients(
-    ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None
+    ctx: Any, saved: tuple[Any, ...], dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of q and content, each where it is needed."""
-    q, z, lse, rho, seed = ctx.saved_tensors
+    q, z, lse, rho, seed = saved
     content, run, settings = ctx.content, ctx.run, ctx.run.settings
     if run.versions() != ctx.versions:
         raise RuntimeError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference
@@ -236,6 +237,27 @@ def test_inference_mode(target: Target) -> None:
         assert same_bits(chunked(target, raw)[0], expected)
     out, leaves = chunked(target, raw)
     assert all(map(same_bits, torch.autograd.grad(out.sum(), list(leaves.values())), truth))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@only(torch.float32)
+def test_checkpointing(target: Target, reentrant: bool) -> None:
+    """Results that are computed again for the backward are unpacked once."""
+    leaves = [tensor.requires_grad_() for name, tensor in weights(target).items() if name in ("q", "w_k", "w_v")]
+    inputs = content(target, B, M, C).requires_grad_()
+
+    def read(q: Tensor, inputs: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+        return pk.input_cross_attention(q, inputs, w_k, w_v, chunk_size=20, dropout_p=0.3, backend=target.backend)
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        for leaf in (inputs, *leaves):
+            leaf.grad = None
+        out.square().sum().backward()
+        return [leaf.grad for leaf in (inputs, *leaves)]
+
+    truth = gradients(read(leaves[0], inputs, *leaves[1:]))
+    found = gradients(checkpoint(read, leaves[0], inputs, *leaves[1:], use_reentrant=reentrant))
+    assert all(map(same_bits, found, truth))
 
 
 @pytest.mark.parametrize("of", ["q", "inputs"])

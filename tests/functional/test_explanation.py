@@ -175,7 +175,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "args", "kwargs", "error", "message"), BAD, ids=[f"{number}-{b[4]}" for number, b in enumerate(BAD)])
+@pytest.mark.parametrize(("name", "args", "kwargs", "error", "message"), BAD, ids=[f"{i}-{b[4]}" for i, b in enumerate(BAD)])
 def test_what_the_call_would_refuse_is_refused(
     name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
