@@ -287,19 +287,19 @@ def test_channels_are_padded_by_the_public_function(target: Target) -> None:
 def test_bad_values_stay_in_their_row(target: Target) -> None:
     call = call_of(MASKED, target)
     skip_if_refused(target, call, needs_lse=False)
+    if not target.is_kernel and target.device == "cpu" and target.dtype == torch.bfloat16:
+        pytest.skip("torch 2.11's bf16 products on a CPU let NaN into rows beside it")
     clean = results(function_of(target), call)
     call.q = call.q.clone()
     call.q[0, 3], call.q[2, 5, 1] = float("nan"), float("inf")
     found = results(function_of(target), call)
     bad = torch.zeros(call.q.shape[:2], dtype=torch.bool, device=call.q.device)
     bad[0, 3] = bad[2, 5] = True
-    rows = [(found[name][~bad], clean[name][~bad]) for name in ("z", "lse", "dq") if name in found]
-    for actual, expected in (*rows, (found["dx"][1], clean["dx"][1])):
-        if target.is_kernel:
-            assert torch.equal(actual, expected)
-        else:  # torch's products on a CPU round a row by what lies beside it
-            torch.testing.assert_close(actual, expected)
+    for name in ("z", "lse", "dq"):
+        if name in found:
+            assert torch.equal(found[name][~bad], clean[name][~bad]), name
     assert found["z"][0, 3].isnan().all()
+    assert torch.equal(found["dx"][1], clean["dx"][1])
 
 
 def test_very_negative_lse_with_a_ragged_masked_tail(target: Target) -> None:
