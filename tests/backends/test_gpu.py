@@ -271,6 +271,27 @@ def test_chunks_need_memory_for_one_chunk(target: Target, where: str) -> None:
     assert peaks[2] <= 1.05 * peaks[1] <= 64 << 20
 
 
+@pytest.mark.parametrize("name", ["language", "resampler"])
+def test_states_of_wide_chunks_at_full_size(target: Target, name: str) -> None:
+    """Many heads over 768 and 1,024 channels in ragged chunks: the same bits each time, and the rows of the whole."""
+    data = Data.of(ENCODE[name], target.dtype)
+
+    def chunked() -> tuple[Tensor, ...]:
+        state: tuple[Any, Any, Any] = (None, None, None)
+        for start in range(0, data.x.shape[1], 384):
+            x = data.x[:, start : start + 384].contiguous()
+            state = op.FORWARD(
+                data.q, x, None, None, None, data.scale, 0.0, start, *state, torch.float32, target.backend
+            )
+        return state
+
+    first, second = chunked(), chunked()
+    assert [same_bits(a, b) for a, b in zip(first, second, strict=True)] == [True] * 3
+    whole, _, _ = reference.shared_kv_attention(data.q[:2].float(), data.x[:2].float(), scale=data.scale)
+    error = (first[0][:2] - whole).norm(dim=-1) / whole.norm(dim=-1)
+    assert error.max() <= 0.02
+
+
 @only(torch.bfloat16)
 def test_autocast_with_parameters_in_float32(target: Target) -> None:
     q, x = (
