@@ -31,14 +31,6 @@ TINY_BENCH = [
 TINY_RUN = ["run", "--preset", "tiny", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     """Make imports of modules fail as if they were not installed."""
     for module in modules:

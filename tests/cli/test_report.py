@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from perceiver_kernels.cli import main
 from perceiver_kernels.cli.bench import Bench
@@ -23,14 +22,6 @@ PROGRAM = [sys.executable, "-m", "perceiver_kernels"]
 BENCH = ["bench", "encode", "--device", "cpu", "--max-inputs", "130"]
 MEMORY = ["memory", "--device", "cpu", "--sizes", "256,512", "--passes", "forward", "--peers", "none"]
 RUN = ["run", "--preset", "tiny", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def interrupted(*_: Any, **__: Any) -> Any:
