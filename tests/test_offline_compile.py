@@ -72,6 +72,8 @@ def broken_limits(launches: list[Resources], device: str, dtype: torch.dtype, dr
             found.append(f"{launch.kernel}: no tensor-core instruction")
         if multiplies and dtype.itemsize == 2 and device == "H200" and not (launch.wgmma and launch.tma_loads):
             found.append(f"{launch.kernel}: wgmma {launch.wgmma}, TMA loads {launch.tma_loads}")
+        if launch.early:
+            found.append(f"{launch.kernel} {launch.constants}: touches registers of a running wgmma: {launch.early[0]}")
         if launch.kernel in PASSES and launch.serialized:
             found.append(f"{launch.kernel} {launch.constants}: {launch.wgmma_waits} waits for {launch.wgmma} wgmma")
     return found
@@ -91,6 +93,14 @@ def test_every_tile(device: str, channels: int) -> None:
     for kernel, kind in PASSES.items():
         assert (kernel in names(launches)) == (fused_tile(kind, channels, 2, facts) is not None)
     assert broken_limits(launches, device, torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("channels", [128, 272, 336, 768])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (32, 64, 128), (3, 77, 5001)], ids=str)
+def test_sizes_that_compile_differently(channels: int, sizes: tuple[int, int, int]) -> None:
+    """A size of 1 becomes a constant, and ptxas orders a loop of known length otherwise."""
+    launches = compile_shared_kv(channels, torch.bfloat16, H200, sizes=sizes)
+    assert sum(launch.wgmma for launch in launches) > 0 and [launch.early for launch in launches if launch.early] == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from perceiver_kernels.backends.triton import pack, shared_kv
 from perceiver_kernels.device import DeviceFacts
 from perceiver_kernels.positions import FourierPositions
+from perceiver_kernels.testing.sass import early_accesses
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -37,7 +38,7 @@ class Resources:
     """One compiled launch: registers and spilled bytes a thread, shared memory a block, counts of SASS instructions.
 
     ``stack`` is what ptxas could not keep in registers; ``mma`` counts tensor-core instructions of either generation, and
-    ``wgmma_waits`` the waits for asynchronous ones.
+    ``wgmma_waits`` the waits for asynchronous ones; ``early`` are the instructions that did not wait for one.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Resources:
     wgmma: int
     wgmma_waits: int
     tma_loads: int
+    early: tuple[str, ...]
 
     @property
     def serialized(self) -> bool:
@@ -99,6 +101,7 @@ def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], argu
         wgmma=len(re.findall(r"\bHGMMA", sass)),
         wgmma_waits=len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
         tma_loads=len(re.findall(r"\bUTMALDG", sass)),
+        early=tuple(early_accesses(sass)),
     )
 
 
@@ -127,11 +130,14 @@ def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
 
 def compile_shared_kv(
     C: int, dtype: torch.dtype, facts: DeviceFacts, *, masked: bool = False, lengths: bool = False, dropout: bool = False,
-    passes: tuple[str, ...] = ("forward", "dq", "dx"),
+    passes: tuple[str, ...] = ("forward", "dq", "dx"), sizes: tuple[int, int, int] = (2, 64, 8192),
 ) -> list[Resources]:  # fmt: skip
-    """Every launch of shared-KV attention with ``C`` (padded) channels: its forward, and backwards for q and for x."""
-    # Sizes divide by 16, as real ones do, and make several splits, chunks and tiles.
-    B, R, M = 2, 64, 8192
+    """Every launch of shared-KV attention with ``C`` (padded) channels: its forward, and backwards for q and for x.
+
+    ``sizes`` are B, R and M. Triton compiles anew for sizes that 16 divides and for sizes of 1; those given divide by 16, as
+    real ones do, and make several splits, chunks and tiles.
+    """
+    B, R, M = sizes
     q, x = torch.empty(B, R, C, dtype=dtype), torch.empty(B, M, C, dtype=dtype)
     key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
     seen = torch.ones(B, dtype=torch.int32) if lengths else None

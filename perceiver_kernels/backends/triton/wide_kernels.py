@@ -18,6 +18,9 @@ from perceiver_kernels.backends.triton.primitives import LN_2, LOG2_E, dropout_f
 
 _LN_2 = tl.constexpr(LN_2)
 _LOG2_E = tl.constexpr(LOG2_E)
+# Tiles whose maximum lies further below the row's, in powers of two, count as if it lay there: a million such weights add less
+# than 2^-28 to a sum of at least 1/2, and a sum on its way through them grows by no more than 2^48.
+_NEGLIGIBLE = tl.constexpr(48.0)
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def _wide_weights_fwd_kernel(
     """Weights of one tile relative to its own row maximum, rounded up to a whole power of two, and their row sums.
 
     Statistics are [B, key tiles, R]: maximum, total before dropout, and the sum of the weights that dropout kept, before and
-    after rounding. A power of two rescales the rounded weights exactly in the values kernel.
+    after rounding. A power of two rescales a tile's sums exactly in the values kernel.
     """
     row_tiles = tl.cdiv(R, BLOCK_Q)
     i_row, i_tile, i_b = _tile_position(key_tiles, row_tiles)
@@ -179,9 +182,11 @@ def _wide_values_kernel(
 ):  # fmt: skip
     """weights x for BLOCK_COL columns over one split of the chunk's key tiles.
 
-    With SOFTMAX the weights of tile t are relative to maximum[t]: they are brought to the split's maximum here, and the split's
-    softmax state goes to (part, lse, rho). Rounded weights are divided by their own sum: a row that sees one token is that
-    token, and errors weigh with x_j - z. Without SOFTMAX (dq) they are summed as they are.
+    With SOFTMAX the weights of tile t are relative to 2^maximum[t]. The sum so far is brought to each tile's maximum in turn,
+    not the weights to a common one: weights that pass through registers are the register operand of a wgmma, which Triton 3.6
+    lets the next tile's loads overwrite while it is read. The split's softmax state goes to (part, lse, rho). Rounded weights
+    are divided by their own sum: a row that sees one token is that token, and errors weigh with x_j - z. Without SOFTMAX (dq)
+    they are summed as they are.
     """
     columns = tl.cdiv(C, BLOCK_COL)
     row_tiles = tl.cdiv(R, BLOCK_Q)
@@ -198,6 +203,8 @@ def _wide_values_kernel(
             maximum, total, kept, rounded, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q
         )
     acc = tl.zeros([BLOCK_Q, BLOCK_COL], tl.float32)
+    if SOFTMAX:
+        reference = safe
     for k in tl.range(tile * BLOCK_KV, tile_end * BLOCK_KV, BLOCK_K, num_stages=STAGES):
         w = _load_tile(
             weights, i_b, i_row * BLOCK_Q, k, R, tile_end * BLOCK_KV, stride_w_b, stride_w_r, BLOCK_Q, BLOCK_K, TMA
@@ -205,15 +212,18 @@ def _wide_values_kernel(
         b_x = _load_tile(
             x, i_b, key_start + k, i_column * BLOCK_COL, M, C, stride_x_b, stride_x_m, BLOCK_K, BLOCK_COL, TMA
         )
-        if SOFTMAX:
-            b_m = tl.load(maximum + o_statistics + (k // BLOCK_KV) * R, mask=m_rows, other=-float("inf"))
-            w = w * tl.exp2(b_m - safe).to(w.dtype)[:, None]
+        if SOFTMAX:  # noqa: SIM102 (decided by the compiler, the other one by the program)
+            if k % BLOCK_KV == 0:
+                b_m = tl.load(maximum + o_statistics + (k // BLOCK_KV) * R, mask=m_rows, other=-float("inf"))
+                b_m = tl.maximum(b_m, safe - _NEGLIGIBLE)
+                acc = acc * tl.exp2(reference - b_m)[:, None]
+                reference = b_m
         acc = tl.dot(w, b_x, acc, input_precision=PRECISION)
     o_columns = i_column * BLOCK_COL + tl.arange(0, BLOCK_COL)
     o_part = ((i_b * S + i_s).to(tl.int64) * R) + o_rows
     if SOFTMAX:
         b_rho = r / tl.where(l == 0.0, 1.0, l) * inverse_keep
-        acc = acc * (b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
+        acc = acc * (tl.exp2(reference - safe) * b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
         if i_column == 0:
             tl.store(lse + o_part, (m + tl.log2(l)) * _LN_2, mask=m_rows)
             tl.store(rho + o_part, b_rho, mask=m_rows)
