@@ -159,14 +159,19 @@ def _absorbed(
         absorbed, packed.data, packed.key_mask, packed.lengths, scale, dropout_p, False, backend,
         torch.promote_types(problem.dtype, torch.float32),
     )  # fmt: skip
-    full = packed.key_mask is None and packed.lengths is None and dropout_p == 0.0 and problem.M > 0
-    return _values_of(problem, z, None if full else rho, weights)
+    return _values_of(problem, z, rho, packed, dropout_p, weights)
 
 
-def _values_of(problem: CrossAttentionProblem, z: Tensor, rho: Tensor | None, weights: Projections) -> Tensor:
+def _values_of(
+    problem: CrossAttentionProblem, z: Tensor, rho: Tensor, keys: PackedInputs | InputArray, dropout_p: float,
+    weights: Projections,
+) -> Tensor:  # fmt: skip
+    # Where every row sees a token, and all of its weights, they sum to 1.
+    full = keys.key_mask is None and keys.lengths is None and dropout_p == 0.0 and problem.M > 0
     out = project_values(
-        z, rho, problem.H, weights.w_v.to(problem.dtype), weights.b_v, weights.norm_weight, weights.norm_bias
-    )
+        z, None if full else rho, problem.H, weights.w_v.to(problem.dtype), weights.b_v, weights.norm_weight,
+        weights.norm_bias,
+    )  # fmt: skip
     return with_zero_gradient(out, weights.b_k)
 
 
@@ -196,7 +201,7 @@ def _absorbed_chunked(
     absorbed = absorb_queries(q, weights.w_k, weights.norm_weight, settings.channels_padded, problem.dtype)
     absorbed = absorbed.expand(problem.B, -1, -1)
     z, _, rho = chunked_attention(absorbed, source, settings, backend)
-    return _values_of(problem, z, rho, weights)
+    return _values_of(problem, z, rho, source, settings.dropout_p, weights)
 
 
 def on_device(source: InputArray, device: torch.device) -> InputArray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
@@ -16,6 +15,7 @@ from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.checks import check_count, check_input_dim, check_inputs, check_sequence, check_widths
+from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.problem import check_eps, check_probability, pad_channels
 
 
@@ -150,7 +150,7 @@ class CrossAttention(nn.Module):
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
         w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
         attended = functional.input_cross_attention(
-            split_heads(F.linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
+            split_heads(linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
             inputs,
             w_k,
             w_v,
@@ -167,7 +167,7 @@ class CrossAttention(nn.Module):
             chunk_size=self.chunk_size,
             method=self.method,
         )
-        out = F.linear(merge_heads(attended), w_o, self.out_proj.bias)
+        out = linear(merge_heads(attended), w_o, self.out_proj.bias)
         return latents + out if self.residual else out
 
     def _weights(self, latents: Tensor) -> list[Any]:
