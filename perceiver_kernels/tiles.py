@@ -16,17 +16,26 @@ Kind = Literal["forward", "dq", "dx"]
 
 @dataclass(frozen=True)
 class Tile:
-    """One fused program: column pieces of a row, query rows, keys, warps, software-pipeline stages."""
+    """One fused program: column pieces of a row, query rows, keys, warps, software-pipeline stages.
+
+    ``tail``: the last piece passes through registers: the resident rows' stays there, streamed rows share one buffer for it.
+    """
 
     pieces: tuple[int, ...]
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
+    tail: bool = False
 
     @property
     def columns(self) -> int:
         return sum(self.pieces)
+
+    @property
+    def shared_pieces(self) -> tuple[int, ...]:
+        """The pieces that every stage keeps in shared memory."""
+        return self.pieces[:-1] if self.tail else self.pieces
 
     def shared_bytes(self, kind: Kind, itemsize: int) -> int:
         """Shared memory of operands: what stays for the whole program, and one streamed tile a stage."""
@@ -35,7 +44,8 @@ class Tile:
             "dq": (2 * self.block_q, self.block_kv),
             "dx": (self.block_kv, 2 * self.block_q),
         }[kind]
-        return (resident + streamed * self.num_stages) * self.columns * itemsize
+        tail = streamed * self.pieces[-1] if self.tail else 0
+        return ((resident + streamed * self.num_stages) * sum(self.shared_pieces) + tail) * itemsize
 
     def programs_per_sm(self, kind: Kind, itemsize: int, device: DeviceFacts) -> int:
         """Programs that one multiprocessor holds at a time, by shared memory and by its 65,536 registers."""
@@ -74,19 +84,19 @@ def column_pieces(channels: int, limit: int = 3) -> tuple[int, ...]:
     return tuple(16 << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1)
 
 
-# (widest row, block_q, block_kv, warps, stages), first fit wins. Hopper, 16-bit: two warpgroups hold a full-width accumulator
-# of 128 rows up to about 336 columns; fewer stages than these cost 15 to 40 %.
-_FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
-    "forward": ((128, 128, 128, 8, 3), (336, 128, 64, 8, 3), (400, 128, 32, 8, 2)),
-    "dq": ((64, 128, 128, 8, 3), (256, 128, 64, 8, 3), (272, 128, 64, 8, 2), (336, 128, 32, 8, 2)),
-    "dx": ((192, 32, 64, 4, 3), (256, 64, 64, 4, 1), (288, 32, 64, 4, 2), (336, 16, 64, 4, 3)),
+# (widest row, block_q, block_kv, warps, stages, whether a last piece of 16 columns is a tail), first fit wins. Hopper, 16-bit:
+# two warpgroups hold a full-width accumulator of 128 rows up to about 336 columns; fewer stages than these cost 15 to 40 %.
+_FUSED_HOPPER: dict[Kind, tuple[tuple[int, int, int, int, int, bool], ...]] = {
+    "forward": ((128, 128, 128, 8, 3, False), (336, 128, 64, 8, 3, False), (400, 128, 32, 8, 2, False)),
+    "dq": ((64, 128, 128, 8, 3, False), (256, 128, 64, 8, 3, False), (272, 128, 64, 8, 3, True), (336, 128, 32, 8, 3, True)),
+    "dx": ((192, 32, 64, 4, 3, False), (256, 64, 64, 4, 1, False), (288, 32, 64, 4, 2, False), (336, 16, 64, 4, 3, False)),
 }
 # Ampere and Ada, 16-bit: synchronous matrix instructions keep operands in registers too, so 64 rows over eight warps.
-_FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int], ...]] = {
-    "forward": ((128, 64, 64, 4, 2), (336, 64, 32, 8, 2)),
+_FUSED_AMPERE: dict[Kind, tuple[tuple[int, int, int, int, int, bool], ...]] = {
+    "forward": ((128, 64, 64, 4, 2, False), (336, 64, 32, 8, 2, False)),
     # Wider rows would spill; the wide kernels compute their gradients.
-    "dq": ((128, 64, 32, 4, 2),),
-    "dx": ((128, 32, 64, 4, 2),),
+    "dq": ((128, 64, 32, 4, 2, False),),
+    "dx": ((128, 32, 64, 4, 2, False),),
 }
 # Shared memory that a program needs beyond its operands: barriers, reductions across warps; and what the system keeps of it.
 _SHARED_RESERVE = 1024
@@ -102,8 +112,8 @@ def fused_tile(kind: Kind, channels: int, itemsize: int, device: DeviceFacts) ->
         return None
     pieces = column_pieces(channels)
     table = _FUSED_HOPPER if device.capability >= (9, 0) and device.smem_bytes >= 200_000 else _FUSED_AMPERE
-    for widest, block_q, block_kv, warps, stages in table[kind]:
-        tile = Tile(pieces, block_q, block_kv, warps, stages)
+    for widest, block_q, block_kv, warps, stages, tail in table[kind]:
+        tile = Tile(pieces, block_q, block_kv, warps, stages, tail and len(pieces) > 1 and pieces[-1] == 16)
         if tile.columns <= widest and tile.shared_bytes(kind, itemsize) + _SHARED_RESERVE <= device.smem_bytes:
             return tile
     return None

@@ -53,7 +53,12 @@ def stack_budget(launch: Resources, device: str, dtype: torch.dtype, dropout: bo
     if kind is None:
         # Sines of 1024 columns in one warp.
         return 160 if launch.constants.get("FOURIER") else 0
-    return {"forward": 0 if sum(launch.constants["PIECES"]) <= 336 else 256, "dq": 0, "dx": 16}[kind]
+    return {
+        "forward": 0 if sum(launch.constants["PIECES"]) <= 336 else 256,
+        # The order of products that needs no stack is 4 % slower.
+        "dq": 32 if launch.constants.get("TAIL") else 0,
+        "dx": 16,
+    }[kind]
 
 
 def broken_limits(launches: list[Resources], device: str, dtype: torch.dtype, dropout: bool = False) -> list[str]:
@@ -117,7 +122,7 @@ def test_float16_is_as_bfloat16(channels: int) -> None:
 
 
 @pytest.mark.parametrize("flag", ["masked", "lengths", "dropout"])
-@pytest.mark.parametrize("channels", [128, 336, 512])
+@pytest.mark.parametrize("channels", [128, 272, 336, 512])
 def test_masks_and_dropout(channels: int, flag: str) -> None:
     launches = compile_shared_kv(channels, torch.bfloat16, H200, **{flag: True})
     assert broken_limits(launches, "H200", torch.bfloat16, dropout=flag == "dropout") == []

@@ -13,7 +13,7 @@ from perceiver_kernels.device import A100, CPU, H200, DeviceFacts, device_facts
 from perceiver_kernels.plan import WidePlan, plan_cross_attention, plan_pack, plan_shared_kv
 from perceiver_kernels.problem import CrossAttentionProblem, SharedKVProblem, pad_channels
 from perceiver_kernels.testing import ENCODE, EncodeCase
-from perceiver_kernels.tiles import Kind, Tile, column_pieces
+from perceiver_kernels.tiles import Kind, Tile, column_pieces, fused_tile
 
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
@@ -56,6 +56,18 @@ def check_tile(tile: Tile, kind: Kind, channels: int, itemsize: int, device: Dev
     assert all(is_power_of_two(size) and size >= 16 for size in (tile.block_q, tile.block_kv))
     assert tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1
     assert tile.shared_bytes(kind, itemsize) < device.smem_bytes
+    # dq alone can keep a last piece of 16 columns out of the stages' shared memory.
+    assert not tile.tail or kind == "dq" and tile.pieces[-1] == 16 and tile.shared_pieces == tile.pieces[:-1] != ()
+
+
+@pytest.mark.parametrize(("channels", "tail", "shared"), [(272, True, 231_424), (336, True, 226_304), (320, False, 225_280)])
+def test_a_tail_makes_room_for_a_third_stage_of_dq(channels: int, tail: bool, shared: int) -> None:
+    tile = fused_tile("dq", channels, 2, H200)
+    assert tile is not None and (tile.tail, tile.num_stages) == (tail, 3)
+    # [q; dz] and three tiles of x without the tail, whose one buffer comes on top.
+    assert tile.shared_bytes("dq", 2) == shared
+    without = dataclasses.replace(tile, tail=False)
+    assert (without.shared_bytes("dq", 2) > H200.smem_bytes) == tail
 
 
 def check_wide(plan: WidePlan, B: int, R: int, M: int, itemsize: int) -> None:

@@ -53,7 +53,7 @@ def chunk_size(batch: int) -> int:
 
     The latents of a batch of 8 take half of that, those of one element next to nothing.
     """
-    return 65_536 if batch == 1 else max(256, 12_288 // max(batch, 1))
+    return 65_536 if batch == 1 else max(256, 8_192 // max(batch, 1))
 
 
 class Workload:

@@ -158,10 +158,10 @@ def _launch_dq(
     single = S == 1 and dq_sum is None
     part = torch.empty(B, S, R, C, dtype=q.dtype if single else torch.float32, device=q.device)
     _shared_kv_bwd_dq_kernel[(ceil_div(R, tile.block_q) * S * B,)](
-        q, *row_arguments(x, tile.block_kv, tile.pieces, tma), dz, *statistics, part, masks[1], *dropout, scale, R, x.shape[1],
-        C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1), dz.stride(0), dz.stride(1),
-        MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None, HAS_DRHO=statistics[2] is not None,
-        **_options(tile, tma, dropout_p),
+        q, *row_arguments(x, tile.block_kv, tile.shared_pieces, tma), x if tile.tail else None, dz, *statistics, part, masks[1],
+        *dropout, scale, R, x.shape[1], C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1),
+        dz.stride(0), dz.stride(1), TAIL=tile.tail, MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None,
+        HAS_DRHO=statistics[2] is not None, **_options(tile, tma, dropout_p),
     )  # fmt: skip
     if single:
         return part[:, 0]

@@ -23,13 +23,16 @@ from perceiver_kernels.backends.triton.primitives import (
     load_rows,
     load_rows_tma,
     load_stacked_rows,
+    load_tail,
     rescale,
     row_statistics,
     select_rows,
+    shared_pieces,
     split_columns,
     split_rows,
     store_rows,
     store_rows_tma,
+    tail_in_registers,
     visible_keys,
     zero_rows,
 )
@@ -124,15 +127,19 @@ def _shared_kv_fwd_kernel(
 
 @triton.jit
 def _shared_kv_bwd_dq_kernel(
-    q, x, x_1, x_2, dz, lse, delta, drho, dq, lengths, seed, threshold, inverse_keep, key_offset, scale, R, M, C, S,
+    q, x, x_1, x_2, x_tail, dz, lse, delta, drho, dq, lengths, seed, threshold, inverse_keep, key_offset, scale, R, M, C, S,
     keys_per_split, stride_q_b, stride_q_r, stride_x_b, stride_x_m, stride_dz_b, stride_dz_r,
-    PIECES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DRHO: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_DRHO: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale sum_j ds_j x_j, ds = p (d (dz x^T + drho) - delta).
 
     Invisible keys need no mask: their x is zero (masked tokens are packed so, rows past the end are read so), and p is made
     finite: held at or below 1 where tokens may be masked, 0 past the end otherwise.
+
+    With TAIL the last piece of x is read from ``x_tail``, a pointer, one tile ahead, and takes one buffer of shared memory
+    instead of one a stage; that of q and dz takes none. At 272 columns a third stage fits that way.
     """
     row_blocks = tl.cdiv(R, BLOCK_Q)
     i_block = tl.program_id(0)
@@ -144,12 +151,22 @@ def _shared_kv_bwd_dq_kernel(
         q + i_b.to(tl.int64) * stride_q_b, stride_q_r, dz + i_b.to(tl.int64) * stride_dz_b, stride_dz_r, i_row, R, C, BLOCK_Q,
         PIECES,
     )  # fmt: skip
+    b_rows = tail_in_registers(b_rows, TAIL)
     b_lse, b_delta, b_drho = row_statistics(lse, delta, drho, i_b, o_rows, m_rows, R, HAS_DRHO)
     acc = zero_rows(BLOCK_Q, PIECES)
     lo, hi = _split_range(lengths, i_b, i_s, M, keys_per_split, HAS_LENGTHS)
     scale_log2 = scale * _LOG2_E
+    SHARED: tl.constexpr = shared_pieces(PIECES, TAIL)
+    if TAIL:
+        p_tail = x_tail + i_b.to(tl.int64) * stride_x_b
+        o_tile = tl.arange(0, BLOCK_KV)
+        next_tail = load_tail(p_tail, stride_x_m, lo + o_tile, lo + o_tile < hi, C, PIECES)
     for start in tl.range(lo, hi, BLOCK_KV, num_stages=STAGES):
-        b_x = _load_rows(x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, PIECES, BLOCK_KV, TMA)
+        b_x = _load_rows(x, x_1, x_2, i_b, start, hi, stride_x_b, stride_x_m, C, SHARED, BLOCK_KV, TMA)
+        if TAIL:
+            b_x = b_x + (next_tail,)
+            o_next = start + BLOCK_KV + o_tile
+            next_tail = load_tail(p_tail, stride_x_m, o_next, o_next < hi, C, PIECES)
         s, dp = split_rows(dot_transposed(b_rows, b_x, PRECISION), BLOCK_Q, BLOCK_KV)  # [BLOCK_Q, BLOCK_KV] each
         o_keys = start + tl.arange(0, BLOCK_KV)
         if MASKED:
