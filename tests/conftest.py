@@ -60,6 +60,15 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For commands on small inputs, which more threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN (the largest integer) until it is written."""
     with poisoned_memory():

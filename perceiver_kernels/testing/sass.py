@@ -13,8 +13,9 @@ import re
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _REGISTER = re.compile(r"(?<!\w)R(\d+)\b")
-# Their first operand is an address or a value to store, not a destination.
-_NO_DESTINATION = re.compile(r"ST|RED|LDGSTS|UTMA|SYNCS|BAR|BRA|EXIT")
+_PREDICATE = re.compile(r"!?U?P(\d|T)\b")
+# They write memory, barriers or predicates, no registers.
+_NO_DESTINATION = re.compile(r"ST|RED|LDGSTS|UTMA|SYNCS|BAR|BRA|EXIT|[A-Z]+SETP|PLOP3|R2P")
 
 Registers = frozenset[int]
 # (A operands, accumulators) of one committed group of products.
@@ -27,9 +28,10 @@ def _span(first: int, count: int) -> Registers:
 
 
 def _written(name: str, operands: list[str]) -> Registers:
-    """Registers that an instruction other than wgmma writes: the destination comes first, its width from the modifiers."""
-    match = _REGISTER.search(operands[0]) if operands and not _NO_DESTINATION.match(name) else None
-    if match is None:
+    """Registers that an instruction other than wgmma writes: the first operand but for predicates, as wide as modifiers say."""
+    destination = next((operand for operand in operands if not _PREDICATE.match(operand)), "")
+    match = _REGISTER.match(destination)
+    if match is None or _NO_DESTINATION.match(name):
         return frozenset()
     count = 1
     if name.startswith("LDSM"):

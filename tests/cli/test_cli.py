@@ -16,6 +16,8 @@ from perceiver_kernels.cli import COMMANDS, build_parser, check, main
 from perceiver_kernels.cli.workload import Workload
 from perceiver_kernels.dispatch import ENVIRONMENT_VARIABLE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY_BENCH = [
     "bench",
     "encode",

@@ -18,6 +18,8 @@ from perceiver_kernels.cli.memory import Sweep
 from perceiver_kernels.cli.report import check_writable
 from perceiver_kernels.cli.run import Job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROGRAM = [sys.executable, "-m", "perceiver_kernels"]
 BENCH = ["bench", "encode", "--device", "cpu", "--max-inputs", "130"]
 MEMORY = ["memory", "--device", "cpu", "--sizes", "256,512", "--passes", "forward", "--peers", "none"]

@@ -33,7 +33,7 @@ def test_is_torchs_linear(bias: bool) -> None:
     assert torch.equal(linear(x, weight, b), F.linear(x, weight, b))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's workspace")
+@pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_a_gpu(autocast: bool) -> None:
     """4,096 rows of 1,024: torch's column sum took 32 MiB here."""

@@ -27,12 +27,24 @@ def test_the_next_iteration_loads_over_an_operand() -> None:
     assert early(LOAD) == [LOAD]
 
 
-@pytest.mark.parametrize("load", ["LDS.128 R149, [R4]", "HMUL2.BF16_V2 R155, R155, R22.reuse.H1_H1", "LDS.64 R151, [R4]"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        "LDS.128 R149, [R4]", "LDS.64 R151, [R4]", "HMUL2.BF16_V2 R155, R155, R22.reuse.H1_H1",
+        "SHFL.BFLY PT, R154, R5, 0x1, 0x1f", "LOP3.LUT P6, R153, R19, 0x80, R8, 0xc8, !PT",
+    ],
+)  # fmt: skip
 def test_any_of_the_four_registers(load: str) -> None:
     assert early(load) == [load]
 
 
-@pytest.mark.parametrize("load", ["LDS.128 R156, [R4]", "LDS.64 R22, [R4]", "STS [R4], R152", "UIADD3 UR24, UR25, 0x1, URZ"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        "LDS.128 R156, [R4]", "LDS.64 R22, [R4]", "STS [R4], R152", "UIADD3 UR24, UR25, 0x1, URZ",
+        "ISETP.NE.AND P6, PT, R153, RZ, PT", "R2UR UR4, R152",
+    ],
+)  # fmt: skip
 def test_neighbours_and_readers_are_free(load: str) -> None:
     assert early(load) == []
 
