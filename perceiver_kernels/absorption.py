@@ -83,25 +83,59 @@ class _ScaledProduct(Function):
         return scaled @ b.mT if needs_a else None, a.mT @ scaled if needs_b else None, dg
 
 
-class _ScaledShift(Function):
-    """z g + b for z [B, R, C] and g, b [C], computed as z and rounded to ``dtype`` by one kernel."""
+class _NormedProduct(Function):
+    """(z g + b) w^T + c per head: z [B, H*N, C] in fp32 or wider, g, b [C], w [H*d_v, C], c [H*d_v] or None to [B, H, N, d_v].
+
+    z g + b is rounded once, by the kernel that computes it. The gradients of g and b add up, over all rows, products of z with
+    a gradient that no store has rounded: where attention is nearly uniform the rows of z are nearly equal, and so is what
+    rounding adds to the sum.
+    """
 
     @staticmethod
-    def forward(z: Tensor, g: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.addcmul(b, z, g, out=torch.empty_like(z, dtype=dtype))
+    def forward(z: Tensor, g: Tensor, b: Tensor, w: Tensor, c: Tensor | None, H: int) -> tuple[Tensor, Tensor]:
+        rows = _by_head(torch.addcmul(b, z, g, out=torch.empty_like(z, dtype=w.dtype)), H)
+        if H == 1:
+            out = F.linear(rows, w, c)
+        else:
+            out = torch.bmm(rows, w.view(H, -1, w.shape[-1]).mT)
+            out = out if c is None else out.add_(c.view(H, 1, -1))
+        return _by_batch(out, z.shape[0]), rows
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        z, g, b = ctx.saved_tensors
-        needs_z, needs_g, needs_b, _ = ctx.needs_input_grad
-        gradient = gradient.to(z.dtype)
-        dg = (gradient * z).sum((0, 1)).to(g.dtype) if needs_g else None
-        db = gradient.sum((0, 1)).to(b.dtype) if needs_b else None
-        return gradient * g if needs_z else None, dg, db, None
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        z, g, b, w, rows = ctx.saved_tensors
+        H, differentiable = rows.shape[0], torch.is_grad_enabled()
+        if differentiable:
+            rows = _by_head(torch.addcmul(b, z, g).to(w.dtype), H)
+        weight = w.view(H, -1, w.shape[-1])
+        needs_z, needs_g, needs_b, needs_w, needs_c, _ = ctx.needs_input_grad
+        gradient = gradient.transpose(0, 1).flatten(1, 2)  # [H, B*N, d_v]
+        dw = torch.bmm(gradient.mT, rows).view_as(w) if needs_w else None
+        dc = gradient.sum(1).flatten() if needs_c else None
+        if w.is_cuda and w.dtype.itemsize == 2 and not differentiable:
+            drows = torch.bmm(gradient, weight, out_dtype=torch.float32)
+        else:
+            with _without_autocast(w.device):
+                drows = torch.bmm(gradient.to(z.dtype), weight.to(z.dtype))
+        drows = _by_batch(drows, z.shape[0]).flatten(1, 2)
+        dg = (drows * z).sum((0, 1)).to(g.dtype) if needs_g else None
+        db = drows.sum((0, 1)).to(b.dtype) if needs_b else None
+        return drows * g if needs_z else None, dg, db, dw, dc, None
+
+
+def _by_head(rows: Tensor, H: int) -> Tensor:
+    """[B, H*N, C] to [H, B*N, C]: one product per head over the rows of the whole batch sums a weight's gradient in fp32."""
+    return rows.unflatten(1, (H, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _by_batch(rows: Tensor, B: int) -> Tensor:
+    """[H, B*N, C] to [B, H, N, C]."""
+    return rows.unflatten(1, (B, -1)).transpose(0, 1)
 
 
 def _pad_to(tensor: T, channels: int) -> T:
@@ -162,23 +196,21 @@ def project_values(
 
     Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
     """
-    B, rows, channels = z.shape
+    B, _, channels = z.shape
     weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
+    b_v = None if b_v is None else b_v.to(w_v.dtype)
     if scale is not None and shift is not None and rho is None and not _unfused():
-        z = _ScaledShift.apply(z, scale, shift, w_v.dtype)
-    else:
-        z = z if scale is None else z * scale
-        if shift is not None:
-            z = z + (shift if rho is None else shift * rho[..., None])
-    z, b_v = z.to(w_v.dtype), None if b_v is None else b_v.to(w_v.dtype)
+        return _NormedProduct.apply(z, scale, shift, weight, b_v, H)[0]
+    z = z if scale is None else z * scale
+    if shift is not None:
+        z = z + (shift if rho is None else shift * rho[..., None])
+    z = z.to(w_v.dtype)
     if H == 1:
         out = F.linear(z, weight, b_v if rho is None else None)[:, None]  # [B, 1, N, d_v]
     else:
-        # One product per head over the rows of the whole batch: the weight's gradient is summed inside it, in fp32.
-        heads = z.view(B, H, rows // H, channels).transpose(0, 1).flatten(1, 2)
-        out = torch.bmm(heads, weight.view(H, -1, channels).mT).unflatten(1, (B, -1)).transpose(0, 1)
+        out = _by_batch(torch.bmm(_by_head(z, H), weight.view(H, -1, channels).mT), B)
         if b_v is not None and rho is None:
             out = out + b_v.view(H, 1, -1)
     if b_v is not None and rho is not None:
-        out = out + (b_v.view(H, 1, -1) * rho.view(B, H, rows // H, 1)).to(out.dtype)
+        out = out + (b_v.view(H, 1, -1) * rho.view(B, H, -1, 1)).to(out.dtype)
     return out
