@@ -21,7 +21,7 @@ BACKENDS = ("cuda", "triton", "sdpa", "reference")
 TABLE: dict[str, dict[str, str]] = {
     "pack_inputs": {"cuda": "cuda.pack", "triton": "triton.pack", "sdpa": "sdpa", "reference": "reference"},
     "shared_kv_attention": {"triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference"},
-    "attention": {"sdpa": "sdpa", "reference": "reference"},
+    "attention": {"triton": "triton.attention", "sdpa": "sdpa", "reference": "reference"},
 }
 
 

@@ -9,8 +9,17 @@ from typing import Literal
 
 from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import DeviceFacts
-from perceiver_kernels.problem import CrossAttentionProblem, SharedKVProblem
-from perceiver_kernels.tiles import Kind, ProductTile, Tile, column_pieces, fused_tile, wide_tile
+from perceiver_kernels.problem import AttentionProblem, CrossAttentionProblem, SharedKVProblem
+from perceiver_kernels.tiles import (
+    AttentionTile,
+    Kind,
+    ProductTile,
+    Tile,
+    attention_tile,
+    column_pieces,
+    fused_tile,
+    wide_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -86,16 +95,27 @@ def _choose_splits(
 ) -> tuple[int, int]:
     """(splits, keys per split): the split count with the least estimated time.
 
-    A wave of programs costs its longest split plus a fixed start (loading the queries, filling the pipeline); every split
-    writes and reads back an fp32 partial. Exactly one full wave is usually best.
+    Exactly one full wave is usually best.
     """
     blocks = B * math.ceil(R / tile.block_q)
     resident = tile.programs_per_sm(kind, itemsize, device)
-    flops_per_tile = 2 * products * tile.block_q * tile.block_kv * C
-    tile_seconds = flops_per_tile / (0.7 * device.matmul_flops / device.sm_count)
-    start_seconds = 4e-6
     key_tiles = max(1, math.ceil(M / tile.block_kv))
-    slots = device.sm_count * resident
+    tile_flops = 2.0 * products * tile.block_q * tile.block_kv * C
+    splits, tiles = _fastest_splits(blocks, key_tiles, tile_flops, 8.0 * B * R * C, resident, device)
+    return splits, tiles * tile.block_kv
+
+
+def _fastest_splits(
+    blocks: int, tiles_in_all: int, tile_flops: float, partial_bytes: float, resident: int, device: DeviceFacts
+) -> tuple[int, int]:
+    """(splits, tiles per split) of a loop that each of ``blocks`` programs would walk alone.
+
+    A wave of programs costs its longest split plus a fixed start (loading what stays, filling the pipeline); every split writes
+    and reads back ``partial_bytes``.
+    """
+    tile_seconds = tile_flops / (0.7 * device.matmul_flops / device.sm_count)
+    start_seconds = 4e-6
+    key_tiles, slots = tiles_in_all, device.sm_count * resident
     best = (math.inf, 1, key_tiles)
     for splits in range(1, min(key_tiles, 4 * slots) + 1):
         tiles = math.ceil(key_tiles / splits)
@@ -103,13 +123,13 @@ def _choose_splits(
             continue
         waves = math.ceil(blocks * splits / slots)
         sharing = min(resident, math.ceil(blocks * splits / device.sm_count))
-        partials = 8.0 * B * splits * R * C / device.memory_bandwidth if splits > 1 else 0.0
+        partials = splits * partial_bytes / device.memory_bandwidth if splits > 1 else 0.0
         seconds = waves * (tiles * tile_seconds * sharing + start_seconds) + partials
         if seconds < best[0] * 0.999:
             best = (seconds, splits, tiles)
         if blocks * splits > 4 * slots:
             break
-    return best[1], best[2] * tile.block_kv
+    return best[1], best[2]
 
 
 WEIGHTS_BYTES = 96 << 20
@@ -147,6 +167,104 @@ def plan_shared_kv(problem: SharedKVProblem, device: DeviceFacts) -> SharedKVPla
     """Tiles and splits of one shared-KV attention; a pure, cached function of its sizes, element size and the device."""
     p = problem
     return _plan_sizes(p.B, p.R, p.M, p.C, p.dtype.itemsize, p.dropout, device)
+
+
+Regime = Literal["encode", "process", "decode"]
+
+
+@dataclass(frozen=True)
+class KeySplits:
+    """Parts of the keys of each segment, and the keys of a part."""
+
+    first: int
+    second: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        """Parts in all."""
+        return self.first + self.second
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Regime, tiles, splits of the keys in the forward; ranges of the keys and slices of the queries in the backward; TMA."""
+
+    regime: Regime
+    forward: AttentionTile
+    forward_splits: KeySplits
+    backward: AttentionTile
+    ranges: KeySplits
+    slices: int
+    queries_per_slice: int
+    tma: bool
+
+
+def _regime(Lq: int, Lk: int) -> Regime:
+    return "encode" if Lk >= 4 * Lq else "decode" if Lq >= 4 * Lk else "process"
+
+
+def _key_splits(p: AttentionProblem, tile: AttentionTile, tiles_per_split: int) -> KeySplits:
+    """Both segments in parts of ``tiles_per_split`` tiles; at least one part."""
+    length = max(1, tiles_per_split) * tile.block_kv
+    first, second = (math.ceil(size / length) for size in (p.Lk_first, p.Lk - p.Lk_first))
+    return KeySplits(max(first, 0 if second else 1), second, length)
+
+
+def _forward_splits(p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> KeySplits:
+    """None where an additive mask wants the whole row's maximum, or packed sequences leave most tiles out."""
+    tiles = sum(math.ceil(size / tile.block_kv) for size in (p.Lk_first, p.Lk - p.Lk_first))
+    if p.attn_mask != "none" or p.packed:
+        return _key_splits(p, tile, tiles)
+    blocks = p.B * p.H * math.ceil(p.Lq / tile.block_q)
+    _, per_split = _fastest_splits(
+        max(1, blocks), max(1, tiles), 2.0 * tile.block_q * tile.block_kv * sum(tile.columns), 8.0 * p.B * p.H * p.Lq * p.d_v,
+        tile.programs_per_sm("forward", p.dtype.itemsize, device), device,
+    )  # fmt: skip
+    return _key_splits(p, tile, per_split)
+
+
+def _backward_parts(p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> tuple[KeySplits, int, int]:
+    """(ranges of the keys, slices of the queries, queries per slice) with the least estimated time.
+
+    A wave costs its longest program, and a start for each of its key blocks; slices leave partials of dk and dv, ranges of dq.
+    """
+    qk, v = tile.columns
+    query_tiles, key_tiles = max(1, math.ceil(p.Lq / tile.block_q)), max(1, math.ceil(p.Lk / tile.block_kv))
+    groups, heads = p.H // p.H_kv, p.B * p.H_kv
+    slots = device.sm_count * tile.programs_per_sm("backward", p.dtype.itemsize, device)
+    tile_flops = 2.0 * tile.block_q * tile.block_kv * (3 * qk + 2 * v) * groups
+    tile_seconds = tile_flops * slots / (0.6 * device.matmul_flops)
+    best = (math.inf, 1, 1)
+    for ranges in _divisions(key_tiles, 4 * slots // max(1, heads)):
+        for slices in _divisions(query_tiles, 4 * slots // max(1, heads * ranges)):
+            programs = heads * ranges * slices
+            keys, queries = math.ceil(key_tiles / ranges), math.ceil(query_tiles / slices)
+            partials = 8.0 * p.B * p.H * p.Lq * qk * (ranges if ranges > 1 else 0)
+            partials += 8.0 * heads * p.Lk * (qk + v) * (slices if slices > 1 else 0)
+            seconds = math.ceil(programs / slots) * keys * (queries * tile_seconds + 2e-6) + partials / device.memory_bandwidth
+            if seconds < 0.999 * best[0]:
+                best = (seconds, keys, queries)
+    _, keys, queries = best
+    return _key_splits(p, tile, keys), math.ceil(query_tiles / queries), queries * tile.block_q
+
+
+def _divisions(tiles: int, most: int) -> list[int]:
+    """Numbers of parts, up to ``most``, that cut ``tiles`` tiles into parts of different sizes."""
+    return sorted({math.ceil(tiles / math.ceil(tiles / parts)) for parts in range(1, max(1, min(tiles, most)) + 1)})
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_attention(problem: AttentionProblem, device: DeviceFacts) -> AttentionPlan | None:
+    """Tiles and parts of one attention, a pure function; None where the heads are too wide for these kernels."""
+    p, itemsize = problem, problem.dtype.itemsize
+    forward, backward = (attention_tile(kind, p.d_qk, p.d_v, itemsize, device) for kind in ("forward", "backward"))
+    if forward is None or backward is None:
+        return None
+    return AttentionPlan(
+        _regime(p.Lq, p.Lk), forward, _forward_splits(p, forward, device), backward, *_backward_parts(p, backward, device),
+        device.has_tma,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

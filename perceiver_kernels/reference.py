@@ -197,18 +197,73 @@ def draw_seed(device: _Device = None) -> Tensor:
     return torch.randint(info.min, info.max, (1,), dtype=torch.int64, device=device)
 
 
+def visible_pairs(
+    Lq: int,
+    Lk: int,
+    *,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: Literal["none", "upper_left", "bottom_right"] = "none",
+    device: _Device = None,
+) -> Tensor | None:
+    """Which keys each query sees: all given conditions at once.
+
+    key_mask[b, j],   j < lengths[b],   query_mask[b, i],   sequence(i) = sequence(j),
+    j - i <= 0 (upper_left) or Lk - Lq (bottom_right), with i, j, Lq, Lk counted within the sequence when packed
+
+    Args:
+        Lq, Lk: queries and keys.
+        key_mask: bool [B, Lk]. lengths: int32 [B]. query_mask: bool [B, Lq].
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], starts of packed sequences and the token count.
+        causal: alignment of the causal mask, or "none".
+        device: of the result.
+
+    Returns:
+        bool, broadcastable to [B, H, Lq, Lk]; None where every query sees every key.
+
+    Source: torch.nn.attention.bias for the two alignments; arXiv 2205.14135 (FlashAttention) packs sequences so.
+    """
+    conditions = []
+    keys = _visible_keys(Lk, key_mask, lengths)
+    if keys is not None:
+        conditions.append(keys[:, None, None, :])
+    if query_mask is not None:
+        conditions.append(query_mask[:, None, :, None])
+    i, j = torch.arange(Lq, device=device)[:, None], torch.arange(Lk, device=device)[None, :]
+    shift = torch.tensor(Lk - Lq, device=device)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        # Sequence s holds the tokens from starts[s] on; empty sequences hold none.
+        of_i, of_j = (torch.searchsorted(c[1:], x.int(), right=True) for c, x in ((cu_seqlens_q, i), (cu_seqlens_k, j)))
+        conditions.append(of_i == of_j)
+        start_q, start_k = cu_seqlens_q[of_i], cu_seqlens_k[of_j]
+        shift = (cu_seqlens_k[1:] - cu_seqlens_k[:-1])[of_i] - (cu_seqlens_q[1:] - cu_seqlens_q[:-1])[of_i]
+        i, j = i - start_q, j - start_k
+    if causal != "none":
+        conditions.append(j - i <= (shift if causal == "bottom_right" else 0))
+    visible = None
+    for condition in conditions:
+        visible = condition if visible is None else visible & condition
+    return visible
+
+
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: Literal["none", "upper_left", "bottom_right"] = "none",
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
-    enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with its log-sum-exp.
 
@@ -216,37 +271,33 @@ def attention(
 
     Args:
         query: float [..., H, Lq, d_qk].
-        key: float [..., Hk, Lk, d_qk]; Hk = H, or a divisor of it with enable_gqa.
+        key: float [..., Hk, Lk, d_qk]; Hk divides H, and H / Hk consecutive query heads share a key head.
         value: float [..., Hk, Lk, d_v].
-        key_mask: bool [B, Lk], True = visible. Other keys and values are never read, whatever they hold.
+        key_mask, lengths, query_mask, cu_seqlens_q, cu_seqlens_k, causal: visible_pairs. Keys and values hidden by
+            key_mask or lengths, and queries hidden by query_mask, are never read, whatever they hold.
         attn_mask: bool (True = visible) or float (added to the scores), broadcast to [..., H, Lq, Lk].
-        is_causal: query i sees keys 0..i; not together with attn_mask.
         dropout_p, dropout_seed: dropout_keep, with rows r = h * Lq + i; a seed is drawn when None.
         scale: 1 / sqrt(d_qk) when None.
-        enable_gqa: whether H / Hk consecutive query heads share a key head.
 
     Returns:
         out [..., H, Lq, d_v] in query's dtype and lse [..., H, Lq] (fp32, fp64 for fp64). A query without a
         visible key gives 0, lse -inf and zero gradients.
 
-    Raises:
-        ValueError: attn_mask together with is_causal.
-
     Source: Vaswani et al., arXiv 1706.03762, equation 1; masks as in torch's scaled_dot_product_attention.
     """
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal is set")
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    visible = None
-    if key_mask is not None:
-        visible = key_mask[:, None, None, :]
-        hidden = ~key_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
-    if is_causal:
-        causal = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        visible = causal if visible is None else visible & causal
+    Lq, Lk = query.shape[-2], key.shape[-2]
+    groups = query.shape[-3] // key.shape[-3]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    keys = _visible_keys(Lk, key_mask, lengths)
+    if keys is not None:
+        key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
+    if query_mask is not None:
+        query = query.masked_fill(~query_mask[:, None, :, None], 0)
+    visible = visible_pairs(
+        Lq, Lk, key_mask=key_mask, lengths=lengths, query_mask=query_mask, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, device=query.device,
+    )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = _widen(query @ key.mT) * scale
     if attn_mask is not None and attn_mask.dtype == torch.bool:

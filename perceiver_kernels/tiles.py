@@ -153,3 +153,69 @@ def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, dropout: bo
         return _WIDE_DROPOUT
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
+
+
+AttentionKind = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """One program of attention over separate keys and values: column pieces of both widths, queries, keys, warps, stages."""
+
+    pieces_qk: tuple[int, ...]
+    pieces_v: tuple[int, ...]
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Columns of queries and keys, and of values."""
+        return sum(self.pieces_qk), sum(self.pieces_v)
+
+    def shared_bytes(self, kind: AttentionKind, itemsize: int) -> int:
+        """Shared memory of operands: what stays for the whole loop, one streamed tile a stage, the backward's ds."""
+        qk, v = self.columns
+        keys, scores = self.block_kv * (qk + v), self.block_q * self.block_kv
+        if kind == "forward":
+            return (self.block_q * qk + keys * self.num_stages) * itemsize
+        return (keys + self.block_q * (qk + v) * self.num_stages + scores) * itemsize
+
+    def programs_per_sm(self, kind: AttentionKind, itemsize: int, device: DeviceFacts) -> int:
+        """Programs that one multiprocessor holds at a time, by shared memory and by its 65,536 registers."""
+        shared = self.shared_bytes(kind, itemsize) + _SHARED_RESERVE + _SHARED_SYSTEM
+        qk, v = self.columns
+        scores = self.block_q * self.block_kv
+        held = scores + self.block_q * v if kind == "forward" else 2 * scores + self.block_kv * (qk + v) + self.block_q * qk
+        registers = min(256, held // (32 * self.num_warps) + 64) * 32 * self.num_warps
+        return max(1, min((device.smem_bytes + _SHARED_SYSTEM) // shared, 65_536 // registers))
+
+
+# (widest head, block_q, block_kv, warps, stages), first fit wins.
+_ATTENTION_HOPPER: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
+    "forward": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 2)),
+    "backward": ((64, 64, 128, 8, 2), (128, 64, 64, 4, 2), (256, 64, 64, 8, 1)),
+}
+_ATTENTION_AMPERE: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
+    "forward": ((64, 128, 64, 4, 2), (128, 64, 64, 4, 2), (256, 64, 32, 8, 1)),
+    "backward": ((64, 64, 64, 4, 2), (128, 32, 64, 4, 2)),
+}
+# Exact fp32 products live in registers.
+_ATTENTION_FLOAT32: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
+    "forward": ((64, 32, 32, 4, 2), (256, 16, 32, 4, 1)),
+    "backward": ((64, 32, 32, 4, 1), (256, 16, 16, 4, 1)),
+}
+
+
+def attention_tile(kind: AttentionKind, d_qk: int, d_v: int, itemsize: int, device: DeviceFacts) -> AttentionTile | None:
+    """The tile of heads of widths ``d_qk`` and ``d_v`` (any), or None where no full-width accumulator fits."""
+    pieces_qk, pieces_v = (column_pieces(width + -width % 16) for width in (d_qk, d_v))
+    hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
+    table = (_ATTENTION_HOPPER if hopper else _ATTENTION_AMPERE) if itemsize == 2 else _ATTENTION_FLOAT32
+    for widest, block_q, block_kv, warps, stages in table[kind]:
+        tile = AttentionTile(pieces_qk, pieces_v, block_q, block_kv, warps, stages)
+        fits = tile.shared_bytes(kind, itemsize) + _SHARED_RESERVE <= device.smem_bytes
+        if max(tile.columns) <= widest and fits:
+            return tile
+    return None

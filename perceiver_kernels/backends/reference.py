@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import reference
 from perceiver_kernels.backends.composite import (
     pack_inputs_backward,
     pack_inputs_forward,
@@ -9,8 +15,9 @@ from perceiver_kernels.backends.composite import (
     shared_kv_attention_delta,
     shared_kv_attention_forward,
 )
+from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.problem import Problem
-from perceiver_kernels.reference import attention, pack_inputs, shared_kv_attention
+from perceiver_kernels.reference import pack_inputs, shared_kv_attention
 
 __all__ = [
     "attention",
@@ -29,3 +36,15 @@ COMPOSITE = True
 def reasons_against(problem: Problem) -> list[str]:
     """The reference serves every valid problem."""
     return []
+
+
+def attention(
+    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``reference.attention`` over the segments as one."""
+    key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
+    return reference.attention(
+        query, key, value, key_mask=masks.key_mask, lengths=masks.lengths, query_mask=masks.query_mask,
+        attn_mask=masks.attn_mask, cu_seqlens_q=masks.cu_seqlens_q, cu_seqlens_k=masks.cu_seqlens_k, causal=masks.causal,
+        **options,
+    )  # fmt: skip

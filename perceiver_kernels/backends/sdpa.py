@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward
+from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem
-from perceiver_kernels.reference import pack_inputs
+from perceiver_kernels.reference import pack_inputs, visible_pairs
 
 __all__ = ["attention", "pack_inputs", "pack_inputs_backward", "pack_inputs_forward", "shared_kv_attention"]
 
@@ -37,28 +38,49 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
     *,
-    key_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    masks: Masks = NO_MASKS,
+    scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    scale: float | None = None,
-    enable_gqa: bool = False,
 ) -> tuple[Tensor, None]:
-    """torch's attention; dropout draws from torch's generator, so ``dropout_seed`` is not read."""
+    """torch's attention; dropout draws from torch's generator, so ``dropout_seed`` is not read.
+
+    Whatever torch has no argument for becomes one mask of at most [B, 1, Lq, Lk]; two segments are concatenated.
+    """
+    key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
     if query.is_cuda:
         query, key, value = (_aligned(tensor) for tensor in (query, key, value))
-    if key_mask is not None:
-        attn_mask = key_mask[:, None, None, :]
-        # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.
-        key, value = (torch.where(attn_mask.mT, tensor, 0.0) for tensor in (key, value))
+    # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.
+    seen = visible_pairs(1, key.shape[2], key_mask=masks.key_mask, lengths=masks.lengths, device=key.device)
+    if seen is not None:
+        key, value = (torch.where(seen.mT, tensor, 0.0) for tensor in (key, value))
+    if masks.query_mask is not None:
+        query = torch.where(masks.query_mask[:, None, :, None], query, 0.0)
+    mask, is_causal = _torch_mask(masks, query.shape[2], key.shape[2], query)
+    grouped = key.shape[1] not in (1, query.shape[1])
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
     )
     return out, None
+
+
+def _torch_mask(masks: Masks, Lq: int, Lk: int, query: Tensor) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) as torch's attention takes them: never both."""
+    if masks.causal == "upper_left" and masks == Masks(causal="upper_left"):
+        return None, True
+    visible = visible_pairs(
+        Lq, Lk, key_mask=masks.key_mask, lengths=masks.lengths, query_mask=masks.query_mask, cu_seqlens_q=masks.cu_seqlens_q,
+        cu_seqlens_k=masks.cu_seqlens_k, causal=masks.causal, device=query.device,
+    )  # fmt: skip
+    added = masks.attn_mask
+    if visible is None or added is None:
+        return (visible if added is None else added), False
+    if added.dtype == torch.bool:
+        return visible & added, False
+    return torch.where(visible, added, -torch.inf), False
 
 
 def shared_kv_attention(

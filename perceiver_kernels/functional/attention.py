@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,18 +12,58 @@ from torch import Tensor
 from perceiver_kernels.dispatch import load, select
 from perceiver_kernels.functional.common import cast_for_autocast, dropout_seed, visible
 from perceiver_kernels.inputs import PackedInputs
+from perceiver_kernels.masks import ALIGNMENTS, Causal, Masks
+from perceiver_kernels.ops import attention as attention_op
 from perceiver_kernels.ops import shared_kv as shared_kv_op
 from perceiver_kernels.problem import AttentionProblem, SharedKVProblem, check_tensor, pad_channels
+
+Segments = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention, checked: tensors as autocast has them, and what decides how it is computed."""
+
+    problem: AttentionProblem
+    query: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    masks: Masks
+
+
+def resolve_attention(
+    query: Tensor, key: Segments, value: Segments, *, key_mask: Tensor | None = None, lengths: Tensor | None = None,
+    query_mask: Tensor | None = None, attn_mask: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, is_causal: bool = False, causal_alignment: Causal = "upper_left",
+    dropout_p: float = 0.0, scale: float | None = None, enable_gqa: bool = False, return_lse: bool = False,
+) -> AttentionCall:  # fmt: skip
+    """Check every argument of attention."""
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be one of {', '.join(ALIGNMENTS)}, got {causal_alignment!r}")
+    keys = tuple(key) if isinstance(key, (tuple, list)) else (key,)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    query, *rest = cast_for_autocast(query, *keys, *values)
+    keys, values = tuple(rest[: len(keys)]), tuple(rest[len(keys) :])
+    masks = Masks(
+        key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal_alignment if is_causal else "none"
+    )
+    problem = AttentionProblem.of(query, keys, values, masks, dropout_p, scale, enable_gqa, return_lse)
+    return AttentionCall(problem, query, keys, values, masks)
 
 
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | tuple[Tensor, Tensor],
+    value: Tensor | tuple[Tensor, Tensor],
     *,
     key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: Literal["upper_left", "bottom_right"] = "upper_left",
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -32,15 +74,21 @@ def attention(
 
     Args:
         query: ``[B, H, Lq, d_qk]``, float16, bfloat16, float32 (float64 on reference and sdpa).
-        key: ``[B, H, Lk, d_qk]``; batch and heads may be 1 and are then shared.
-        value: ``[B, H, Lk, d_v]``; ``d_v`` may differ from ``d_qk``.
-        key_mask: bool ``[B, Lk]``, True where a key is visible.
-        attn_mask: bool (True = visible) or additive, broadcastable to ``[B, H, Lq, Lk]``.
-        is_causal: upper-left causal mask, as in torch.
+        key: ``[B, H, Lk, d_qk]``; batch and heads may be 1 and are then shared. A pair of tensors is two segments, read one
+            after the other as if they were concatenated along Lk; masks count the keys of both.
+        value: ``[B, H, Lk, d_v]``, or a pair; ``d_v`` may differ from ``d_qk``.
+        key_mask: bool ``[B, Lk]``, True where a key is visible. What hidden keys and values hold is never used, NaN included.
+        lengths: int32 ``[B]``, instead of ``key_mask``: keys visible from the front, all of them above Lk and none below 0.
+        query_mask: bool ``[B, Lq]``, False for queries that see nothing: their result and gradients are 0.
+        attn_mask: bool (True = visible) or additive, broadcastable to ``[B, H, Lq, Lk]``; an additive one may need a gradient.
+        cu_seqlens_q: int32 ``[sequences + 1]``: where each of the sequences starts that lie one after the other in the only
+            batch entry, and the token count. cu_seqlens_k: the same for the keys. A query sees its own sequence.
+        is_causal: query i sees keys 0..i, as in torch; within its sequence when packed. Not together with ``attn_mask``.
+        causal_alignment: ``"bottom_right"`` lets the last query see the last key instead: keys 0..i + Lk - Lq.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight; applied whenever positive.
         scale: factor on the scores; ``None`` is ``1/sqrt(d_qk)``.
         enable_gqa: key heads may divide query heads.
-        return_lse: also return the log-sum-exp of the scores, natural log.
+        return_lse: also return the log-sum-exp of the scores, natural log; it is differentiable.
         backend: a backend's name; it never falls back.
 
     Returns:
@@ -52,15 +100,19 @@ def attention(
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
-    query, key, value = cast_for_autocast(query, key, value)
-    problem = AttentionProblem.of(
-        query, key, value, key_mask, attn_mask, is_causal, dropout_p, scale, enable_gqa, return_lse
-    )
-    name = select(problem, backend)
-    out, lse = load(problem.OP, name).attention(
-        query, key, value, key_mask=key_mask, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p,
-        dropout_seed=dropout_seed(dropout_p, query.device), scale=scale, enable_gqa=enable_gqa,
+    call = resolve_attention(
+        query, key, value, key_mask=key_mask, lengths=lengths, query_mask=query_mask, attn_mask=attn_mask,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, is_causal=is_causal, causal_alignment=causal_alignment,
+        dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
     )  # fmt: skip
+    problem = call.problem
+    name = select(problem, backend)
+    module, seed = load(problem.OP, name), dropout_seed(dropout_p, query.device)
+    scale = problem.d_qk**-0.5 if scale is None else float(scale)
+    run = module.attention if module.COMPOSITE else partial(attention_op.attention, backend=name)
+    out, lse = run(
+        call.query, call.keys, call.values, masks=call.masks, scale=scale, dropout_p=float(dropout_p), dropout_seed=seed
+    )
     return (out, lse) if return_lse else out
 
 

@@ -16,8 +16,7 @@ from perceiver_kernels.cost import Cost, absorbed_cost, problem_pack_cost, proje
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.dispatch import candidates, load, refusals
 from perceiver_kernels.functional import chunked, cross_attention
-from perceiver_kernels.functional.attention import attention, resolve_shared_kv, shared_kv_attention
-from perceiver_kernels.functional.common import cast_for_autocast
+from perceiver_kernels.functional.attention import attention, resolve_attention, resolve_shared_kv, shared_kv_attention
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
 from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
@@ -95,12 +94,9 @@ def _explain_attention_problem(p: AttentionProblem, device: torch.device, backen
     return _explain(p, cost, device, backend)
 
 
-def _explain_attention(
-    *, backend: str | None, query: Tensor, key: Tensor, value: Tensor, return_lse: bool, **options: Any
-) -> Explanation:
-    query, key, value = cast_for_autocast(query, key, value)
-    problem = AttentionProblem.of(query, key, value, needs_lse=return_lse, **options)
-    return _explain_attention_problem(problem, query.device, backend)
+def _explain_attention(*, backend: str | None, **arguments: Any) -> Explanation:
+    call = resolve_attention(**arguments)
+    return _explain_attention_problem(call.problem, call.query.device, backend)
 
 
 def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explanation:
@@ -125,10 +121,10 @@ def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explan
         parts.append(_explain_shared_problem(absorbed, device, backend))
     else:
         cost = projected_cost(p)
-        mask = "key_mask" if masked else "none"
         projected = AttentionProblem(
-            p.B, p.H, p.N, p.M, p.d_qk, p.d_v, p.dtype, p.device_type, mask, False, dropout, False, needs_grad
-        )
+            B=p.B, H=p.H, H_kv=p.H, Lq=p.N, Lk=p.M, Lk_first=p.M, d_qk=p.d_qk, d_v=p.d_v, dtype=p.dtype,
+            device_type=p.device_type, key_mask=masked, dropout=dropout, needs_grad=needs_grad,
+        )  # fmt: skip
         parts.append(_explain_attention_problem(projected, device, backend))
     facts = device_facts(device)
     seconds, plan = cost.seconds(facts, p.dtype), planning.plan_cross_attention(p, facts)
@@ -147,6 +143,8 @@ def _described(value: Any, mode: FakeTensorMode) -> Any:
     """``value`` with tensors that have every property but memory: what is computed from them costs nothing."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(item, mode) for item in value)
     if isinstance(value, (InputArray, PackedInputs)):
         held = {item.name: getattr(value, item.name) for item in fields(value)}
         return replace(value, **{name: _described(item, mode) for name, item in held.items()})

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from perceiver_kernels.backends.triton.launch import Descriptor
 
 Statistics = tuple[Tensor, Tensor, Tensor | None]
 Visibility = tuple[Tensor | None, Tensor | None]
@@ -33,7 +34,7 @@ def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def can_describe(tensor: Tensor) -> bool:
-    """Whether TMA can read the tensor as [B, rows, C]: 16-byte base and row pitch, and no stride of 0."""
+    """Whether TMA can read the tensor, whose last stride is 1: 16-byte base and pitches, and no stride of 0."""
     size = tensor.element_size()
     strides_fit = all(
         stride * size % 16 == 0 and (stride > 0 or n == 1)
@@ -42,11 +43,14 @@ def can_describe(tensor: Tensor) -> bool:
     return strides_fit and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
-def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A TMA descriptor of [B, R, C] with tiles of ``rows`` x ``columns`` in one batch entry; past the ends it reads zeros."""
-    B, R, C = tensor.shape
-    strides = [tensor.stride(0) if B > 1 else R * tensor.stride(1), tensor.stride(1), 1]
-    return TensorDescriptor(tensor, [B, R, C], strides, [1, rows, columns])
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    """A TMA descriptor of [..., R, C] with tiles of ``rows`` x ``columns`` of one entry; past the ends it reads zeros."""
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    for axis in reversed(range(len(shape) - 1)):
+        if shape[axis] == 1:  # its stride may be anything
+            strides[axis] = shape[axis + 1] * strides[axis + 1]
+            strides[axis] += -strides[axis] % 16
+    return Descriptor(tensor, tuple(shape), tuple(strides), (*(1,) * (len(shape) - 2), rows, columns))
 
 
 def row_arguments(tensor: Tensor, rows: int, pieces: tuple[int, ...], tma: bool) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
 from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, unit_stride
+from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.pack_kernels import _pack_bwd_kernel, _pack_fwd_kernel
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.plan import plan_pack
@@ -39,7 +40,8 @@ def pack_inputs_forward(
     batched = positions is not None and positions.ndim == 3
     plan = plan_pack(B, M, pad_channels(C), shared=positions is not None and not batched, device=device_facts(content.device))
     with torch.cuda.device_of(content):
-        _pack_fwd_kernel[(ceil_div(M, plan.block_m) * ceil_div(B, plan.batch_per_program),)](
+        launch(
+            _pack_fwd_kernel, ceil_div(M, plan.block_m) * ceil_div(B, plan.batch_per_program),
             content, positions, fourier, key_mask, packed, rstd, B, M, C_content, C, packed.shape[-1], eps,
             plan.batch_per_program, *content.stride(), positions.stride(0) if batched else 0,
             0 if positions is None else positions.stride(-2), PIECES=plan.pieces, BLOCK_M=plan.block_m,
@@ -61,7 +63,8 @@ def pack_inputs_backward(
     dpacked, packed, rstd = contiguous(dpacked, packed, rstd)
     block_m = 4
     with torch.cuda.device_of(packed):
-        _pack_bwd_kernel[(ceil_div(B * M, block_m),)](
+        launch(
+            _pack_bwd_kernel, ceil_div(B * M, block_m),
             dpacked, packed, rstd, dcontent, B * M, content_channels, channels, C_padded, PIECES=column_pieces(C_padded),
             BLOCK_M=block_m, NORMALIZE=normalize, num_warps=4,
         )  # fmt: skip

@@ -60,11 +60,14 @@ def load_rows(pointer, stride_row, o_rows, m_rows, C, PIECES: tl.constexpr):
 
 
 @triton.jit
-def load_rows_tma(descriptors, i_b, start, ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """Rows start..start+ROWS of batch entry i_b through one TMA descriptor per piece; past the end they are zero."""
+def load_rows_tma(descriptors, entry, start, ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """Rows start..start+ROWS of one ``entry`` (a tuple of indices: batch, head) of a tensor; past the end they are zero.
+
+    There is one TMA descriptor per piece.
+    """
     pieces = ()
     for i in tl.static_range(len(PIECES)):
-        block = descriptors[i].load([i_b, start, piece_start(PIECES, i)])
+        block = descriptors[i].load(entry + (start, piece_start(PIECES, i)))
         pieces = pieces + (_as_tile(block, ROWS, PIECES[i]),)
     return pieces
 
@@ -145,6 +148,27 @@ def store_rows(pointer, stride_row, o_rows, m_rows, C, pieces, factor, PIECES: t
 
 
 @triton.jit
+def add_rows(pieces, pointer, stride_row, o_rows, m_rows, C, PIECES: tl.constexpr):
+    """``pieces`` plus fp32 rows ``o_rows`` of a matrix."""
+    p_rows = pointer + o_rows.to(tl.int64)[:, None] * stride_row
+    total = ()
+    for i in tl.static_range(len(PIECES)):
+        o_c = piece_columns(PIECES, i)
+        earlier = tl.load(p_rows + o_c[None, :], mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0)
+        total = total + (pieces[i] + earlier,)
+    return total
+
+
+@triton.jit
+def scale_rows(pieces, factor):
+    """pieces * factor, one number."""
+    scaled = ()
+    for i in tl.static_range(len(pieces)):
+        scaled = scaled + (pieces[i] * factor,)
+    return scaled
+
+
+@triton.jit
 def store_rows_tma(descriptors, i_b, start, pieces, ROWS: tl.constexpr, PIECES: tl.constexpr):
     """Store rows start..start+ROWS of batch entry i_b through one TMA descriptor per piece; rows past the end are dropped."""
     for i in tl.static_range(len(PIECES)):
@@ -175,12 +199,36 @@ def accumulate(weights, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_columns(weights, b, PRECISION: tl.constexpr):
+    """weights^T b, piece by piece: [K, ROWS] x [K, C] -> [ROWS, C] in fp32.
+
+    A warp group multiplies 64 rows at a time: fewer are the columns of the transposed product.
+    """
+    pieces = ()
+    for i in tl.static_range(len(b)):
+        if weights.shape[1] < 64 and b[i].shape[1] >= 64:
+            pieces = pieces + (tl.dot(b[i].T, weights, input_precision=PRECISION).T,)
+        else:
+            pieces = pieces + (tl.dot(weights.T, b[i], input_precision=PRECISION),)
+    return pieces
+
+
+@triton.jit
 def rescale(acc, factor):
     """acc * factor, row by row."""
     pieces = ()
     for i in tl.static_range(len(acc)):
         pieces = pieces + (acc[i] * factor[:, None],)
     return pieces
+
+
+@triton.jit
+def row_dots(a, b):
+    """Dot products of the rows of a and b, in fp32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
 
 
 @triton.jit

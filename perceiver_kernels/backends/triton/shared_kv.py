@@ -21,6 +21,7 @@ from perceiver_kernels.backends.triton.describe import (
     stack_row_blocks,
     unit_stride,
 )
+from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.primitives import LOG2_E
 from perceiver_kernels.backends.triton.shared_kv_kernels import (
     _shared_kv_bwd_dq_kernel,
@@ -84,7 +85,8 @@ def shared_kv_attention_forward(
     lse_part = torch.empty(B, S, R, dtype=torch.float32, device=q.device)
     rho_part = torch.empty_like(lse_part)
     with torch.cuda.device_of(q):
-        _shared_kv_fwd_kernel[(ceil_div(R, tile.block_q) * S * B,)](
+        launch(
+            _shared_kv_fwd_kernel, ceil_div(R, tile.block_q) * S * B,
             q, *row_arguments(x, tile.block_kv, tile.pieces, tma), part, lse_part, rho_part, key_mask, lengths,
             *dropout_arguments(dropout_p, dropout_seed, key_offset), scale * LOG2_E, R, M, C, S,
             plan.forward_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1),
@@ -157,7 +159,8 @@ def _launch_dq(
     tma = plan.tma and can_describe(x)
     single = S == 1 and dq_sum is None
     part = torch.empty(B, S, R, C, dtype=q.dtype if single else torch.float32, device=q.device)
-    _shared_kv_bwd_dq_kernel[(ceil_div(R, tile.block_q) * S * B,)](
+    launch(
+        _shared_kv_bwd_dq_kernel, ceil_div(R, tile.block_q) * S * B,
         q, *row_arguments(x, tile.block_kv, tile.shared_pieces, tma), x if tile.tail else None, dz, *statistics, part, masks[1],
         *dropout, scale, R, x.shape[1], C, S, plan.dq_keys_per_split, q.stride(0), q.stride(1), x.stride(0), x.stride(1),
         dz.stride(0), dz.stride(1), TAIL=tile.tail, MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None,
@@ -179,7 +182,8 @@ def _launch_dx(
     rows = stack_row_blocks(q, dz, tile.block_q)
     tma = plan.tma and can_describe(rows) and can_describe(x)
     dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device)
-    _shared_kv_bwd_dx_kernel[(ceil_div(M, tile.block_kv) * B,)](
+    launch(
+        _shared_kv_bwd_dx_kernel, ceil_div(M, tile.block_kv) * B,
         *row_arguments(rows, 2 * tile.block_q, tile.pieces, tma), *row_arguments(x, tile.block_kv, tile.pieces, tma),
         *row_arguments(dx, tile.block_kv, tile.pieces, tma), *statistics, *masks, *dropout, scale, R, M, C, rows.stride(0),
         rows.stride(1), x.stride(0), x.stride(1), MASKED=masks[0] is not None, HAS_LENGTHS=masks[1] is not None,

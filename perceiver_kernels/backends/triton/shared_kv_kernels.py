@@ -47,7 +47,7 @@ def _load_rows(
 ):
     """Rows start..start+ROWS of x: with TMA (x, x_1, x_2) are descriptors of its column pieces, without x is a pointer."""
     if TMA:
-        pieces = load_rows_tma((x, x_1, x_2), i_b, start, ROWS, PIECES)
+        pieces = load_rows_tma((x, x_1, x_2), (i_b,), start, ROWS, PIECES)
     else:
         o_rows = start + tl.arange(0, ROWS)
         pieces = load_rows(x + i_b.to(tl.int64) * stride_x_b, stride_x_m, o_rows, o_rows < hi, C, PIECES)

@@ -18,6 +18,7 @@ from perceiver_kernels.backends.triton.describe import (
     stack_row_blocks,
     tile_argument,
 )
+from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.primitives import LOG2_E
 from perceiver_kernels.backends.triton.wide_kernels import (
     _wide_dx_kernel,
@@ -42,7 +43,8 @@ def _launch_values(
 ) -> None:  # fmt: skip
     """``outputs`` = weights x over ``key_tiles`` tiles of ``key_tile`` keys, [B, splits, R, C]; no statistics: plain sums."""
     B, M, C = x.shape
-    _wide_values_kernel[(ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,)](
+    launch(
+        _wide_values_kernel, ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,
         tile_argument(weights, tile.rows, tile.inner, tma), tile_argument(x, tile.inner, tile.columns, tma), *statistics,
         *outputs, 1.0 / (1.0 - dropout_p), R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
         weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=key_tile, BLOCK_COL=tile.columns,
@@ -68,7 +70,8 @@ def forward(
         key_tiles = ceil_div(min(plan.chunk, M - start), tile.columns)
         maximum, total, rounded = (torch.empty(B, key_tiles, R, **options) for _ in range(3))
         kept = torch.empty_like(total) if dropout_p > 0.0 else None
-        _wide_weights_fwd_kernel[(ceil_div(R, tile.rows) * key_tiles * B,)](
+        launch(
+            _wide_weights_fwd_kernel, ceil_div(R, tile.rows) * key_tiles * B,
             tile_argument(q, tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights, maximum,
             total, kept, rounded, *visibility, seed, threshold, key_offset, scale * LOG2_E, R, M, C, start,
             key_tiles, q.stride(0), q.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
@@ -109,7 +112,8 @@ def backward(
     for start in range(0, M, chunk):
         end = min(start + chunk, M)
         key_tiles = ceil_div(end - start, tile.columns)
-        _wide_weights_bwd_kernel[(ceil_div(R, tile.rows) * key_tiles * B,)](
+        launch(
+            _wide_weights_bwd_kernel, ceil_div(R, tile.rows) * key_tiles * B,
             tile_argument(stacked, 2 * tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights,
             *statistics, *dropout_arguments(dropout_p, dropout_seed, key_offset), scale, R, M, C, start, key_tiles,
             stacked.stride(0), stacked.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
@@ -136,7 +140,8 @@ def _launch_dx(
 ) -> None:
     B, M, C = dx.shape
     tile = plan.dx
-    _wide_dx_kernel[(ceil_div(C, tile.columns) * ceil_div(end - start, tile.rows) * B,)](
+    launch(
+        _wide_dx_kernel, ceil_div(C, tile.columns) * ceil_div(end - start, tile.rows) * B,
         tile_argument(weights, tile.inner, tile.rows, tma), tile_argument(q, tile.inner, tile.columns, tma),
         tile_argument(dz, tile.inner, tile.columns, tma), dx, *visibility, q.shape[1], weights.shape[1] // 2, M, C, start, end,
         weights.stride(0), weights.stride(1), q.stride(0), q.stride(1), dz.stride(0), dz.stride(1), BLOCK_KV=tile.rows,

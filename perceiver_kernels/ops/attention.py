@@ -1,0 +1,205 @@
+"""The attention boundary: separate keys and values, in one or two segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
+
+from perceiver_kernels.dispatch import load
+from perceiver_kernels.layouts import empty_heads
+from perceiver_kernels.masks import NO_MASKS, Masks
+from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
+
+_OPTIONS = (
+    "Tensor? key_mask, Tensor? lengths, Tensor? query_mask, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "str causal, Tensor? dropout_seed, float scale, float dropout_p, str backend"
+)
+
+
+def _flat(masks: Masks) -> tuple[Any, ...]:
+    return (
+        masks.key_mask, masks.lengths, masks.query_mask, masks.attn_mask, masks.cu_seqlens_q, masks.cu_seqlens_k, masks.causal
+    )  # fmt: skip
+
+
+def _forward(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None,
+    query_mask: Tensor | None, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: Any,
+    dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
+    return load("attention", backend).attention_forward(
+        query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed
+    )
+
+
+def _forward_fake(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None,
+    query_mask: Tensor | None, attn_mask: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, Lq, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    out = empty_heads(query, B, H, Lq, values[0].shape[3])
+    return out, query.new_empty((B, H, Lq), dtype=wide), query.new_empty((2, B, H, Lq) if additive else (0,), dtype=wide)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: list[Tensor],
+    values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None, query_mask: Tensor | None,
+    attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: Any,
+    dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
+    return load("attention", backend).attention_backward(
+        dout, dlse, out, lse, statistics, query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )  # fmt: skip
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: list[Tensor],
+    values: list[Tensor], *options: Any,
+) -> list[Tensor]:  # fmt: skip
+    Lk = sum(key.shape[2] for key in keys)
+    dk, dv = (empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) for parts in (keys, values))
+    return [empty_heads(query, *query.shape), dk, dv]
+
+
+FORWARD = define(
+    "attention_forward",
+    f"(Tensor query, Tensor[] keys, Tensor[] values, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+# [dquery, dkey, dvalue], the latter two over the keys of all segments.
+BACKWARD = define(
+    "attention_backward",
+    "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor statistics, Tensor query, Tensor[] keys, Tensor[] values, "
+    f"{_OPTIONS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+@register_flop_formula(torch.ops.perceiver_kernels.attention_forward)
+def _forward_flops(query_shape: Any, key_shapes: Any, value_shapes: Any, *args: Any, **kwargs: Any) -> int:
+    return _flops(query_shape, key_shapes, value_shapes, 1, 1)
+
+
+@register_flop_formula(torch.ops.perceiver_kernels.attention_backward)
+def _backward_flops(
+    dout_shape: Any, dlse_shape: Any, out_shape: Any, lse_shape: Any, statistics_shape: Any, query_shape: Any, key_shapes: Any,
+    value_shapes: Any, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    # S, dq and dk are products over d_qk; dP and dv over d_v.
+    return _flops(query_shape, key_shapes, value_shapes, 3, 2)
+
+
+def _flops(query_shape: Any, key_shapes: Any, value_shapes: Any, products_qk: int, products_v: int) -> int:
+    B, H, Lq, d_qk = query_shape
+    Lk, d_v = sum(shape[2] for shape in key_shapes), value_shapes[0][3]
+    return 2 * B * H * Lq * Lk * (products_qk * d_qk + products_v * d_v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, causal, scale, dropout_p, backend, segments = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+    ctx.arguments = (causal, scale, dropout_p, backend, segments)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *tensors, out, lse, statistics = ctx.saved_tensors
+    causal, scale, dropout_p, backend, segments = ctx.arguments
+    (*masks, dropout_seed), query, keys, values = tensors[:7], tensors[7], tensors[8 : 8 + segments], tensors[8 + segments :]
+    nothing = (None,) * 5
+    if dout is None and dlse is None:
+        return (*(None,) * len(tensors), *nothing)
+    sources = [t for t in (dout, dlse, query, *keys, *values) if t is not None]
+    needs = ctx.needs_input_grad[7:]
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = BACKWARD(
+        dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend
+    )
+    dq = refuse_double_backward(dq, *sources) if needs[0] else None
+    lengths = [key.shape[2] for key in keys]
+    parts = [
+        refuse_double_backward(part, *sources) if needed else None
+        for gradient, wanted in ((dk, needs[1 : 1 + segments]), (dv, needs[1 + segments : 1 + 2 * segments]))
+        for part, needed in zip(gradient.split(lengths, 2) if any(wanted) else [None] * segments, wanted, strict=True)
+    ]
+    return (*(None,) * 7, dq, *parts, *nothing)
+
+
+def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, causal, scale, dropout_p, backend, segments = inputs
+    (*masks, dropout_seed), query, keys, values = tensors[:7], tensors[7], tensors[8 : 8 + segments], tensors[8 + segments :]
+    return FORWARD(query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradient)
+
+
+class _AttentionFunctorch(Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _run(*inputs)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradient)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The mapped axis joins the batch. With dropout, packed sequences or an attn_mask every entry is a call of its own.
+
+        What dropout drops depends on the batch entry, packed sequences lie in one, and a mask may lack a batch axis.
+        """
+        attn_mask, starts, dropout_p = inputs[3], inputs[4], inputs[-3]
+        size = info.batch_size
+        if dropout_p > 0.0 or starts is not None or attn_mask is not None:
+            entries = (
+                [value if dim is None else value.select(dim, v) for value, dim in zip(inputs, in_dims, strict=True)]
+                for v in range(size)
+            )
+            outputs = [_apply(*entry) for entry in entries]
+            return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0, 0)
+        fold = BatchFold(size, inputs[7].shape[0] if in_dims[7] is None else inputs[7].movedim(in_dims[7], 0).shape[1])
+        folded = [fold(v, dim) if isinstance(v, Tensor) else v for v, dim in zip(inputs, in_dims, strict=True)]
+        out, lse, statistics = _apply(*folded)
+        return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), statistics), (0, 0, None)  # type: ignore[return-value]
+
+
+def _apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if transforms_active():
+        return _AttentionFunctorch.apply(*inputs)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return _Attention.apply(*inputs)
+    return _run(*inputs)
+
+
+def attention(
+    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS, scale: float,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Differentiable attention on a kernel backend: (out, lse); see functional.attention.
+
+    A batch of 1 beside a larger one is expanded here, so that autograd sums its gradient.
+    """
+    B = max(query.shape[0], keys[0].shape[0])
+    expanded = [t if t.shape[0] == B else t.expand(B, -1, -1, -1) for t in (query, *keys, *values)]
+    *flat, causal = _flat(masks)
+    out, lse, _ = _apply(*flat, dropout_seed, *expanded, causal, scale, dropout_p, backend, len(keys))
+    return out, lse
