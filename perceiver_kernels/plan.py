@@ -11,6 +11,7 @@ from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import DeviceFacts
 from perceiver_kernels.problem import AttentionProblem, CrossAttentionProblem, SharedKVProblem
 from perceiver_kernels.tiles import (
+    AttentionKind,
     AttentionTile,
     Kind,
     ProductTile,
@@ -106,12 +107,13 @@ def _choose_splits(
 
 
 def _fastest_splits(
-    blocks: int, tiles_in_all: int, tile_flops: float, partial_bytes: float, resident: int, device: DeviceFacts
-) -> tuple[int, int]:
+    blocks: int, tiles_in_all: int, tile_flops: float, partial_bytes: float, resident: int, device: DeviceFacts,
+    alone: float = 1.0,
+) -> tuple[int, int]:  # fmt: skip
     """(splits, tiles per split) of a loop that each of ``blocks`` programs would walk alone.
 
     A wave of programs costs its longest split plus a fixed start (loading what stays, filling the pipeline); every split writes
-    and reads back ``partial_bytes``.
+    and reads back ``partial_bytes``. One program on a multiprocessor reaches ``alone`` of the rate that several reach together.
     """
     tile_seconds = tile_flops / (0.7 * device.matmul_flops / device.sm_count)
     start_seconds = 4e-6
@@ -124,7 +126,7 @@ def _fastest_splits(
         waves = math.ceil(blocks * splits / slots)
         sharing = min(resident, math.ceil(blocks * splits / device.sm_count))
         partials = splits * partial_bytes / device.memory_bandwidth if splits > 1 else 0.0
-        seconds = waves * (tiles * tile_seconds * sharing + start_seconds) + partials
+        seconds = waves * (tiles * tile_seconds * max(sharing, 1.0 / alone) + start_seconds) + partials
         if seconds < best[0] * 0.999:
             best = (seconds, splits, tiles)
         if blocks * splits > 4 * slots:
@@ -187,16 +189,39 @@ class KeySplits:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Parts of a loop over queries (or keys), and the length of one."""
+
+    total: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A kernel that keeps one side in shared memory: its tile, and the parts of the other side."""
+
+    tile: AttentionTile
+    parts: Slices
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
-    """Regime, tiles, splits of the keys in the forward; ranges of the keys and slices of the queries in the backward; TMA."""
+    """Regime; tiles with the splits of the keys (forward, dq) and the slices of the queries (dk and dv); TMA or not.
+
+    ``decode_forward`` and ``decode_dq`` replace forward and dq where all keys stay in shared memory, ``encode_backward`` the
+    whole backward where all queries do.
+    """
 
     regime: Regime
     forward: AttentionTile
     forward_splits: KeySplits
-    backward: AttentionTile
-    ranges: KeySplits
-    slices: int
-    queries_per_slice: int
+    dq: AttentionTile
+    dq_splits: KeySplits
+    dkv: AttentionTile
+    dkv_slices: Slices
+    decode_forward: Resident | None
+    decode_dq: Resident | None
+    encode_backward: Resident | None
     tma: bool
 
 
@@ -204,66 +229,71 @@ def _regime(Lq: int, Lk: int) -> Regime:
     return "encode" if Lk >= 4 * Lq else "decode" if Lq >= 4 * Lk else "process"
 
 
-def _key_splits(p: AttentionProblem, tile: AttentionTile, tiles_per_split: int) -> KeySplits:
-    """Both segments in parts of ``tiles_per_split`` tiles; at least one part."""
-    length = max(1, tiles_per_split) * tile.block_kv
-    first, second = (math.ceil(size / length) for size in (p.Lk_first, p.Lk - p.Lk_first))
+def _alone(tile: AttentionTile) -> float:
+    """A single warp group waits for its own products: 64 x 16,384 keys took 0.41 ms with one program of four warps on a
+    multiprocessor, 0.29 with two (H200)."""
+    return 0.6 if tile.num_warps == 4 else 1.0
+
+
+def _key_splits(kind: AttentionKind, p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> KeySplits:
+    """No splits where an additive mask wants the whole row's maximum, or packed sequences leave most tiles out."""
+    segments = (p.Lk_first, p.Lk - p.Lk_first)
+    per_split = tiles = sum(math.ceil(size / tile.block_kv) for size in segments)
+    if p.attn_mask == "none" and not p.packed:
+        blocks = p.B * p.H * math.ceil(p.Lq / tile.block_q)
+        qk, v = tile.columns
+        products, result = (qk + v, p.d_v) if kind == "forward" else (2 * qk + v, p.d_qk)
+        _, per_split = _fastest_splits(
+            max(1, blocks), max(1, tiles), 2.0 * tile.block_q * tile.block_kv * products, 8.0 * p.B * p.H * p.Lq * result,
+            tile.programs_per_sm(kind, p.dtype.itemsize, device), device, _alone(tile),
+        )  # fmt: skip
+    length = max(1, per_split) * tile.block_kv
+    first, second = (math.ceil(size / length) for size in segments)
     return KeySplits(max(first, 0 if second else 1), second, length)
 
 
-def _forward_splits(p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> KeySplits:
-    """None where an additive mask wants the whole row's maximum, or packed sequences leave most tiles out."""
-    tiles = sum(math.ceil(size / tile.block_kv) for size in (p.Lk_first, p.Lk - p.Lk_first))
-    if p.attn_mask != "none" or p.packed:
-        return _key_splits(p, tile, tiles)
-    blocks = p.B * p.H * math.ceil(p.Lq / tile.block_q)
-    _, per_split = _fastest_splits(
-        max(1, blocks), max(1, tiles), 2.0 * tile.block_q * tile.block_kv * sum(tile.columns), 8.0 * p.B * p.H * p.Lq * p.d_v,
-        tile.programs_per_sm("forward", p.dtype.itemsize, device), device,
+def _query_slices(p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> Slices:
+    blocks = p.B * p.H_kv * math.ceil(p.Lk / tile.block_kv)
+    flops = 4.0 * tile.block_q * tile.block_kv * sum(tile.columns) * (p.H // p.H_kv)
+    slices, per_slice = _fastest_splits(
+        max(1, blocks), max(1, math.ceil(p.Lq / tile.block_q)), flops, 8.0 * p.B * p.H_kv * p.Lk * (p.d_qk + p.d_v),
+        tile.programs_per_sm("dkv", p.dtype.itemsize, device), device, _alone(tile),
     )  # fmt: skip
-    return _key_splits(p, tile, per_split)
+    return Slices(slices, per_slice * tile.block_q)
 
 
-def _backward_parts(p: AttentionProblem, tile: AttentionTile, device: DeviceFacts) -> tuple[KeySplits, int, int]:
-    """(ranges of the keys, slices of the queries, queries per slice) with the least estimated time.
-
-    A wave costs its longest program, and a start for each of its key blocks; slices leave partials of dk and dv, ranges of dq.
-    """
-    qk, v = tile.columns
-    query_tiles, key_tiles = max(1, math.ceil(p.Lq / tile.block_q)), max(1, math.ceil(p.Lk / tile.block_kv))
-    groups, heads = p.H // p.H_kv, p.B * p.H_kv
-    slots = device.sm_count * tile.programs_per_sm("backward", p.dtype.itemsize, device)
-    tile_flops = 2.0 * tile.block_q * tile.block_kv * (3 * qk + 2 * v) * groups
-    tile_seconds = tile_flops * slots / (0.6 * device.matmul_flops)
-    best = (math.inf, 1, 1)
-    for ranges in _divisions(key_tiles, 4 * slots // max(1, heads)):
-        for slices in _divisions(query_tiles, 4 * slots // max(1, heads * ranges)):
-            programs = heads * ranges * slices
-            keys, queries = math.ceil(key_tiles / ranges), math.ceil(query_tiles / slices)
-            partials = 8.0 * p.B * p.H * p.Lq * qk * (ranges if ranges > 1 else 0)
-            partials += 8.0 * heads * p.Lk * (qk + v) * (slices if slices > 1 else 0)
-            seconds = math.ceil(programs / slots) * keys * (queries * tile_seconds + 2e-6) + partials / device.memory_bandwidth
-            if seconds < 0.999 * best[0]:
-                best = (seconds, keys, queries)
-    _, keys, queries = best
-    return _key_splits(p, tile, keys), math.ceil(query_tiles / queries), queries * tile.block_q
-
-
-def _divisions(tiles: int, most: int) -> list[int]:
-    """Numbers of parts, up to ``most``, that cut ``tiles`` tiles into parts of different sizes."""
-    return sorted({math.ceil(tiles / math.ceil(tiles / parts)) for parts in range(1, max(1, min(tiles, most)) + 1)})
+def _resident(kind: AttentionKind, p: AttentionProblem, device: DeviceFacts) -> Resident | None:
+    """The kernel ``kind`` where one side fits shared memory twice over: one program computes while the other one loads."""
+    encode = kind == "encode_backward"
+    keys = 0 if encode else p.Lk
+    tile = attention_tile(kind, p.d_qk, p.d_v, keys, p.dtype.itemsize, device)
+    if tile is None or p.segments > 1 or p.packed or (encode and (p.Lq > tile.block_q or p.H_kv != p.H)):
+        return None
+    resident = tile.programs_per_sm(kind, p.dtype.itemsize, device, keys)
+    if resident < 2 or _regime(p.Lq, p.Lk) != ("encode" if encode else "decode"):
+        return None
+    (length, block), columns = ((p.Lk, tile.block_kv) if encode else (p.Lq, tile.block_q)), sum(tile.columns)
+    flops = 4.0 * columns * block * (tile.block_q if encode else p.Lk)
+    parts, per_part = _fastest_splits(
+        max(1, p.B * p.H), max(1, math.ceil(length / block)), flops, 8.0 * p.B * p.H * p.Lq * p.d_qk if encode else 0.0,
+        min(resident, 2), device, _alone(tile),
+    )  # fmt: skip
+    return Resident(tile, Slices(parts, per_part * block))
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_attention(problem: AttentionProblem, device: DeviceFacts) -> AttentionPlan | None:
     """Tiles and parts of one attention, a pure function; None where the heads are too wide for these kernels."""
     p, itemsize = problem, problem.dtype.itemsize
-    forward, backward = (attention_tile(kind, p.d_qk, p.d_v, itemsize, device) for kind in ("forward", "backward"))
-    if forward is None or backward is None:
+    kinds: tuple[AttentionKind, ...] = ("forward", "dq", "dkv")
+    forward, dq, dkv = (attention_tile(kind, p.d_qk, p.d_v, p.Lk, itemsize, device) for kind in kinds)
+    if forward is None or dq is None or dkv is None:
         return None
     return AttentionPlan(
-        _regime(p.Lq, p.Lk), forward, _forward_splits(p, forward, device), backward, *_backward_parts(p, backward, device),
-        device.has_tma,
+        regime=_regime(p.Lq, p.Lk), forward=forward, forward_splits=_key_splits("forward", p, forward, device), dq=dq,
+        dq_splits=_key_splits("dq", p, dq, device), dkv=dkv, dkv_slices=_query_slices(p, dkv, device),
+        decode_forward=_resident("decode_forward", p, device), decode_dq=_resident("decode_dq", p, device),
+        encode_backward=_resident("encode_backward", p, device), tma=device.has_tma,
     )  # fmt: skip
 
 

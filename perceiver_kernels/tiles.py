@@ -155,7 +155,7 @@ def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, dropout: bo
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
 
 
-AttentionKind = Literal["forward", "backward"]
+AttentionKind = Literal["forward", "dq", "dkv", "decode_forward", "decode_dq", "encode_backward"]
 
 
 @dataclass(frozen=True)
@@ -174,48 +174,73 @@ class AttentionTile:
         """Columns of queries and keys, and of values."""
         return sum(self.pieces_qk), sum(self.pieces_v)
 
-    def shared_bytes(self, kind: AttentionKind, itemsize: int) -> int:
-        """Shared memory of operands: what stays for the whole loop, one streamed tile a stage, the backward's ds."""
+    def shared_bytes(self, kind: AttentionKind, itemsize: int, keys: int = 0) -> int:
+        """Shared memory of operands: what stays for the whole loop, ``keys`` of it if all do, and a streamed tile a stage."""
         qk, v = self.columns
-        keys, scores = self.block_kv * (qk + v), self.block_q * self.block_kv
-        if kind == "forward":
-            return (self.block_q * qk + keys * self.num_stages) * itemsize
-        return (keys + self.block_q * (qk + v) * self.num_stages + scores) * itemsize
+        queries = self.block_q * (qk if kind in ("forward", "decode_forward") else qk + v)
+        resident, streamed = queries, self.block_kv * (qk + v)
+        if kind == "dkv":
+            resident, streamed = streamed, queries
+        elif kind in ("decode_forward", "decode_dq"):
+            resident, streamed = -(-keys // self.block_kv) * streamed, queries
+        scores = 2 * self.block_q * self.block_kv if kind == "encode_backward" else 0
+        return (resident + scores + streamed * self.num_stages) * itemsize
 
-    def programs_per_sm(self, kind: AttentionKind, itemsize: int, device: DeviceFacts) -> int:
+    def programs_per_sm(self, kind: AttentionKind, itemsize: int, device: DeviceFacts, keys: int = 0) -> int:
         """Programs that one multiprocessor holds at a time, by shared memory and by its 65,536 registers."""
-        shared = self.shared_bytes(kind, itemsize) + _SHARED_RESERVE + _SHARED_SYSTEM
+        shared = self.shared_bytes(kind, itemsize, keys) + _SHARED_RESERVE + _SHARED_SYSTEM
         qk, v = self.columns
-        scores = self.block_q * self.block_kv
-        held = scores + self.block_q * v if kind == "forward" else 2 * scores + self.block_kv * (qk + v) + self.block_q * qk
+        held = self.block_q * self.block_kv * (1 if kind in ("forward", "decode_forward") else 2)
+        held += {
+            "forward": self.block_q * v, "decode_forward": self.block_q * v, "dq": self.block_q * qk,
+            "decode_dq": self.block_q * qk, "dkv": self.block_kv * (qk + v),
+            "encode_backward": self.block_q * qk + self.block_kv * (qk + v),
+        }[kind]  # fmt: skip
         registers = min(256, held // (32 * self.num_warps) + 64) * 32 * self.num_warps
-        return max(1, min((device.smem_bytes + _SHARED_SYSTEM) // shared, 65_536 // registers))
+        return min((device.smem_bytes + _SHARED_SYSTEM) // shared, max(1, 65_536 // registers))
 
 
-# (widest head, block_q, block_kv, warps, stages), first fit wins.
-_ATTENTION_HOPPER: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
-    "forward": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 2)),
-    "backward": ((64, 64, 128, 8, 2), (128, 64, 64, 4, 2), (256, 64, 64, 8, 1)),
-}
-_ATTENTION_AMPERE: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
-    "forward": ((64, 128, 64, 4, 2), (128, 64, 64, 4, 2), (256, 64, 32, 8, 1)),
-    "backward": ((64, 64, 64, 4, 2), (128, 32, 64, 4, 2)),
+# (widest head, fewest keys, block_q, block_kv, warps, stages), first fit wins.
+_AttentionTable = dict[AttentionKind, tuple[tuple[int, int, int, int, int, int], ...]]
+_ATTENTION_HOPPER: _AttentionTable = {
+    "forward": (
+        (64, 4096, 64, 128, 4, 3), (64, 0, 64, 64, 4, 3), (128, 4096, 128, 64, 8, 3), (128, 0, 64, 64, 4, 3),
+        (192, 0, 64, 64, 4, 2), (256, 0, 128, 64, 8, 2),
+    ),
+    "dq": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2), (256, 0, 64, 32, 4, 2)),
+    "dkv": ((64, 0, 32, 64, 4, 4), (128, 0, 64, 64, 4, 2), (192, 0, 32, 64, 4, 2), (256, 0, 32, 64, 8, 2)),
+    "decode_forward": ((64, 0, 64, 128, 4, 3), (128, 0, 64, 64, 4, 2)),
+    "decode_dq": ((64, 0, 64, 128, 4, 2), (128, 0, 64, 64, 4, 2)),
+    "encode_backward": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2)),
+}  # fmt: skip
+_ATTENTION_AMPERE: _AttentionTable = {
+    "forward": ((64, 0, 128, 64, 4, 2), (128, 0, 64, 64, 4, 2), (256, 0, 64, 32, 8, 1)),
+    "dq": ((64, 0, 64, 64, 4, 2), (128, 0, 64, 32, 4, 2), (256, 0, 32, 32, 8, 1)),
+    "dkv": ((64, 0, 64, 64, 4, 2), (128, 0, 32, 64, 4, 2), (256, 0, 32, 32, 8, 1)),
+    "decode_forward": ((64, 0, 64, 64, 4, 2),),
+    "decode_dq": ((64, 0, 64, 64, 4, 2),),
+    "encode_backward": ((64, 0, 64, 32, 4, 2),),
 }
 # Exact fp32 products live in registers.
-_ATTENTION_FLOAT32: dict[AttentionKind, tuple[tuple[int, int, int, int, int], ...]] = {
-    "forward": ((64, 32, 32, 4, 2), (256, 16, 32, 4, 1)),
-    "backward": ((64, 32, 32, 4, 1), (256, 16, 16, 4, 1)),
+_ATTENTION_FLOAT32: _AttentionTable = {
+    "forward": ((64, 0, 32, 32, 4, 2), (256, 0, 16, 32, 4, 1)),
+    "dq": ((64, 0, 32, 32, 4, 2), (256, 0, 16, 32, 4, 1)),
+    "dkv": ((64, 0, 32, 32, 4, 2), (256, 0, 32, 16, 4, 1)),
+    "decode_forward": ((64, 0, 32, 32, 4, 2),),
+    "decode_dq": ((64, 0, 32, 32, 4, 2),),
+    "encode_backward": ((64, 0, 64, 32, 8, 1),),
 }
 
 
-def attention_tile(kind: AttentionKind, d_qk: int, d_v: int, itemsize: int, device: DeviceFacts) -> AttentionTile | None:
-    """The tile of heads of widths ``d_qk`` and ``d_v`` (any), or None where no full-width accumulator fits."""
+def attention_tile(
+    kind: AttentionKind, d_qk: int, d_v: int, keys: int, itemsize: int, device: DeviceFacts
+) -> AttentionTile | None:
+    """The tile for heads of widths ``d_qk`` and ``d_v`` (any), or None where no full-width accumulator fits."""
     pieces_qk, pieces_v = (column_pieces(width + -width % 16) for width in (d_qk, d_v))
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     table = (_ATTENTION_HOPPER if hopper else _ATTENTION_AMPERE) if itemsize == 2 else _ATTENTION_FLOAT32
-    for widest, block_q, block_kv, warps, stages in table[kind]:
-        tile = AttentionTile(pieces_qk, pieces_v, block_q, block_kv, warps, stages)
-        fits = tile.shared_bytes(kind, itemsize) + _SHARED_RESERVE <= device.smem_bytes
-        if max(tile.columns) <= widest and fits:
+    for widest, fewest_keys, *shape in table[kind]:
+        tile = AttentionTile(pieces_qk, pieces_v, *shape)
+        if max(tile.columns) <= widest and keys >= fewest_keys and tile.programs_per_sm(kind, itemsize, device, keys) > 0:
             return tile
     return None

@@ -52,12 +52,12 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: list[Tensor],
     values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None, query_mask: Tensor | None,
     attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: Any,
-    dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str,
+    dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str, needs_dq: bool, needs_dkv: bool,
 ) -> list[Tensor]:  # fmt: skip
     masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
     return load("attention", backend).attention_backward(
         dout, dlse, out, lse, statistics, query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        dropout_seed=dropout_seed, needs_dq=needs_dq, needs_dkv=needs_dkv,
     )  # fmt: skip
 
 
@@ -65,9 +65,14 @@ def _backward_fake(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: list[Tensor],
     values: list[Tensor], *options: Any,
 ) -> list[Tensor]:  # fmt: skip
+    needs_dq, needs_dkv = options[-2:]
     Lk = sum(key.shape[2] for key in keys)
-    dk, dv = (empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) for parts in (keys, values))
-    return [empty_heads(query, *query.shape), dk, dv]
+    dq = empty_heads(query, *query.shape) if needs_dq else query.new_empty(0)
+    dk, dv = (
+        empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) if needs_dkv else query.new_empty(0)
+        for parts in (keys, values)
+    )
+    return [dq, dk, dv]
 
 
 FORWARD = define(
@@ -76,11 +81,11 @@ FORWARD = define(
     _forward,
     _forward_fake,
 )
-# [dquery, dkey, dvalue], the latter two over the keys of all segments.
+# [dquery, dkey, dvalue], the latter two over the keys of all segments; a gradient that is not needed is empty.
 BACKWARD = define(
     "attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor statistics, Tensor query, Tensor[] keys, Tensor[] values, "
-    f"{_OPTIONS}) -> Tensor[]",
+    f"{_OPTIONS}, bool needs_dq, bool needs_dkv) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -96,8 +101,9 @@ def _backward_flops(
     dout_shape: Any, dlse_shape: Any, out_shape: Any, lse_shape: Any, statistics_shape: Any, query_shape: Any, key_shapes: Any,
     value_shapes: Any, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
+    needs_dq, needs_dkv = args[-2:]
     # S, dq and dk are products over d_qk; dP and dv over d_v.
-    return _flops(query_shape, key_shapes, value_shapes, 3, 2)
+    return _flops(query_shape, key_shapes, value_shapes, 1 + needs_dq + needs_dkv, 1 + needs_dkv)
 
 
 def _flops(query_shape: Any, key_shapes: Any, value_shapes: Any, products_qk: int, products_v: int) -> int:
@@ -125,8 +131,9 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tup
     needs = ctx.needs_input_grad[7:]
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = BACKWARD(
-        dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend
-    )
+        dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend,
+        needs[0], any(needs[1 : 1 + 2 * segments]),
+    )  # fmt: skip
     dq = refuse_double_backward(dq, *sources) if needs[0] else None
     lengths = [key.shape[2] for key in keys]
     parts = [

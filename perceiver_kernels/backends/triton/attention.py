@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
 from perceiver_kernels.backends.triton.attention_kernels import (
-    _attention_bwd_kernel,
+    Hides,
+    _attention_bwd_dkv_kernel,
+    _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
+)
+from perceiver_kernels.backends.triton.attention_resident_kernels import (
+    _attention_decode_bwd_dq_kernel,
+    _attention_decode_fwd_kernel,
+    _attention_encode_bwd_kernel,
 )
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import (
@@ -26,7 +33,7 @@ from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.device import H200, device_facts, float32_precision
 from perceiver_kernels.layouts import empty_heads
 from perceiver_kernels.masks import Masks
-from perceiver_kernels.plan import AttentionPlan, plan_attention
+from perceiver_kernels.plan import AttentionPlan, Resident, plan_attention
 from perceiver_kernels.problem import AttentionProblem
 from perceiver_kernels.tiles import AttentionTile, attention_tile
 
@@ -38,7 +45,7 @@ Tensors = tuple[Tensor, ...]
 def reasons_against(problem: AttentionProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
     reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype)
-    if not reasons and attention_tile("backward", problem.d_qk, problem.d_v, problem.dtype.itemsize, H200) is None:
+    if not reasons and attention_tile("dq", problem.d_qk, problem.d_v, 0, problem.dtype.itemsize, H200) is None:
         reasons.append(f"triton's attention takes heads of up to 256 channels, got {problem.d_qk} and {problem.d_v}")
     if problem.attn_mask == "learned":
         reasons.append("triton has no gradient of attn_mask")
@@ -51,11 +58,6 @@ def _plan(query: Tensor, keys: Tensors, values: Tensors, masks: Masks, dropout_p
     if plan is None:
         raise ValueError(f"heads of {problem.d_qk} and {problem.d_v} channels do not fit this device; use backend='sdpa'")
     return plan
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of batch, head and row."""
-    return tensor.stride()[:3]
 
 
 def _windows(masks: Masks, Lq: int, Lk: int) -> tuple[Any, Any, Any, Any, int]:
@@ -79,8 +81,8 @@ def _windows(masks: Masks, Lq: int, Lk: int) -> tuple[Any, Any, Any, Any, int]:
     return *(table.to(torch.int32).contiguous() for table in (lo, hi, row_lo, row_hi)), 0
 
 
-class _Launch:
-    """What the three kernels of one call are given alike."""
+class _Call:
+    """One call's tensors and sizes as its kernels take them."""
 
     def __init__(
         self, query: Tensor, keys: Tensors, values: Tensors, masks: Masks, scale: float, dropout_p: float,
@@ -89,63 +91,61 @@ class _Launch:
         self.plan = plan or _plan(query, keys, values, masks, dropout_p)
         self.query, self.scale = positive_scale(unit_stride(query), scale)
         self.keys, self.values = (tuple(unit_stride(part) for part in parts) for parts in (keys, values))
-        self.B, self.H, self.Lq, self.d_qk = query.shape
-        self.H_kv, self.d_v = keys[0].shape[1], values[0].shape[3]
+        B, H, Lq, d_qk = query.shape
         self.Lk, self.Lk_first = sum(key.shape[2] for key in keys), keys[0].shape[2]
-        self.key_mask, self.lengths, self.query_mask = contiguous(masks.key_mask, masks.lengths, masks.query_mask)
-        self.attn_mask, self.mask_strides = None, (0, 0, 0, 0)
+        self.sizes = (B, H, H // keys[0].shape[1], Lq, self.Lk, d_qk, values[0].shape[3])
+        key_mask, lengths, query_mask = contiguous(masks.key_mask, masks.lengths, masks.query_mask)
+        attn_mask, self.stride_mask = None, (0, 0, 0, 0)
         if masks.attn_mask is not None:
-            full = masks.attn_mask.expand(self.B, self.H, self.Lq, self.Lk)
-            self.attn_mask, self.mask_strides = full, full.stride()
-        self.masks, self.packed = masks, masks.packed
-        *self.tables, self.causal_shift = _windows(masks, self.Lq, self.Lk)
+            attn_mask = masks.attn_mask.expand(B, H, Lq, self.Lk)
+            self.stride_mask = attn_mask.stride()
+        *tables, self.causal_shift = _windows(masks, Lq, self.Lk)
+        self.masks = (key_mask, lengths, query_mask, attn_mask, *tables[:2])
+        self.key_windows = tuple(tables[2:])
+        kind = "none" if attn_mask is None else "boolean" if attn_mask.dtype == torch.bool else "additive"
+        self.hides = Hides(
+            masks.packed, masks.causal != "none" and not masks.packed, lengths is not None, query_mask is not None,
+            key_mask is not None, kind,
+        )  # fmt: skip
         self.dropout = dropout_arguments(dropout_p, dropout_seed, 0)[:3]
         self.dropout_p = dropout_p
 
     @property
-    def windowed(self) -> bool:
-        """Whether queries see less than all keys for other reasons than a mask's."""
-        return self.packed or self.masks.causal != "none" or self.lengths is not None or self.query_mask is not None
-
-    @property
-    def mask_kind(self) -> str:
-        if self.attn_mask is None:
-            return "none"
-        return "boolean" if self.attn_mask.dtype == torch.bool else "additive"
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.B, self.H, self.H // self.H_kv, self.Lq, self.Lk, self.Lk_first, self.d_qk, self.d_v
-
-    def visibility(self) -> tuple[Any, ...]:
-        return self.key_mask, self.lengths, self.query_mask, self.attn_mask, self.tables[0], self.tables[1]
-
-    def key_strides(self) -> tuple[int, ...]:
-        """Of keys and values of the first segment, then of the last."""
-        return tuple(
-            stride for part in (0, -1) for tensors in (self.keys, self.values) for stride in _strides(tensors[part])
-        )
-
     def streams_keys_by_tma(self) -> bool:
         """Descriptors read what no mask hides, of one segment."""
-        hidden = self.key_mask is not None or self.lengths is not None
-        return self.plan.tma and len(self.keys) == 1 and not hidden and all(map(can_describe, (*self.keys, *self.values)))
+        plain = not (self.hides.key_mask or self.hides.lengths) and len(self.keys) == 1
+        return self.plan.tma and plain and all(map(can_describe, (*self.keys, *self.values)))
 
-    def key_arguments(self, tile: AttentionTile, tma: bool) -> tuple[Any, ...]:
-        return (
-            *row_arguments(self.keys[0], tile.block_kv, tile.pieces_qk, tma),
-            *row_arguments(self.values[0], tile.block_kv, tile.pieces_v, tma), self.keys[-1], self.values[-1],
-        )  # fmt: skip
+    def streams_queries_by_tma(self, *tensors: Tensor) -> bool:
+        """Whether descriptors read the queries and ``tensors`` like them."""
+        return self.plan.tma and not self.hides.query_mask and all(map(can_describe, (self.query, *tensors)))
 
     def options(self, tile: AttentionTile, tma: bool) -> dict[str, Any]:
         return {
             "PIECES_QK": tile.pieces_qk, "PIECES_V": tile.pieces_v, "BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv,
-            "STAGES": tile.num_stages, "TMA": tma, "SEGMENTS": len(self.keys), "PACKED": self.packed,
-            "CAUSAL": self.masks.causal != "none" and not self.packed, "HAS_LENGTHS": self.lengths is not None,
-            "HAS_QUERY_MASK": self.query_mask is not None, "KEY_MASKED": self.key_mask is not None,
-            "ATTN_MASK": self.mask_kind, "DROPOUT": self.dropout_p > 0.0, "PRECISION": float32_precision(),
-            "num_warps": tile.num_warps,
+            "STAGES": tile.num_stages, "TMA": tma, "HIDES": self.hides, "DROPOUT": self.dropout_p > 0.0,
+            "PRECISION": float32_precision(), "num_warps": tile.num_warps,
         }  # fmt: skip
+
+    @property
+    def common(self) -> tuple[Any, ...]:
+        return self.masks, self.dropout, self.scale, self.causal_shift, self.sizes
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides of batch, head and row of each tensor."""
+    return tuple(tensor.stride()[:3] for tensor in tensors)
+
+
+def _with_parts(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head, part and row of a result that has no parts."""
+    return (*tensor.stride()[:2], 0, tensor.stride(2))
+
+
+def _partials(heads: int, parts: int, length: int, width: int, H: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    """fp32 [heads, parts, length, width], heads = B H, and its strides of batch, head, part and row."""
+    part = torch.empty(heads, parts, length, width, dtype=torch.float32, device=device)
+    return part, (H * part.stride(0), *part.stride()[:3])
 
 
 def attention_forward(
@@ -160,80 +160,162 @@ def attention_forward(
     statistics = torch.empty((2, B, H, Lq) if additive else (0,), dtype=torch.float32, device=query.device)
     if out.numel() == 0 or sum(key.shape[2] for key in keys) == 0:
         return out.zero_(), lse.fill_(-torch.inf), statistics.zero_()
-    call = _Launch(query, keys, values, masks, scale, dropout_p, dropout_seed, plan)
-    tile, splits, tma = call.plan.forward, call.plan.forward_splits, call.streams_keys_by_tma()
-    S = splits.total
+    call = _Call(query, keys, values, masks, scale, dropout_p, dropout_seed, plan)
     with torch.cuda.device_of(query):
-        part, lse_part, strides = out, lse, (*out.stride()[:2], 0, out.stride(2))
-        if S > 1:
-            part = torch.empty(B * H, S, Lq, d_v, dtype=torch.float32, device=query.device)
-            lse_part = torch.empty(B * H, S, Lq, dtype=torch.float32, device=query.device)
-            strides = (H * part.stride(0), *part.stride()[:3])
-        launch(
-            _attention_fwd_kernel, ceil_div(Lq, tile.block_q) * S * H * B,
-            call.query, *call.key_arguments(tile, tma), part, lse_part, statistics, *call.visibility(), *call.dropout,
-            call.scale, call.causal_shift, *call.sizes, S, splits.first, splits.length, *_strides(call.query),
-            *call.key_strides(), *strides, *call.mask_strides, **call.options(tile, tma),
-        )  # fmt: skip
-        if S > 1:
-            merge_splits(part, lse_part, out, lse)
+        if call.plan.decode_forward is not None:
+            _launch_decode_forward(call, call.plan.decode_forward, out, lse, statistics)
+        else:
+            _launch_forward(call, out, lse, statistics)
     return out, lse, statistics
+
+
+def _launch_forward(call: _Call, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    B, H, _, Lq, _, _, d_v = call.sizes
+    tile, splits, tma = call.plan.forward, call.plan.forward_splits, call.streams_keys_by_tma
+    S = splits.total
+    part, lse_part, strides = out, lse, _with_parts(out)
+    if S > 1:
+        part, strides = _partials(B * H, S, Lq, d_v, H, out.device)
+        lse_part = torch.empty(B * H, S, Lq, dtype=torch.float32, device=out.device)
+    launch(
+        _attention_fwd_kernel, ceil_div(Lq, tile.block_q) * S * H * B, call.query,
+        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], part, lse_part,
+        statistics, *call.common, (S, splits.first, splits.length, call.Lk_first),
+        *_strides(call.query, call.keys[0], call.values[0], call.keys[-1], call.values[-1]), strides, call.stride_mask,
+        SEGMENTS=len(call.keys), **call.options(tile, tma),
+    )  # fmt: skip
+    if S > 1:
+        merge_splits(part, lse_part, out, lse)
+
+
+def _launch_decode_forward(call: _Call, resident: Resident, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    B, H = call.sizes[:2]
+    tile, parts, tma = resident.tile, resident.parts, call.streams_queries_by_tma()
+    launch(
+        _attention_decode_fwd_kernel, parts.total * H * B, row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
+        call.keys[0], call.values[0], out, lse, statistics, *call.common, (parts.total, parts.length),
+        *_strides(call.query, call.keys[0], call.values[0], out), call.stride_mask,
+        BLOCKS=ceil_div(call.Lk, tile.block_kv), **call.options(tile, tma),
+    )  # fmt: skip
 
 
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: Tensors,
-    values: Tensors, masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
-    plan: AttentionPlan | None = None,
+    values: Tensors, masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, needs_dq: bool = True,
+    needs_dkv: bool = True, plan: AttentionPlan | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """[dq, dk, dv], dk and dv over the keys of all segments: one kernel computes them all."""
+    """[dq, dk, dv], dk and dv over the keys of all segments; what is not needed may be empty."""
     Lk = sum(key.shape[2] for key in keys)
     dq = empty_heads(query, *query.shape)
-    dk, dv = (empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) for parts in (keys, values))
+    dk, dv = (
+        empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) if needs_dkv else query.new_empty(0)
+        for parts in (keys, values)
+    )
     if out.numel() == 0 or Lk == 0:
         return [dq.zero_(), dk.zero_(), dv.zero_()]
-    call = _Launch(query, keys, values, masks, scale, dropout_p, dropout_seed, plan)
+    call = _Call(query, keys, values, masks, scale, dropout_p, dropout_seed, plan)
     dout, out = unit_stride(dout), unit_stride(out)
     (dlse,) = contiguous(dlse)
+    saved = _Saved(dout, dlse, out, lse, statistics, torch.empty_like(lse))
     with torch.cuda.device_of(query):
-        _launch_backward(call, dout, dlse, out, lse, statistics, dq, dk, dv)
+        if call.plan.encode_backward is not None and needs_dkv:
+            _launch_encode_backward(call, call.plan.encode_backward, saved, dq, dk, dv)
+        else:
+            # The kernel of dq leaves delta for the one of dk and dv.
+            if call.plan.decode_dq is not None:
+                _launch_decode_dq(call, call.plan.decode_dq, saved, dq)
+            else:
+                _launch_dq(call, saved, dq)
+            if needs_dkv:
+                _launch_dkv(call, saved, dk, dv)
         if scale <= 0.0:
             # positive_scale moved the sign, or the zero, into the queries.
             dq.neg_() if scale < 0.0 else dq.zero_()
-    return [dq, dk, dv]
+    return [dq if needs_dq else query.new_empty(0), dk, dv]
 
 
-def _launch_backward(
-    call: _Launch, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, dq: Tensor, dk: Tensor,
-    dv: Tensor,
-) -> None:  # fmt: skip
-    plan, tile, ranges, slices = call.plan, call.plan.backward, call.plan.ranges, call.plan.slices
-    B, H, H_kv, Lq, Lk = call.B, call.H, call.H_kv, call.Lq, call.Lk
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": dq.device}
-    one_block = ranges.total == 1 and Lk <= tile.block_kv
-    direct = ranges.total == 1 and not call.windowed
-    delta = None if one_block else head_products(dout, out, dlse)
-    dq_sum = None
-    if not (direct and one_block):
-        dq_sum = torch.empty(B * H, ranges.total, Lq, call.d_qk, **wide)
-        if call.windowed:
-            dq_sum.zero_()
-    parts, strides = (dk, dv), [(*t.stride()[:2], 0, t.stride(2)) for t in (dk, dv)]
-    if slices > 1:
-        parts = tuple(torch.empty(B * H_kv, slices, Lk, width, **wide) for width in (call.d_qk, call.d_v))
-        strides = [(H_kv * part.stride(0), *part.stride()[:3]) for part in parts]
-    tma = plan.tma and can_describe(call.query) and can_describe(dout) and call.query_mask is None
+class _Saved(NamedTuple):
+    """What a backward starts from, and delta [B, H, Lq], which its first kernel fills."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    statistics: Tensor
+    delta: Tensor
+
+
+def _launch_dq(call: _Call, saved: _Saved, dq: Tensor) -> None:
+    B, H, _, Lq, _, d_qk, _ = call.sizes
+    tile, splits, tma = call.plan.dq, call.plan.dq_splits, call.streams_keys_by_tma
+    S = splits.total
+    part, strides = (dq, _with_parts(dq)) if S == 1 else _partials(B * H, S, Lq, d_qk, H, dq.device)
     launch(
-        _attention_bwd_kernel, slices * ranges.total * H_kv * B,
-        *row_arguments(call.query, tile.block_q, tile.pieces_qk, tma), *row_arguments(dout, tile.block_q, tile.pieces_v, tma),
-        call.keys[0], call.values[0], call.keys[-1], call.values[-1], lse, statistics, delta, dlse, dq, dq_sum, *parts,
-        *call.visibility(), *call.tables[2:], *call.dropout, call.scale, call.causal_shift, *call.sizes, slices,
-        plan.queries_per_slice, ranges.total, ranges.first, ranges.length, *_strides(call.query), *_strides(dout),
-        *call.key_strides(), *_strides(dq), *strides[0], *strides[1], *call.mask_strides, HAS_DLSE=dlse is not None,
-        ONE_BLOCK=one_block, DIRECT=direct, **call.options(tile, tma),
+        _attention_bwd_dq_kernel, ceil_div(Lq, tile.block_q) * S * H * B, call.query,
+        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], saved.out,
+        saved.dout, saved.dlse, saved.lse, saved.statistics, saved.delta, part, *call.common,
+        (S, splits.first, splits.length, call.Lk_first),
+        *_strides(call.query, call.keys[0], call.values[0], call.keys[-1], call.values[-1], saved.out, saved.dout), strides,
+        call.stride_mask, SEGMENTS=len(call.keys), HAS_DLSE=saved.dlse is not None, **call.options(tile, tma),
     )  # fmt: skip
-    if not direct:
-        assert dq_sum is not None
-        sum_splits(dq_sum, dq)
-    if slices > 1:
+    if S > 1:
+        sum_splits(part, dq)
+
+
+def _launch_decode_dq(call: _Call, resident: Resident, saved: _Saved, dq: Tensor) -> None:
+    B, H = call.sizes[:2]
+    tile, parts = resident.tile, resident.parts
+    tma = call.streams_queries_by_tma(saved.out, saved.dout)
+    q, out, dout = (
+        row_arguments(tensor, tile.block_q, pieces, tma)
+        for tensor, pieces in ((call.query, tile.pieces_qk), (saved.out, tile.pieces_v), (saved.dout, tile.pieces_v))
+    )
+    launch(
+        _attention_decode_bwd_dq_kernel, parts.total * H * B, q, call.keys[0], call.values[0], out, dout, saved.dlse,
+        saved.lse, saved.statistics, saved.delta, dq, *call.common, (parts.total, parts.length),
+        *_strides(call.query, call.keys[0], call.values[0], saved.out, saved.dout, dq), call.stride_mask,
+        BLOCKS=ceil_div(call.Lk, tile.block_kv), HAS_DLSE=saved.dlse is not None, **call.options(tile, tma),
+    )  # fmt: skip
+
+
+def _launch_dkv(call: _Call, saved: _Saved, dk: Tensor, dv: Tensor) -> None:
+    B, H, G, _, Lk, d_qk, d_v = call.sizes
+    H_kv, tile, slices = H // G, call.plan.dkv, call.plan.dkv_slices
+    tma = call.streams_queries_by_tma(saved.dout)
+    parts, strides = (dk, dv), [_with_parts(dk), _with_parts(dv)]
+    if slices.total > 1:
+        made = [_partials(B * H_kv, slices.total, Lk, width, H_kv, dk.device) for width in (d_qk, d_v)]
+        parts, strides = tuple(part for part, _ in made), [stride for _, stride in made]
+    first_blocks = ceil_div(call.Lk_first, tile.block_kv)
+    blocks = first_blocks + ceil_div(Lk - call.Lk_first, tile.block_kv)
+    launch(
+        _attention_bwd_dkv_kernel, blocks * slices.total * H_kv * B,
+        row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
+        row_arguments(saved.dout, tile.block_q, tile.pieces_v, tma), (call.keys[0],), (call.values[0],), call.keys[-1],
+        call.values[-1], saved.lse, saved.statistics, saved.delta, *parts,
+        call.masks, call.key_windows, *call.common[1:], (blocks, first_blocks, tile.block_kv, call.Lk_first),
+        (slices.total, slices.length),
+        *_strides(call.query, saved.dout, call.keys[0], call.values[0], call.keys[-1], call.values[-1]), *strides,
+        call.stride_mask, SEGMENTS=len(call.keys), **call.options(tile, tma),
+    )  # fmt: skip
+    if slices.total > 1:
         for part, gradient in zip(parts, (dk, dv), strict=True):
             sum_splits(part, gradient)
+
+
+def _launch_encode_backward(call: _Call, resident: Resident, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    B, H, _, Lq, _, d_qk, _ = call.sizes
+    tile, parts, tma = resident.tile, resident.parts, call.streams_keys_by_tma
+    delta = head_products(saved.dout, saved.out, saved.dlse)
+    part, strides = (dq, _with_parts(dq)) if parts.total == 1 else _partials(B * H, parts.total, Lq, d_qk, H, dq.device)
+    launch(
+        _attention_encode_bwd_kernel, parts.total * H * B, call.query,
+        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), saved.dout, saved.lse, saved.statistics, delta, part,
+        dk, dv, *call.common, (parts.total, parts.length), *_strides(call.query, call.keys[0], call.values[0], saved.dout),
+        strides, *_strides(dk, dv), call.stride_mask, **call.options(tile, tma),
+    )  # fmt: skip
+    if parts.total > 1:
+        sum_splits(part, dq)

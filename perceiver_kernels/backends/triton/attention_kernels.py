@@ -1,20 +1,24 @@
-"""Attention kernels over separate keys and values: forward, and one backward for dq, dk and dv.
+"""Attention kernels over separate keys and values: forward, dq (and delta), dk and dv.
 
-forward: one program per (BLOCK_Q queries, split of the keys, head, batch entry); query blocks vary fastest. backward: one
-program per (slice of the queries, range of the keys, key head, batch entry); it walks over the BLOCK_KV keys of its range, and
-for each over the queries of its slice and of all heads that share the key head. Many keys are cut into ranges, many queries
-into slices. Splits, ranges and slices write fp32 partials [B*H, S, L, d] that combine.py reduces in a fixed order: everything
-is deterministic.
+forward, dq: one program per (BLOCK_Q queries, split of the keys, head, batch entry); query blocks vary fastest. dk, dv: one
+program per (BLOCK_KV keys, slice of the queries, key head, batch entry), which walks over the queries of its slice and of all
+heads that share the key head; key blocks vary fastest. Splits and slices write fp32 partials [B*H, S, L, d] that combine.py
+reduces in a fixed order: everything is deterministic.
 
 A query sees a window lo..hi of keys (causal, lengths, packed sequences, hidden queries), less what masks hide. Tiles outside
 every window of a block are skipped, tiles inside all of them are not masked. Two segments of keys are two ranges of splits.
 
-FLOPs: forward 2 BH Lq Lk (d_qk + d_v), backward 2 BH Lq Lk (3 d_qk + 2 d_v): nothing is computed twice. Device memory: every
-operand once while the programs that share it run together, and 4 B H S L d bytes of partials; the backward adds to dq_sum, 8 BH
-Lq d_qk bytes for each block of keys, in the L2 while 4 d_qk bytes for every row of the slices at work fit it.
+FLOPs: forward 2 BH Lq Lk (d_qk + d_v), dq 2 BH Lq Lk (2 d_qk + d_v), dk and dv 2 BH Lq Lk (2 d_qk + 2 d_v). Device memory:
+every operand once while the programs that share it run together, and 8 B H S L d bytes of partials.
+
+Arguments in tuples: sizes = (B, H, G, Lq, Lk, d_qk, d_v) with G query heads to a key head; parts = (S, parts of the first
+segment, length of a part, keys of the first segment); masks = (key_mask, lengths, query_mask, attn_mask, window_lo, window_hi);
+dropout = (seed, threshold, inverse_keep); strides of batch, head and row.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,14 +27,12 @@ from perceiver_kernels.backends.triton.primitives import (
     LN_2,
     LOG2_E,
     accumulate,
-    add_rows,
-    dot_columns,
     dot_transposed,
     dropout_factors,
     load_rows,
     load_rows_tma,
     rescale,
-    scale_rows,
+    row_dots,
     store_rows,
     zero_rows,
 )
@@ -39,90 +41,146 @@ _LN_2 = tl.constexpr(LN_2)
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+class Hides(NamedTuple):
+    """What hides keys from queries, as far as a kernel is compiled for it; attn_mask is none, boolean or additive.
+
+    A kernel sees a plain tuple and reads it through the functions below.
+    """
+
+    packed: bool = False
+    causal: bool = False
+    lengths: bool = False
+    query_mask: bool = False
+    key_mask: bool = False
+    attn_mask: str = "none"
+
+
+@triton.constexpr_function
+def packed(hides):
+    return hides[0]
+
+
+@triton.constexpr_function
+def causal(hides):
+    return hides[1]
+
+
+@triton.constexpr_function
+def has_lengths(hides):
+    return hides[2]
+
+
+@triton.constexpr_function
+def has_query_mask(hides):
+    return hides[3]
+
+
+@triton.constexpr_function
+def has_key_mask(hides):
+    return hides[4]
+
+
+@triton.constexpr_function
+def attn_mask_kind(hides):
+    return hides[5]
+
+
+@triton.constexpr_function
+def windowed(hides):
+    """Whether queries see windows."""
+    return any(hides[:4])
+
+
+@triton.constexpr_function
+def hides_anything(hides):
+    return any(hides[:5]) or hides[5] != "none"
+
+
 @triton.jit
-def _load_tile(
-    source, source_1, source_2, i_b, i_h, start, m_rows, stride_b, stride_h, stride_row, d,
-    PIECES: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr,
+def load_head(
+    source, i_b, i_h, start, m_rows, stride, d, PIECES: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
     """Rows start..start+ROWS of one head: through descriptors of the column pieces (TMA), or masked, through a pointer."""
     if TMA:
-        pieces = load_rows_tma((source, source_1, source_2), (i_b, i_h), start, ROWS, PIECES)
+        pieces = load_rows_tma(source, (i_b, i_h), start, ROWS, PIECES)
     else:
-        base = source + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
-        pieces = load_rows(base, stride_row, start + tl.arange(0, ROWS), m_rows, d, PIECES)
+        base = source[0] + i_b.to(tl.int64) * stride[0] + i_h.to(tl.int64) * stride[1]
+        pieces = load_rows(base, stride[2], start + tl.arange(0, ROWS), m_rows, d, PIECES)
     return pieces
 
 
 @triton.jit
-def _windows(
-    window_lo, window_hi, lengths, query_mask, i_b, o_rows, m_rows, Lq, Lk, causal_shift,
-    PACKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_QUERY_MASK: tl.constexpr,
-):  # fmt: skip
-    """The keys lo..hi that each query may see, hi >= lo; rows past the end see all that any row does."""
+def row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES: tl.constexpr):
+    """The keys lo..hi that each query may see, hi >= lo."""
     lo = o_rows * 0
     hi = lo + Lk
-    if PACKED:
-        lo = tl.load(window_lo + o_rows, mask=m_rows, other=0)
-        hi = tl.load(window_hi + o_rows, mask=m_rows, other=0)
-    if CAUSAL:
+    if packed(HIDES):
+        lo = tl.load(masks[4] + o_rows, mask=m_rows, other=0)
+        hi = tl.load(masks[5] + o_rows, mask=m_rows, other=0)
+    if causal(HIDES):
         hi = tl.minimum(hi, o_rows + 1 + causal_shift)
-    if HAS_LENGTHS:
-        hi = tl.minimum(hi, tl.load(lengths + i_b))
-    if HAS_QUERY_MASK:
-        seen = tl.load(query_mask + i_b.to(tl.int64) * Lq + o_rows, mask=m_rows, other=0)
+    if has_lengths(HIDES):
+        hi = tl.minimum(hi, tl.load(masks[1] + i_b))
+    if has_query_mask(HIDES):
+        seen = tl.load(masks[2] + i_b.to(tl.int64) * Lq + o_rows, mask=m_rows, other=0)
         hi = tl.where(seen != 0, hi, lo)
     return lo, tl.maximum(hi, lo)
 
 
 @triton.jit
-def _key_range(i_s, first_splits, keys_per_split, Lk_first, Lk):
-    """(begin, end, base): the keys of split i_s, which lie in one segment, and the first key of that segment."""
-    in_first = i_s < first_splits
-    base = tl.where(in_first, 0, Lk_first)
-    begin = base + tl.where(in_first, i_s, i_s - first_splits) * keys_per_split
-    end = tl.minimum(begin + keys_per_split, tl.where(in_first, Lk_first, Lk))
-    return begin, end, base
+def window_bounds(window, m_rows, Lk, HIDES: tl.constexpr):
+    """(lo, hi) of the keys that some row of a block sees, and (lo, hi) of those that all of its rows see."""
+    some_lo, some_hi, all_lo, all_hi = 0, Lk, 0, Lk
+    if windowed(HIDES):
+        lo, hi = window
+        used = m_rows & (hi > lo)
+        some_lo, some_hi = tl.min(tl.where(used, lo, Lk), 0), tl.max(tl.where(used, hi, 0), 0)
+        all_lo, all_hi = tl.max(tl.where(m_rows, lo, 0), 0), tl.min(tl.where(m_rows, hi, Lk), 0)
+    return some_lo, some_hi, all_lo, all_hi
 
 
 @triton.jit
-def _one_of(second, source, stride_b, stride_h, stride_l, source_2, stride_2_b, stride_2_h, stride_2_l):
-    """The pointer and strides of the segment that a program reads."""
-    return (
-        tl.where(second, source_2, source), tl.where(second, stride_2_b, stride_b), tl.where(second, stride_2_h, stride_h),
-        tl.where(second, stride_2_l, stride_l),
-    )  # fmt: skip
+def rows_to_read(window, m_rows, HIDES: tl.constexpr):
+    """Rows whose content counts: what hidden queries hold must not reach a product."""
+    if has_query_mask(HIDES):
+        m_rows = m_rows & (window[1] > window[0])
+    return m_rows
 
 
 @triton.jit
-def _additive_mask(attn_mask, i_b, i_h, o_rows, o_keys, seen, stride_b, stride_h, stride_q, stride_k):
-    p = attn_mask + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
-    p += o_rows.to(tl.int64) * stride_q + o_keys.to(tl.int64) * stride_k
-    return tl.load(p, mask=seen, other=0.0).to(tl.float32)
+def keys_to_read(masks, i_b, o_keys, end, visible_end, Lk, HIDES: tl.constexpr):
+    """Keys below ``end`` whose content counts; others are read as zeros, whatever they hold."""
+    m_keys = o_keys < end
+    if has_lengths(HIDES):
+        m_keys = m_keys & (o_keys < visible_end)
+    if has_key_mask(HIDES):
+        m_keys = m_keys & (tl.load(masks[0] + i_b.to(tl.int64) * Lk + o_keys, mask=m_keys, other=0) != 0)
+    return m_keys
 
 
 @triton.jit
-def _scores(
-    s, attn_mask, i_b, i_h, o_rows, o_keys, lo, hi, m_rows, m_keys, start, end, inner_lo, inner_hi, scale, stride_mask_b,
-    stride_mask_h, stride_mask_q, stride_mask_k,
-    BLOCK_KV: tl.constexpr, WINDOWED: tl.constexpr, KEY_MASKED: tl.constexpr, ATTN_MASK: tl.constexpr,
+def hide(
+    s, masks, stride_mask, i_b, i_h, o_rows, o_keys, lo, hi, m_rows, m_keys, tile, scale,
+    BLOCK_KV: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """Scores with everything hidden at -inf. ``o_rows``, ``lo``, ``hi``, ``m_rows`` broadcast against ``o_keys``, ``m_keys``.
+    """Scores of a tile (start, end, all_lo, all_hi) with everything hidden at -inf; indices of rows broadcast against keys'.
 
-    With an additive mask they are scaled already: its finfo.min must not meet a factor that makes -inf of it.
+    With an additive mask they come back scaled: its finfo.min must not meet a factor that makes -inf of it.
     """
-    if ATTN_MASK != "none":
+    start, end, all_lo, all_hi = tile
+    if attn_mask_kind(HIDES) != "none":
         seen = m_rows & m_keys & (o_keys >= lo) & (o_keys < hi)
-        added = _additive_mask(
-            attn_mask, i_b, i_h, o_rows, o_keys, seen, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k
-        )
-        if ATTN_MASK == "additive":
+        p = masks[3] + i_b.to(tl.int64) * stride_mask[0] + i_h.to(tl.int64) * stride_mask[1]
+        p += o_rows.to(tl.int64) * stride_mask[2] + o_keys.to(tl.int64) * stride_mask[3]
+        added = tl.load(p, mask=seen, other=0.0).to(tl.float32)
+        if attn_mask_kind(HIDES) == "additive":
             s = tl.where(seen, s * scale + added, -float("inf"))
         else:
             s = tl.where(seen & (added != 0.0), s, -float("inf"))
-    elif KEY_MASKED:
+    elif has_key_mask(HIDES):
         s = tl.where(m_keys & (o_keys >= lo) & (o_keys < hi), s, -float("inf"))
-    elif WINDOWED:
-        if (start < inner_lo) | (start + BLOCK_KV > tl.minimum(inner_hi, end)):
+    elif windowed(HIDES):
+        if (start < all_lo) | (start + BLOCK_KV > tl.minimum(all_hi, end)):
             s = tl.where((o_keys >= lo) & (o_keys < tl.minimum(hi, end)), s, -float("inf"))
     elif start + BLOCK_KV > end:
         s = tl.where(o_keys < end, s, -float("inf"))
@@ -130,125 +188,58 @@ def _scores(
 
 
 @triton.jit
-def _visible_keys(
-    key_mask, i_b, o_keys, end, block_hi, Lk, KEY_MASKED: tl.constexpr, HAS_LENGTHS: tl.constexpr
-):
-    """Which keys are read: those that no row of the block may see, by length or mask, count as zero, whatever they hold."""
-    m_keys = o_keys < end
-    if HAS_LENGTHS:
-        m_keys = m_keys & (o_keys < block_hi)
-    if KEY_MASKED:
-        m_keys = m_keys & (tl.load(key_mask + i_b.to(tl.int64) * Lk + o_keys, mask=m_keys, other=0) != 0)
-    return m_keys
+def exponent_factor(scale, HIDES: tl.constexpr):
+    """What ``hide``'s scores are multiplied with to be exponents of 2."""
+    return _LOG2_E if attn_mask_kind(HIDES) == "additive" else scale * _LOG2_E
 
 
 @triton.jit
-def _attention_fwd_kernel(
-    q, k, k_1, k_2, v, v_1, v_2, k_second, v_second, out, lse, statistics, key_mask, lengths, query_mask, attn_mask, window_lo,
-    window_hi, seed, threshold, inverse_keep, scale, causal_shift, B, H, G, Lq, Lk, Lk_first, d_qk, d_v, S, first_splits,
-    keys_per_split, stride_q_b, stride_q_h, stride_q_l, stride_k_b, stride_k_h, stride_k_l, stride_v_b, stride_v_h, stride_v_l,
-    stride_k2_b, stride_k2_h, stride_k2_l, stride_v2_b, stride_v2_h, stride_v2_l, stride_o_b, stride_o_h, stride_o_s,
-    stride_o_l,
-    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
-    PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, SEGMENTS: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_QUERY_MASK: tl.constexpr, KEY_MASKED: tl.constexpr, ATTN_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def softmax_step(state, s, b_v, kept, factor, DROPOUT: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr):
+    """(acc, m, l) with one more tile of scores and values. m is scaled, except under an additive mask."""
+    acc, m_i, l_i = state
+    # A row that has seen no key yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
+    if attn_mask_kind(HIDES) == "additive":
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.exp2((s - m_safe[:, None]) * factor)
+        alpha = tl.exp2((m_i - m_safe) * factor)
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if hides_anything(HIDES) else m_new
+        p = tl.exp2(s * factor - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        p = p * kept
+    return accumulate(p.to(b_v[0].dtype), b_v, rescale(acc, alpha), PRECISION), m_new, l_i
+
+
+@triton.jit
+def store_result(
+    state, out, lse, statistics, o_out, stride_row, o_lse, o_rows, m_rows, d_v, total_rows, inverse_keep, PIECES: tl.constexpr,
+    DROPOUT: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """After tile t, (acc, m, l) is the softmax state of the split's keys before tile t + 1."""
-    WINDOWED: tl.constexpr = PACKED or CAUSAL or HAS_LENGTHS or HAS_QUERY_MASK
-    HIDING: tl.constexpr = WINDOWED or KEY_MASKED or ATTN_MASK != "none"
-    row_blocks = tl.cdiv(Lq, BLOCK_Q)
-    i = tl.program_id(0)
-    i_block, i_s, i_h, i_b = i % row_blocks, (i // row_blocks) % S, (i // (row_blocks * S)) % H, i // (row_blocks * S * H)
-    i_row = i_block * BLOCK_Q
-    o_rows = i_row + tl.arange(0, BLOCK_Q)
-    m_rows = o_rows < Lq
-    begin, end, base = _key_range(i_s, first_splits, keys_per_split, Lk_first, Lk)
-    if SEGMENTS == 2:
-        second = i_s >= first_splits
-        k, stride_k_b, stride_k_h, stride_k_l = _one_of(
-            second, k, stride_k_b, stride_k_h, stride_k_l, k_second, stride_k2_b, stride_k2_h, stride_k2_l
-        )
-        v, stride_v_b, stride_v_h, stride_v_l = _one_of(
-            second, v, stride_v_b, stride_v_h, stride_v_l, v_second, stride_v2_b, stride_v2_h, stride_v2_l
-        )
-    lo, hi = _windows(
-        window_lo, window_hi, lengths, query_mask, i_b, o_rows, m_rows, Lq, Lk, causal_shift, PACKED, CAUSAL, HAS_LENGTHS,
-        HAS_QUERY_MASK,
-    )  # fmt: skip
-    inner_lo, inner_hi, block_hi = 0, Lk, Lk
-    if WINDOWED:
-        used = m_rows & (hi > lo)
-        inner_lo, inner_hi = tl.max(lo, 0), tl.min(tl.where(m_rows, hi, Lk), 0)
-        block_hi = tl.max(tl.where(used, hi, 0), 0)
-        block_lo = tl.min(tl.where(used, lo, Lk), 0)
-        first = tl.maximum(block_lo - begin, 0) // BLOCK_KV * BLOCK_KV
-        begin, end = begin + first, tl.minimum(end, tl.maximum(block_hi, begin))
-    m_read = m_rows
-    if HAS_QUERY_MASK:
-        m_read = m_rows & (hi > lo)
-    b_q = _load_tile(q, q, q, i_b, i_h, i_row, m_read, stride_q_b, stride_q_h, stride_q_l, d_qk, PIECES_QK, BLOCK_Q, False)
-    # Base 2 throughout: scores times ``factor`` are exponents of 2.
-    factor = _LOG2_E if ATTN_MASK == "additive" else scale * _LOG2_E
-    acc = zero_rows(BLOCK_Q, PIECES_V)
-    m_i = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_Q], tl.float32)
-    for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
-        o_keys = start + tl.arange(0, BLOCK_KV)
-        m_keys = _visible_keys(key_mask, i_b, o_keys, end, block_hi, Lk, KEY_MASKED, HAS_LENGTHS)
-        b_k = _load_tile(
-            k, k_1, k_2, i_b, i_h // G, start - base, m_keys, stride_k_b, stride_k_h, stride_k_l, d_qk, PIECES_QK, BLOCK_KV, TMA
-        )
-        s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
-        s = _scores(
-            s, attn_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], lo[:, None], hi[:, None], m_rows[:, None],
-            m_keys[None, :], start, end, inner_lo, inner_hi, scale, stride_mask_b, stride_mask_h, stride_mask_q,
-            stride_mask_k, BLOCK_KV, WINDOWED, KEY_MASKED, ATTN_MASK,
-        )  # fmt: skip
-        # A row that has seen no key yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
-        if ATTN_MASK == "additive":
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-            p = tl.exp2((s - m_safe[:, None]) * factor)
-            alpha = tl.exp2((m_i - m_safe) * factor)
-        else:
-            m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
-            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if HIDING else m_new
-            p = tl.exp2(s * factor - m_safe[:, None])
-            alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
-        if DROPOUT:
-            # 1 or 0: the factor 1/(1-p) follows at the end, where it is not rounded.
-            r_rows = i_h * Lq + o_rows
-            p = p * dropout_factors(seed, threshold, 1.0, i_b, r_rows[:, None], o_keys[None, :])
-        b_v = _load_tile(
-            v, v_1, v_2, i_b, i_h // G, start - base, m_keys, stride_v_b, stride_v_h, stride_v_l, d_v, PIECES_V, BLOCK_KV, TMA
-        )
-        acc = accumulate(p.to(b_v[0].dtype), b_v, rescale(acc, alpha), PRECISION)
+    """acc / l, lse, and under an additive mask the maximum and log l apart: lse would lose log l beside finfo.min."""
+    acc, m_i, l_i = state
     inverse_l = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
     if DROPOUT:
         inverse_l *= inverse_keep
-    o_out = i_b.to(tl.int64) * stride_o_b + i_h.to(tl.int64) * stride_o_h + i_s.to(tl.int64) * stride_o_s
-    store_rows(out + o_out, stride_o_l, o_rows, m_rows, d_v, acc, inverse_l, PIECES_V)
-    o_lse = ((i_b * H + i_h).to(tl.int64) * S + i_s) * Lq + o_rows
+    store_rows(out + o_out, stride_row, o_rows, m_rows, d_v, acc, inverse_l, PIECES)
     log_l = tl.log2(l_i) * _LN_2
-    if ATTN_MASK == "additive":
+    if attn_mask_kind(HIDES) == "additive":
         tl.store(lse + o_lse, m_i + log_l, mask=m_rows)
-        # lse would lose log l beside a maximum of finfo.min: the backward takes the two apart. S is 1.
         tl.store(statistics + o_lse, tl.where(m_i == -float("inf"), float("inf"), m_i), mask=m_rows)
-        tl.store(statistics + tl.cast(B * H, tl.int64) * Lq + o_lse, tl.where(l_i == 0.0, 0.0, log_l), mask=m_rows)
+        tl.store(statistics + total_rows + o_lse, tl.where(l_i == 0.0, 0.0, log_l), mask=m_rows)
     else:
         tl.store(lse + o_lse, m_i * _LN_2 + log_l, mask=m_rows)
 
 
 @triton.jit
-def _row_state(lse, statistics, o, m_rows, size, ATTN_MASK: tl.constexpr):
+def load_row_state(lse, statistics, o, m_rows, total_rows, HIDES: tl.constexpr):
     """(shift, log2 l): p = exp2((s - shift) factor - log2 l); rows that see nothing get a shift of +inf, so that p is 0."""
-    if ATTN_MASK == "additive":
+    if attn_mask_kind(HIDES) == "additive":
         shift = tl.load(statistics + o, mask=m_rows, other=float("inf"))
-        log_l = tl.load(statistics + size + o, mask=m_rows, other=0.0) * _LOG2_E
+        log_l = tl.load(statistics + total_rows + o, mask=m_rows, other=0.0) * _LOG2_E
     else:
         shift = tl.load(lse + o, mask=m_rows, other=-float("inf"))
         shift = tl.where(shift == -float("inf"), float("inf"), shift * _LOG2_E)
@@ -257,134 +248,218 @@ def _row_state(lse, statistics, o, m_rows, size, ATTN_MASK: tl.constexpr):
 
 
 @triton.jit
-def _weights(s, shift, log_l, factor, ATTN_MASK: tl.constexpr):
-    """Attention weights from scores and what _row_state loads."""
-    return tl.exp2((s - shift) * factor - log_l) if ATTN_MASK == "additive" else tl.exp2(s * factor - shift)
+def attention_weights(s, shift, log_l, factor, HIDES: tl.constexpr):
+    """Weights from scores and what load_row_state gives."""
+    return tl.exp2((s - shift) * factor - log_l) if attn_mask_kind(HIDES) == "additive" else tl.exp2(s * factor - shift)
 
 
 @triton.jit
-def _attention_bwd_kernel(
-    q, q_1, q_2, dout, dout_1, dout_2, k, v, k_second, v_second, lse, statistics, delta, dlse, dq, dq_sum, dk, dv, key_mask,
-    lengths, query_mask, attn_mask, window_lo, window_hi, key_window_lo, key_window_hi, seed, threshold, inverse_keep, scale,
-    causal_shift, B, H, G, Lq, Lk, Lk_first, d_qk, d_v, S_q, rows_per_slice, S_k, first_ranges, keys_per_range, stride_q_b,
-    stride_q_h, stride_q_l, stride_do_b, stride_do_h, stride_do_l, stride_k_b, stride_k_h, stride_k_l, stride_v_b, stride_v_h,
-    stride_v_l, stride_k2_b, stride_k2_h, stride_k2_l, stride_v2_b, stride_v2_h, stride_v2_l, stride_dq_b, stride_dq_h,
-    stride_dq_l, stride_dk_b, stride_dk_h, stride_dk_s, stride_dk_l, stride_dv_b, stride_dv_h, stride_dv_s,
-    stride_dv_l, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
-    PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, SEGMENTS: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_QUERY_MASK: tl.constexpr, KEY_MASKED: tl.constexpr, ATTN_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, ONE_BLOCK: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk_j = scale sum_i ds_ij q_i, dv_j = sum_i d_ij p_ij dout_i, dq_i = scale sum_j ds_ij k_j; scores are [keys, queries].
+def _one_of(second, source, stride, source_2, stride_2):
+    """The pointer and strides of the segment that a program reads."""
+    strides = (
+        tl.where(second, stride_2[0], stride[0]), tl.where(second, stride_2[1], stride[1]),
+        tl.where(second, stride_2[2], stride[2]),
+    )  # fmt: skip
+    return (tl.where(second, source_2, source[0]),), strides
 
-    The program owns the dq of its slice and range: after block b, dq_sum [B*H, S_k, Lq, d_qk] holds what the range's keys
-    before block b + 1 add. With DIRECT, one range, its last block writes dq; with windows blocks leave rows out,
-    and dq_sum starts as
-    zeros. With ONE_BLOCK all keys lie in one block, and delta_i = sum_j p_ij d_ij dp_ij - dlse_i needs no array.
+
+@triton.jit
+def _key_range(i_s, parts, Lk):
+    """(begin, end, base, second): the keys of part i_s, which lie in one segment, and the first key of that segment."""
+    _, first, length, Lk_first = parts
+    second = i_s >= first
+    base = tl.where(second, Lk_first, 0)
+    begin = base + tl.where(second, i_s - first, i_s) * length
+    return begin, tl.minimum(begin + length, tl.where(second, Lk, Lk_first)), base, second
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q, k, v, k_second, v_second, out, lse, statistics, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k,
+    stride_v, stride_k_second, stride_v_second, stride_out, stride_mask,
+    PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """After tile t, (acc, m, l) is the softmax state of the split's keys before tile t + 1."""
+    B, H, G, Lq, Lk, d_qk, d_v = sizes
+    S = parts[0]
+    row_blocks = tl.cdiv(Lq, BLOCK_Q)
+    i = tl.program_id(0)
+    i_row, i_s = i % row_blocks * BLOCK_Q, (i // row_blocks) % S
+    i_h, i_b = (i // (row_blocks * S)) % H, i // (row_blocks * S * H)
+    o_rows = i_row + tl.arange(0, BLOCK_Q)
+    m_rows = o_rows < Lq
+    begin, end, base, second = _key_range(i_s, parts, Lk)
+    if SEGMENTS == 2:
+        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+    window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
+    some_lo, some_hi, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
+    end = tl.minimum(end, tl.maximum(some_hi, begin))
+    begin += tl.maximum(some_lo - begin, 0) // BLOCK_KV * BLOCK_KV
+    b_q = load_head((q,), i_b, i_h, i_row, rows_to_read(window, m_rows, HIDES), stride_q, d_qk, PIECES_QK, BLOCK_Q, False)
+    factor = exponent_factor(scale, HIDES)
+    m_i, l_i = tl.full([BLOCK_Q], -float("inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    state = (zero_rows(BLOCK_Q, PIECES_V), m_i, l_i)
+    for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
+        o_keys = start + tl.arange(0, BLOCK_KV)
+        m_keys = keys_to_read(masks, i_b, o_keys, end, some_hi, Lk, HIDES)
+        b_k = load_head(k, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
+        s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
+        s = hide(
+            s, masks, stride_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], window[0][:, None], window[1][:, None],
+            m_rows[:, None], m_keys[None, :], (start, end, all_lo, all_hi), scale, BLOCK_KV, HIDES,
+        )  # fmt: skip
+        b_v = load_head(v, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
+        # 1 or 0: the factor 1/(1-p) follows at the end, where it is not rounded.
+        kept = 1.0
+        if DROPOUT:
+            kept = dropout_factors(dropout[0], dropout[1], 1.0, i_b, (i_h * Lq + o_rows)[:, None], o_keys[None, :])
+        state = softmax_step(state, s, b_v, kept, factor, DROPOUT, HIDES, PRECISION)
+    o_out = i_b.to(tl.int64) * stride_out[0] + i_h.to(tl.int64) * stride_out[1] + i_s.to(tl.int64) * stride_out[2]
+    o_lse = ((i_b * H + i_h).to(tl.int64) * S + i_s) * Lq + o_rows
+    store_result(
+        state, out, lse, statistics, o_out, stride_out[3], o_lse, o_rows, m_rows, d_v, tl.cast(B * H, tl.int64) * Lq,
+        dropout[2], PIECES_V, DROPOUT, HIDES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attention_bwd_dq_kernel(
+    q, k, v, k_second, v_second, out, dout, dlse, lse, statistics, delta, dq, masks, dropout, scale, causal_shift, sizes, parts,
+    stride_q, stride_k, stride_v, stride_k_second, stride_v_second, stride_out, stride_dout, stride_dq, stride_mask,
+    PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq = scale sum_j ds_j k_j, ds = p (d dp - delta), dp = dout v^T; delta = dout.out - dlse is stored for dk and dv."""
+    B, H, G, Lq, Lk, d_qk, d_v = sizes
+    S = parts[0]
+    row_blocks = tl.cdiv(Lq, BLOCK_Q)
+    i = tl.program_id(0)
+    i_row, i_s = i % row_blocks * BLOCK_Q, (i // row_blocks) % S
+    i_h, i_b = (i // (row_blocks * S)) % H, i // (row_blocks * S * H)
+    o_rows = i_row + tl.arange(0, BLOCK_Q)
+    m_rows = o_rows < Lq
+    begin, end, base, second = _key_range(i_s, parts, Lk)
+    if SEGMENTS == 2:
+        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+    window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
+    some_lo, some_hi, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
+    end = tl.minimum(end, tl.maximum(some_hi, begin))
+    begin += tl.maximum(some_lo - begin, 0) // BLOCK_KV * BLOCK_KV
+    m_read = rows_to_read(window, m_rows, HIDES)
+    b_o = load_head((out,), i_b, i_h, i_row, m_read, stride_out, d_v, PIECES_V, BLOCK_Q, False)
+    b_do = load_head((dout,), i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, False)
+    b_q = load_head((q,), i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, False)
+    o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
+    b_delta = row_dots(b_o, b_do)
+    if HAS_DLSE:
+        b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
+    if i_s == 0:
+        tl.store(delta + o_lse, b_delta, mask=m_rows)
+    shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
+    factor = exponent_factor(scale, HIDES)
+    acc = zero_rows(BLOCK_Q, PIECES_QK)
+    for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
+        o_keys = start + tl.arange(0, BLOCK_KV)
+        m_keys = keys_to_read(masks, i_b, o_keys, end, some_hi, Lk, HIDES)
+        b_k = load_head(k, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
+        b_v = load_head(v, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
+        s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
+        dp = dot_transposed(b_do, b_v, PRECISION)
+        s = hide(
+            s, masks, stride_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], window[0][:, None], window[1][:, None],
+            m_rows[:, None], m_keys[None, :], (start, end, all_lo, all_hi), scale, BLOCK_KV, HIDES,
+        )  # fmt: skip
+        p = attention_weights(s, shift[:, None], log_l[:, None], factor, HIDES)
+        if DROPOUT:
+            dp *= dropout_factors(*dropout, i_b, (i_h * Lq + o_rows)[:, None], o_keys[None, :])
+        ds = p * (dp - b_delta[:, None])
+        acc = accumulate(ds.to(b_k[0].dtype), b_k, acc, PRECISION)
+    o_dq = i_b.to(tl.int64) * stride_dq[0] + i_h.to(tl.int64) * stride_dq[1] + i_s.to(tl.int64) * stride_dq[2]
+    scales = tl.full([BLOCK_Q], 1.0, tl.float32) * scale
+    store_rows(dq + o_dq, stride_dq[3], o_rows, m_rows, d_qk, acc, scales, PIECES_QK)
+
+
+@triton.jit
+def _attention_bwd_dkv_kernel(
+    q, dout, k, v, k_second, v_second, lse, statistics, delta, dk, dv, masks, key_windows, dropout, scale, causal_shift, sizes,
+    parts, slices, stride_q, stride_dout, stride_k, stride_v, stride_k_second, stride_v_second, stride_dk, stride_dv,
+    stride_mask,
+    PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk_j = scale sum_i ds_ij q_i and dv_j = sum_i d_ij p_ij dout_i over one slice of the queries.
+
+    Scores are [keys, queries]. slices = (S, queries of a slice); a part of the keys is one block; key_windows are, for packed
+    sequences, lo and hi of the queries that see each key.
     """
-    WINDOWED: tl.constexpr = PACKED or CAUSAL or HAS_LENGTHS or HAS_QUERY_MASK
+    B, H, G, Lq, Lk, d_qk, d_v = sizes
+    S, rows_per_slice = slices
+    key_blocks = parts[0]
     H_kv = H // G
     i = tl.program_id(0)
-    i_q, i_k = i % S_q, (i // S_q) % S_k
-    i_kv, i_b = (i // (S_q * S_k)) % H_kv, i // (S_q * S_k * H_kv)
-    range_begin, range_end, base = _key_range(i_k, first_ranges, keys_per_range, Lk_first, Lk)
+    i_block, i_s = i % key_blocks, (i // key_blocks) % S
+    i_kv, i_b = (i // (key_blocks * S)) % H_kv, i // (key_blocks * S * H_kv)
+    start, end, base, second = _key_range(i_block, parts, Lk)
     if SEGMENTS == 2:
-        second = i_k >= first_ranges
-        k, stride_k_b, stride_k_h, stride_k_l = _one_of(
-            second, k, stride_k_b, stride_k_h, stride_k_l, k_second, stride_k2_b, stride_k2_h, stride_k2_l
-        )
-        v, stride_v_b, stride_v_h, stride_v_l = _one_of(
-            second, v, stride_v_b, stride_v_h, stride_v_l, v_second, stride_v2_b, stride_v2_h, stride_v2_l
-        )
-    key_end = Lk
-    if HAS_LENGTHS:
-        key_end = tl.load(lengths + i_b)
-    factor = _LOG2_E if ATTN_MASK == "additive" else scale * _LOG2_E
-    ones_q, ones_k = tl.full([BLOCK_Q], 1.0, tl.float32), tl.full([BLOCK_KV], 1.0, tl.float32)
-    slice_begin = i_q * rows_per_slice
-    slice_end = tl.minimum(slice_begin + rows_per_slice, Lq)
-    for start in range(range_begin, range_end, BLOCK_KV):
-        o_keys = start + tl.arange(0, BLOCK_KV)
-        m_store = o_keys < range_end
-        m_keys = _visible_keys(key_mask, i_b, o_keys, range_end, key_end, Lk, KEY_MASKED, HAS_LENGTHS)
-        b_k = _load_tile(
-            k, k, k, i_b, i_kv, start - base, m_keys, stride_k_b, stride_k_h, stride_k_l, d_qk, PIECES_QK, BLOCK_KV, False
-        )
-        b_v = _load_tile(
-            v, v, v, i_b, i_kv, start - base, m_keys, stride_v_b, stride_v_h, stride_v_l, d_v, PIECES_V, BLOCK_KV, False
-        )
-        row_begin, row_end = slice_begin, slice_end
-        if PACKED:
-            # Rows of the sequences that the block's keys belong to.
-            row_begin = tl.maximum(row_begin, tl.min(tl.load(key_window_lo + o_keys, mask=m_store, other=Lq), 0))
-            row_end = tl.minimum(row_end, tl.max(tl.load(key_window_hi + o_keys, mask=m_store, other=0), 0))
-        elif CAUSAL:
-            row_begin = tl.maximum(row_begin, start - causal_shift)
-        if HAS_LENGTHS:
-            row_end = tl.where(start < key_end, row_end, row_begin)
-        # A row stays in the same place of a tile, and so with the same thread, which reads what it wrote.
-        row_begin = slice_begin + (row_begin - slice_begin) // BLOCK_Q * BLOCK_Q
-        tiles = tl.maximum(tl.cdiv(row_end - row_begin, BLOCK_Q), 0)
-        acc_k = zero_rows(BLOCK_KV, PIECES_QK)
-        acc_v = zero_rows(BLOCK_KV, PIECES_V)
-        for t in tl.range(0, tiles * G, num_stages=STAGES):
-            i_h = i_kv * G + t // tiles
-            i_row = row_begin + (t % tiles) * BLOCK_Q
-            o_rows = i_row + tl.arange(0, BLOCK_Q)
-            m_rows = o_rows < slice_end
-            lo, hi = _windows(
-                window_lo, window_hi, lengths, query_mask, i_b, o_rows, m_rows, Lq, Lk, causal_shift, PACKED, CAUSAL,
-                HAS_LENGTHS, HAS_QUERY_MASK,
+        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+    o_keys = start + tl.arange(0, BLOCK_KV)
+    m_store = o_keys < end
+    visible_end = Lk
+    if has_lengths(HIDES):
+        visible_end = tl.load(masks[1] + i_b)
+    m_keys = keys_to_read(masks, i_b, o_keys, end, visible_end, Lk, HIDES)
+    b_k = load_head(k, i_b, i_kv, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, False)
+    b_v = load_head(v, i_b, i_kv, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, False)
+    row_begin = i_s * rows_per_slice
+    row_end = tl.minimum(row_begin + rows_per_slice, Lq)
+    if packed(HIDES):
+        # Rows of the sequences that the block's keys belong to.
+        row_begin = tl.maximum(row_begin, tl.min(tl.load(key_windows[0] + o_keys, mask=m_store, other=Lq), 0))
+        row_end = tl.minimum(row_end, tl.max(tl.load(key_windows[1] + o_keys, mask=m_store, other=0), 0))
+    elif causal(HIDES):
+        row_begin = tl.maximum(row_begin, (start - causal_shift) // BLOCK_Q * BLOCK_Q)
+    if has_lengths(HIDES):
+        row_end = tl.where(start < visible_end, row_end, row_begin)
+    tiles = tl.maximum(tl.cdiv(row_end - row_begin, BLOCK_Q), 0)
+    factor = exponent_factor(scale, HIDES)
+    acc_k = zero_rows(BLOCK_KV, PIECES_QK)
+    acc_v = zero_rows(BLOCK_KV, PIECES_V)
+    for t in tl.range(0, tiles * G, num_stages=STAGES):
+        i_h = i_kv * G + t // tiles
+        i_row = row_begin + (t % tiles) * BLOCK_Q
+        o_rows = i_row + tl.arange(0, BLOCK_Q)
+        m_rows = o_rows < row_end
+        window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
+        m_read = rows_to_read(window, m_rows, HIDES)
+        b_q = load_head(q, i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
+        b_do = load_head(dout, i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, TMA)
+        o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
+        shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
+        b_delta = tl.load(delta + o_lse, mask=m_rows, other=0.0)
+        s = dot_transposed(b_k, b_q, PRECISION)  # [BLOCK_KV, BLOCK_Q]
+        dp = dot_transposed(b_v, b_do, PRECISION)
+        # Without masks only keys past the end are left, whose weights end in rows that are not stored.
+        if hides_anything(HIDES):
+            _, _, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
+            s = hide(
+                s, masks, stride_mask, i_b, i_h, o_rows[None, :], o_keys[:, None], window[0][None, :], window[1][None, :],
+                m_rows[None, :], m_keys[:, None], (start, end, all_lo, all_hi), scale, BLOCK_KV, HIDES,
             )  # fmt: skip
-            m_read = m_rows
-            if HAS_QUERY_MASK:
-                m_read = m_rows & (hi > lo)
-            b_q = _load_tile(
-                q, q_1, q_2, i_b, i_h, i_row, m_read, stride_q_b, stride_q_h, stride_q_l, d_qk, PIECES_QK, BLOCK_Q, TMA
-            )
-            b_do = _load_tile(
-                dout, dout_1, dout_2, i_b, i_h, i_row, m_read, stride_do_b, stride_do_h, stride_do_l, d_v, PIECES_V, BLOCK_Q,
-                TMA,
-            )  # fmt: skip
-            o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
-            shift, log_l = _row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, ATTN_MASK)
-            s = dot_transposed(b_k, b_q, PRECISION)  # [BLOCK_KV, BLOCK_Q]
-            dp = dot_transposed(b_v, b_do, PRECISION)
-            inner_lo, inner_hi = 0, Lk
-            if WINDOWED:
-                inner_lo, inner_hi = tl.max(lo, 0), tl.min(tl.where(m_rows, hi, Lk), 0)
-            s = _scores(
-                s, attn_mask, i_b, i_h, o_rows[None, :], o_keys[:, None], lo[None, :], hi[None, :], m_rows[None, :],
-                m_keys[:, None], start, range_end, inner_lo, inner_hi, scale, stride_mask_b, stride_mask_h, stride_mask_q,
-                stride_mask_k, BLOCK_KV, WINDOWED, KEY_MASKED, ATTN_MASK,
-            )  # fmt: skip
-            p = _weights(s, shift[None, :], log_l[None, :], factor, ATTN_MASK)
-            kept = p
-            if DROPOUT:
-                r_rows = i_h * Lq + o_rows
-                factors = dropout_factors(seed, threshold, inverse_keep, i_b, r_rows[None, :], o_keys[:, None])
-                dp, kept = dp * factors, p * factors
-            if ONE_BLOCK:
-                b_delta = tl.sum(p * dp, 0)
-                if HAS_DLSE:
-                    b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
-            else:
-                b_delta = tl.load(delta + o_lse, mask=m_rows, other=0.0)
-            acc_v = accumulate(kept.to(b_do[0].dtype), b_do, acc_v, PRECISION)
-            ds = (p * (dp - b_delta[None, :])).to(b_q[0].dtype)
-            acc_k = accumulate(ds, b_q, acc_k, PRECISION)
-            acc_q = scale_rows(dot_columns(ds, b_k, PRECISION), scale)  # [BLOCK_Q, d_qk]
-            o_sum = (((i_b * H + i_h).to(tl.int64) * S_k + i_k) * Lq) * d_qk
-            if not ONE_BLOCK:
-                if WINDOWED or start > range_begin:
-                    acc_q = add_rows(acc_q, dq_sum + o_sum, d_qk, o_rows, m_rows, d_qk, PIECES_QK)
-                if not DIRECT or start + BLOCK_KV < range_end:
-                    store_rows(dq_sum + o_sum, d_qk, o_rows, m_rows, d_qk, acc_q, ones_q, PIECES_QK)
-            if DIRECT and start + BLOCK_KV >= range_end:
-                o_dq = i_b.to(tl.int64) * stride_dq_b + i_h.to(tl.int64) * stride_dq_h
-                store_rows(dq + o_dq, stride_dq_l, o_rows, m_rows, d_qk, acc_q, ones_q, PIECES_QK)
-        o_dk = i_b.to(tl.int64) * stride_dk_b + i_kv.to(tl.int64) * stride_dk_h + i_q.to(tl.int64) * stride_dk_s
-        o_dv = i_b.to(tl.int64) * stride_dv_b + i_kv.to(tl.int64) * stride_dv_h + i_q.to(tl.int64) * stride_dv_s
-        store_rows(dk + o_dk, stride_dk_l, o_keys, m_store, d_qk, acc_k, ones_k * scale, PIECES_QK)
-        store_rows(dv + o_dv, stride_dv_l, o_keys, m_store, d_v, acc_v, ones_k, PIECES_V)
+        p = attention_weights(s, shift[None, :], log_l[None, :], factor, HIDES)
+        kept = p
+        if DROPOUT:
+            factors = dropout_factors(*dropout, i_b, (i_h * Lq + o_rows)[None, :], o_keys[:, None])
+            dp, kept = dp * factors, p * factors
+        acc_v = accumulate(kept.to(b_do[0].dtype), b_do, acc_v, PRECISION)
+        ds = p * (dp - b_delta[None, :])
+        acc_k = accumulate(ds.to(b_q[0].dtype), b_q, acc_k, PRECISION)
+    ones = tl.full([BLOCK_KV], 1.0, tl.float32)
+    o_dk = i_b.to(tl.int64) * stride_dk[0] + i_kv.to(tl.int64) * stride_dk[1] + i_s.to(tl.int64) * stride_dk[2]
+    o_dv = i_b.to(tl.int64) * stride_dv[0] + i_kv.to(tl.int64) * stride_dv[1] + i_s.to(tl.int64) * stride_dv[2]
+    store_rows(dk + o_dk, stride_dk[3], o_keys, m_store, d_qk, acc_k, ones * scale, PIECES_QK)
+    store_rows(dv + o_dv, stride_dv[3], o_keys, m_store, d_v, acc_v, ones, PIECES_V)

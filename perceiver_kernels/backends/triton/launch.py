@@ -40,36 +40,59 @@ def launch(function: Any, programs: int, *args: Any, **options: Any) -> None:
 
     Tensors may be on a CPU, where the interpreter, or an offline compiler, takes Triton's own path.
     """
-    first = args[0]
-    tensor = first.base if type(first) is Descriptor else first
-    if not (_DIRECT and tensor.is_cuda and knobs.runtime.launch_enter_hook is None):
+    tensor = _a_tensor(args)
+    hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+    if hooks or not (_DIRECT and tensor.is_cuda):
         _launch_as_triton(function, programs, args, options)
         return
     device = torch.cuda.current_device()
     key: list[Any] = [function, device, *options.values()]
     given: list[Any] = []
-    for value in args:
-        if isinstance(value, Tensor):
-            address = value.data_ptr()
-            key.append((value.dtype, address % 16 == 0))
-            given.append(address)
-        elif type(value) is Descriptor:
-            key.append((value.base.dtype, value[1:]))
-            given.append(value)
-        else:
-            key.append(value if type(value) is not float else float)
-            given.append(value)
-    kernel = _compiled.get(tuple(key))
+    _look_at(args, key, given)
+    found = tuple(key)
+    kernel = _compiled.get(found)
     if kernel is None:
         if len(_compiled) >= _CAPACITY:
             _compiled.clear()
-        _compiled[tuple(key)] = _launch_as_triton(function, programs, args, options)
+        _compiled[found] = _launch_as_triton(function, programs, args, options)
         return
     given += [options[name] for name in function.arg_names[len(args) :]]
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel.run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *given)
 
 
+def _a_tensor(args: tuple[Any, ...]) -> Tensor:
+    """The first tensor among arguments that may be nested."""
+    first = args[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    return first
+
+
+def _look_at(args: tuple[Any, ...], key: list[Any], given: list[Any]) -> None:
+    """Add to ``key`` what a kernel is compiled for, and to ``given`` what its launcher takes: addresses instead of tensors."""
+    for value in args:
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            key.append((value.dtype, address % 16 == 0))
+            given.append(address)
+        elif type(value) is tuple:
+            inner: list[Any] = []
+            _look_at(value, key, inner)
+            given.append(tuple(inner))
+        elif type(value) is Descriptor:
+            key.append((value.base.dtype, value[1:]))
+            given.append(value)
+        else:
+            key.append(value if type(value) is not float else float)
+            given.append(value)
+
+
+def _for_triton(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_for_triton, value))
+    return value.for_triton() if type(value) is Descriptor else value
+
+
 def _launch_as_triton(function: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    given = (value.for_triton() if type(value) is Descriptor else value for value in args)
-    return function[(programs,)](*given, **options)
+    return function[(programs,)](*map(_for_triton, args), **options)

@@ -148,27 +148,6 @@ def store_rows(pointer, stride_row, o_rows, m_rows, C, pieces, factor, PIECES: t
 
 
 @triton.jit
-def add_rows(pieces, pointer, stride_row, o_rows, m_rows, C, PIECES: tl.constexpr):
-    """``pieces`` plus fp32 rows ``o_rows`` of a matrix."""
-    p_rows = pointer + o_rows.to(tl.int64)[:, None] * stride_row
-    total = ()
-    for i in tl.static_range(len(PIECES)):
-        o_c = piece_columns(PIECES, i)
-        earlier = tl.load(p_rows + o_c[None, :], mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0)
-        total = total + (pieces[i] + earlier,)
-    return total
-
-
-@triton.jit
-def scale_rows(pieces, factor):
-    """pieces * factor, one number."""
-    scaled = ()
-    for i in tl.static_range(len(pieces)):
-        scaled = scaled + (pieces[i] * factor,)
-    return scaled
-
-
-@triton.jit
 def store_rows_tma(descriptors, i_b, start, pieces, ROWS: tl.constexpr, PIECES: tl.constexpr):
     """Store rows start..start+ROWS of batch entry i_b through one TMA descriptor per piece; rows past the end are dropped."""
     for i in tl.static_range(len(PIECES)):
