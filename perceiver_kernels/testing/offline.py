@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_launcher
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -105,6 +106,14 @@ def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], argu
     )
 
 
+def _write_launcher(compiled: Any) -> None:
+    """Triton writes a launcher when a kernel first runs: it refuses arguments that compile, such as nested descriptors."""
+    constants = {(names.index(key),) if isinstance(key, str) else key: value for names in [compiled.src.fn.arg_names]
+                 for key, value in compiled.src.constants.items()}  # fmt: skip
+    signature = dict(compiled.src.signature.items())
+    make_launcher(constants, signature, getattr(compiled.metadata, "tensordesc_meta", None))
+
+
 @contextmanager
 def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
     """Launchers plan for ``facts`` and compile for its capability; the list collects each launch instead of running it."""
@@ -114,6 +123,7 @@ def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = saved_run(self, *args, grid=grid, warmup=True, **kwargs)
+        _write_launcher(compiled)
         launches.append(_resources(self, compiled, tuple(grid), kwargs))
         return compiled
 

@@ -179,8 +179,8 @@ def _launch_forward(call: _Call, out: Tensor, lse: Tensor, statistics: Tensor) -
         lse_part = torch.empty(B * H, S, Lq, dtype=torch.float32, device=out.device)
     launch(
         _attention_fwd_kernel, ceil_div(Lq, tile.block_q) * S * H * B, call.query,
-        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
-        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], part, lse_part,
+        *row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        *row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], part, lse_part,
         statistics, *call.common, (S, splits.first, splits.length, call.Lk_first),
         *_strides(call.query, call.keys[0], call.values[0], call.keys[-1], call.values[-1]), strides, call.stride_mask,
         SEGMENTS=len(call.keys), **call.options(tile, tma),
@@ -193,7 +193,7 @@ def _launch_decode_forward(call: _Call, resident: Resident, out: Tensor, lse: Te
     B, H = call.sizes[:2]
     tile, parts, tma = resident.tile, resident.parts, call.streams_queries_by_tma()
     launch(
-        _attention_decode_fwd_kernel, parts.total * H * B, row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
+        _attention_decode_fwd_kernel, parts.total * H * B, *row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
         call.keys[0], call.values[0], out, lse, statistics, *call.common, (parts.total, parts.length),
         *_strides(call.query, call.keys[0], call.values[0], out), call.stride_mask,
         BLOCKS=ceil_div(call.Lk, tile.block_kv), **call.options(tile, tma),
@@ -253,8 +253,8 @@ def _launch_dq(call: _Call, saved: _Saved, dq: Tensor) -> None:
     part, strides = (dq, _with_parts(dq)) if S == 1 else _partials(B * H, S, Lq, d_qk, H, dq.device)
     launch(
         _attention_bwd_dq_kernel, ceil_div(Lq, tile.block_q) * S * H * B, call.query,
-        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
-        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], saved.out,
+        *row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        *row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), call.keys[-1], call.values[-1], saved.out,
         saved.dout, saved.dlse, saved.lse, saved.statistics, saved.delta, part, *call.common,
         (S, splits.first, splits.length, call.Lk_first),
         *_strides(call.query, call.keys[0], call.values[0], call.keys[-1], call.values[-1], saved.out, saved.dout), strides,
@@ -273,7 +273,7 @@ def _launch_decode_dq(call: _Call, resident: Resident, saved: _Saved, dq: Tensor
         for tensor, pieces in ((call.query, tile.pieces_qk), (saved.out, tile.pieces_v), (saved.dout, tile.pieces_v))
     )
     launch(
-        _attention_decode_bwd_dq_kernel, parts.total * H * B, q, call.keys[0], call.values[0], out, dout, saved.dlse,
+        _attention_decode_bwd_dq_kernel, parts.total * H * B, *q, call.keys[0], call.values[0], *out, *dout, saved.dlse,
         saved.lse, saved.statistics, saved.delta, dq, *call.common, (parts.total, parts.length),
         *_strides(call.query, call.keys[0], call.values[0], saved.out, saved.dout, dq), call.stride_mask,
         BLOCKS=ceil_div(call.Lk, tile.block_kv), HAS_DLSE=saved.dlse is not None, **call.options(tile, tma),
@@ -292,8 +292,8 @@ def _launch_dkv(call: _Call, saved: _Saved, dk: Tensor, dv: Tensor) -> None:
     blocks = first_blocks + ceil_div(Lk - call.Lk_first, tile.block_kv)
     launch(
         _attention_bwd_dkv_kernel, blocks * slices.total * H_kv * B,
-        row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
-        row_arguments(saved.dout, tile.block_q, tile.pieces_v, tma), (call.keys[0],), (call.values[0],), call.keys[-1],
+        *row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
+        *row_arguments(saved.dout, tile.block_q, tile.pieces_v, tma), call.keys[0], call.values[0], call.keys[-1],
         call.values[-1], saved.lse, saved.statistics, saved.delta, *parts,
         call.masks, call.key_windows, *call.common[1:], (blocks, first_blocks, tile.block_kv, call.Lk_first),
         (slices.total, slices.length),
@@ -312,8 +312,8 @@ def _launch_encode_backward(call: _Call, resident: Resident, saved: _Saved, dq: 
     part, strides = (dq, _with_parts(dq)) if parts.total == 1 else _partials(B * H, parts.total, Lq, d_qk, H, dq.device)
     launch(
         _attention_encode_bwd_kernel, parts.total * H * B, call.query,
-        row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
-        row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), saved.dout, saved.lse, saved.statistics, delta, part,
+        *row_arguments(call.keys[0], tile.block_kv, tile.pieces_qk, tma),
+        *row_arguments(call.values[0], tile.block_kv, tile.pieces_v, tma), saved.dout, saved.lse, saved.statistics, delta, part,
         dk, dv, *call.common, (parts.total, parts.length), *_strides(call.query, call.keys[0], call.values[0], saved.dout),
         strides, *_strides(dk, dv), call.stride_mask, **call.options(tile, tma),
     )  # fmt: skip

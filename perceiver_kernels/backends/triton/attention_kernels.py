@@ -260,7 +260,7 @@ def _one_of(second, source, stride, source_2, stride_2):
         tl.where(second, stride_2[0], stride[0]), tl.where(second, stride_2[1], stride[1]),
         tl.where(second, stride_2[2], stride[2]),
     )  # fmt: skip
-    return (tl.where(second, source_2, source[0]),), strides
+    return (tl.where(second, source_2, source),), strides
 
 
 @triton.jit
@@ -275,7 +275,8 @@ def _key_range(i_s, parts, Lk):
 
 @triton.jit
 def _attention_fwd_kernel(
-    q, k, v, k_second, v_second, out, lse, statistics, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k,
+    q, k, k_1, k_2, v, v_1, v_2, k_second, v_second, out, lse, statistics, masks, dropout, scale, causal_shift, sizes, parts,
+    stride_q, stride_k,
     stride_v, stride_k_second, stride_v_second, stride_out, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -290,9 +291,10 @@ def _attention_fwd_kernel(
     o_rows = i_row + tl.arange(0, BLOCK_Q)
     m_rows = o_rows < Lq
     begin, end, base, second = _key_range(i_s, parts, Lk)
+    keys, values = (k, k_1, k_2), (v, v_1, v_2)
     if SEGMENTS == 2:
-        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
-        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+        keys, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        values, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
     window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
     some_lo, some_hi, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
     end = tl.minimum(end, tl.maximum(some_hi, begin))
@@ -304,13 +306,13 @@ def _attention_fwd_kernel(
     for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
         o_keys = start + tl.arange(0, BLOCK_KV)
         m_keys = keys_to_read(masks, i_b, o_keys, end, some_hi, Lk, HIDES)
-        b_k = load_head(k, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
+        b_k = load_head(keys, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
         s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
         s = hide(
             s, masks, stride_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], window[0][:, None], window[1][:, None],
             m_rows[:, None], m_keys[None, :], (start, end, all_lo, all_hi), scale, BLOCK_KV, HIDES,
         )  # fmt: skip
-        b_v = load_head(v, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
+        b_v = load_head(values, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
         # 1 or 0: the factor 1/(1-p) follows at the end, where it is not rounded.
         kept = 1.0
         if DROPOUT:
@@ -326,7 +328,8 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    q, k, v, k_second, v_second, out, dout, dlse, lse, statistics, delta, dq, masks, dropout, scale, causal_shift, sizes, parts,
+    q, k, k_1, k_2, v, v_1, v_2, k_second, v_second, out, dout, dlse, lse, statistics, delta, dq, masks, dropout, scale,
+    causal_shift, sizes, parts,
     stride_q, stride_k, stride_v, stride_k_second, stride_v_second, stride_out, stride_dout, stride_dq, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -342,9 +345,10 @@ def _attention_bwd_dq_kernel(
     o_rows = i_row + tl.arange(0, BLOCK_Q)
     m_rows = o_rows < Lq
     begin, end, base, second = _key_range(i_s, parts, Lk)
+    keys, values = (k, k_1, k_2), (v, v_1, v_2)
     if SEGMENTS == 2:
-        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
-        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+        keys, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        values, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
     window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
     some_lo, some_hi, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
     end = tl.minimum(end, tl.maximum(some_hi, begin))
@@ -365,8 +369,8 @@ def _attention_bwd_dq_kernel(
     for start in tl.range(begin, end, BLOCK_KV, num_stages=STAGES):
         o_keys = start + tl.arange(0, BLOCK_KV)
         m_keys = keys_to_read(masks, i_b, o_keys, end, some_hi, Lk, HIDES)
-        b_k = load_head(k, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
-        b_v = load_head(v, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
+        b_k = load_head(keys, i_b, i_h // G, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
+        b_v = load_head(values, i_b, i_h // G, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
         s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
         dp = dot_transposed(b_do, b_v, PRECISION)
         s = hide(
@@ -385,7 +389,8 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _attention_bwd_dkv_kernel(
-    q, dout, k, v, k_second, v_second, lse, statistics, delta, dk, dv, masks, key_windows, dropout, scale, causal_shift, sizes,
+    q, q_1, q_2, dout, dout_1, dout_2, k, v, k_second, v_second, lse, statistics, delta, dk, dv, masks, key_windows, dropout,
+    scale, causal_shift, sizes,
     parts, slices, stride_q, stride_dout, stride_k, stride_v, stride_k_second, stride_v_second, stride_dk, stride_dv,
     stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
@@ -404,17 +409,18 @@ def _attention_bwd_dkv_kernel(
     i_block, i_s = i % key_blocks, (i // key_blocks) % S
     i_kv, i_b = (i // (key_blocks * S)) % H_kv, i // (key_blocks * S * H_kv)
     start, end, base, second = _key_range(i_block, parts, Lk)
+    keys, values = (k,), (v,)
     if SEGMENTS == 2:
-        k, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
-        v, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
+        keys, stride_k = _one_of(second, k, stride_k, k_second, stride_k_second)
+        values, stride_v = _one_of(second, v, stride_v, v_second, stride_v_second)
     o_keys = start + tl.arange(0, BLOCK_KV)
     m_store = o_keys < end
     visible_end = Lk
     if has_lengths(HIDES):
         visible_end = tl.load(masks[1] + i_b)
     m_keys = keys_to_read(masks, i_b, o_keys, end, visible_end, Lk, HIDES)
-    b_k = load_head(k, i_b, i_kv, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, False)
-    b_v = load_head(v, i_b, i_kv, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, False)
+    b_k = load_head(keys, i_b, i_kv, start - base, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, False)
+    b_v = load_head(values, i_b, i_kv, start - base, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, False)
     row_begin = i_s * rows_per_slice
     row_end = tl.minimum(row_begin + rows_per_slice, Lq)
     if packed(HIDES):
@@ -436,8 +442,8 @@ def _attention_bwd_dkv_kernel(
         m_rows = o_rows < row_end
         window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
         m_read = rows_to_read(window, m_rows, HIDES)
-        b_q = load_head(q, i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
-        b_do = load_head(dout, i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, TMA)
+        b_q = load_head((q, q_1, q_2), i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
+        b_do = load_head((dout, dout_1, dout_2), i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, TMA)
         o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
         shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
         b_delta = tl.load(delta + o_lse, mask=m_rows, other=0.0)

@@ -57,8 +57,8 @@ def _load_all_keys(
 
 @triton.jit
 def _attention_decode_fwd_kernel(
-    q, k, v, out, lse, statistics, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k, stride_v, stride_out,
-    stride_mask,
+    q, q_1, q_2, k, v, out, lse, statistics, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k, stride_v,
+    stride_out, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,8 @@ def _attention_decode_fwd_kernel(
         m_rows = o_rows < Lq
         window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
         _, _, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
-        b_q = load_head(q, i_b, i_h, i_row, rows_to_read(window, m_rows, HIDES), stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
+        b_q = load_head((q, q_1, q_2), i_b, i_h, i_row, rows_to_read(window, m_rows, HIDES), stride_q, d_qk, PIECES_QK,
+        BLOCK_Q, TMA)
         m_i, l_i = tl.full([BLOCK_Q], -float("inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
         state = (zero_rows(BLOCK_Q, PIECES_V), m_i, l_i)
         for j in tl.static_range(BLOCKS):
@@ -103,7 +104,8 @@ def _attention_decode_fwd_kernel(
 
 @triton.jit
 def _attention_decode_bwd_dq_kernel(
-    q, k, v, out, dout, dlse, lse, statistics, delta, dq, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k,
+    q, q_1, q_2, k, v, out, out_1, out_2, dout, dout_1, dout_2, dlse, lse, statistics, delta, dq, masks, dropout, scale,
+    causal_shift, sizes, parts, stride_q, stride_k,
     stride_v, stride_out, stride_dout, stride_dq, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -127,9 +129,9 @@ def _attention_decode_bwd_dq_kernel(
         window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)
         _, _, all_lo, all_hi = window_bounds(window, m_rows, Lk, HIDES)
         m_read = rows_to_read(window, m_rows, HIDES)
-        b_q = load_head(q, i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
-        b_do = load_head(dout, i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, TMA)
-        b_o = load_head(out, i_b, i_h, i_row, m_read, stride_out, d_v, PIECES_V, BLOCK_Q, TMA)
+        b_q = load_head((q, q_1, q_2), i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, TMA)
+        b_do = load_head((dout, dout_1, dout_2), i_b, i_h, i_row, m_read, stride_dout, d_v, PIECES_V, BLOCK_Q, TMA)
+        b_o = load_head((out, out_1, out_2), i_b, i_h, i_row, m_read, stride_out, d_v, PIECES_V, BLOCK_Q, TMA)
         o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
         b_delta = row_dots(b_o, b_do)
         if HAS_DLSE:
@@ -157,7 +159,8 @@ def _attention_decode_bwd_dq_kernel(
 
 @triton.jit
 def _attention_encode_bwd_kernel(
-    q, k, v, dout, lse, statistics, delta, dq, dk, dv, masks, dropout, scale, causal_shift, sizes, parts, stride_q, stride_k,
+    q, k, k_1, k_2, v, v_1, v_2, dout, lse, statistics, delta, dq, dk, dv, masks, dropout, scale, causal_shift, sizes, parts,
+    stride_q, stride_k,
     stride_v, stride_dout, stride_dq, stride_dk, stride_dv, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -184,8 +187,8 @@ def _attention_encode_bwd_kernel(
     for start in tl.range(i_s * keys_per_range, end, BLOCK_KV, num_stages=STAGES):
         o_keys = start + tl.arange(0, BLOCK_KV)
         m_keys = keys_to_read(masks, i_b, o_keys, end, some_hi, Lk, HIDES)
-        b_k = load_head(k, i_b, i_h, start, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
-        b_v = load_head(v, i_b, i_h, start, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
+        b_k = load_head((k, k_1, k_2), i_b, i_h, start, m_keys, stride_k, d_qk, PIECES_QK, BLOCK_KV, TMA)
+        b_v = load_head((v, v_1, v_2), i_b, i_h, start, m_keys, stride_v, d_v, PIECES_V, BLOCK_KV, TMA)
         s = dot_transposed(b_q, b_k, PRECISION)  # [BLOCK_Q, BLOCK_KV]
         dp = dot_transposed(b_do, b_v, PRECISION)
         s = hide(
