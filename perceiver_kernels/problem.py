@@ -316,7 +316,7 @@ class AttentionProblem(Problem):
             B=B, H=H, Lq=Lq, Lk=Lk, d_qk=d_qk, d_v=d_v, dtype=query.dtype, device_type=query.device.type,
             mask="attn_mask" if attn_mask is not None else "key_mask" if key_mask is not None else "none",
             is_causal=is_causal, dropout=_is_positive(dropout_p), needs_lse=needs_lse,
-            needs_grad=needs_gradient(query, key, value),
+            needs_grad=needs_gradient(query, key, value, attn_mask),
         )  # fmt: skip
 
 
