@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward
-from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem
+from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, needs_gradient
 from perceiver_kernels.reference import pack_inputs
 
 __all__ = ["attention", "pack_inputs", "pack_inputs_backward", "pack_inputs_forward", "shared_kv_attention"]
@@ -55,9 +58,13 @@ def attention(
         attn_mask = key_mask[:, None, None, :]
         # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.
         key, value = (torch.where(attn_mask.mT, tensor, 0.0) for tensor in (key, value))
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    # The memory-efficient kernel keeps what its backward reads only if another tensor than the mask needs a gradient
+    # (pytorch#148476): torch's definition serves where none does.
+    for_mask_alone = query.is_cuda and needs_gradient(attn_mask) and not needs_gradient(query, key, value)
+    with sdpa_kernel(SDPBackend.MATH) if for_mask_alone else nullcontext():
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return out, None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from perceiver_kernels.functional.attention import attention
 from perceiver_kernels.problem import check_tensor, shape_of
@@ -65,11 +66,6 @@ def _causal_argument(
     attn_mask: Tensor | None, is_causal: bool, Lq: int, Lk: int, device: torch.device
 ) -> tuple[Tensor | None, bool]:
     """attn_mask and is_causal with a ``CausalBias``, which holds no values, replaced by what it stands for."""
-    if attn_mask is None or type(attn_mask) in (Tensor, torch.nn.Parameter):
-        return attn_mask, is_causal
-    # Not above: torch.compile comes with it, and a second of import.
-    from torch.nn.attention.bias import CausalBias, CausalVariant
-
     if not isinstance(attn_mask, CausalBias):
         return attn_mask, is_causal
     if is_causal:

@@ -182,7 +182,7 @@ def test_additive_masks_of_float32_serve_narrower_queries(target: Target) -> Non
 
 @only(torch.float32)
 def test_a_mask_may_be_all_that_needs_a_gradient(target: Target) -> None:
-    """torch 2.11's memory-efficient kernel read a null pointer there (pytorch#148476)."""
+    """torch's memory-efficient kernel reads a null pointer there (pytorch#148476), unless it is kept away."""
     tensors = [tensor.to(target.device, torch.float32) for tensor in standard()]
     found = []
     for function in (scaled_dot_product_attention, torchs):
