@@ -16,11 +16,16 @@ import perceiver_kernels as pk
 from perceiver_kernels import reference, scaled_dot_product_attention, use_backend
 from perceiver_kernels.nn.attention import merge_heads
 from perceiver_kernels.testing import assert_as_accurate, broadcast, column_major, gapped_rows, permuted
-from perceiver_kernels.testing.targets import Target, only
+from perceiver_kernels.testing.targets import Target, machine, only
 
 OP = "attention"
 B, H, LQ, LK, D_QK, D_V = 2, 3, 5, 7, 8, 8
 MINUS_INFINITY = float("-inf")
+
+
+def wanted(target: Target) -> bool:
+    """Not torch's fp32 attention on a GPU: its memory-efficient kernel exceeds the rule by up to 7 % (torch 2.11, H200)."""
+    return not (machine() == "gpu" and target.backend == "sdpa" and target.dtype == torch.float32)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -141,6 +146,15 @@ def test_masks_of_other_ranks(target: Target, leading: tuple[int, ...], mask_lea
         check(target, *tensors, attn_mask=mask)
 
 
+def test_upper_left_needs_no_size() -> None:
+    """A bias of the longest sequence serves shorter ones; torch reads no size either."""
+    tensors = standard()
+    out, expected = (
+        function(*tensors, attn_mask=causal_upper_left(64, 64)) for function in (scaled_dot_product_attention, torchs)
+    )
+    torch.testing.assert_close(out, expected)
+
+
 def rows_masked(with_value: float) -> Tensor:
     mask = torch.zeros(LQ, LK, dtype=torch.float64)
     mask[1::2] = with_value
@@ -157,15 +171,23 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_no_gradient(target: Targe
 
 @only(torch.float32, torch.bfloat16)
 def test_a_row_of_the_lowest_number_gives_the_mean(target: Target) -> None:
-    """transformers masks so: the lowest finite number swallows every score, and all keys weigh the same."""
-    query, key, value = (tensor.to(target.device, target.dtype) for tensor in standard())
+    """transformers masks so: the lowest finite number swallows every score, and all keys weigh the same.
+
+    Gradients there are the kernel's own: torch's fused kernels recompute weights from a log-sum-exp of which log(Lk) is
+    swallowed too, and take each weight for 1.
+    """
+    tensors = [tensor.to(target.device, target.dtype).requires_grad_() for tensor in standard()]
+    query, key, value = tensors
     mask = rows_masked(torch.finfo(target.dtype).min).to(query)
     with use_backend(target.backend):
-        out = scaled_dot_product_attention(query, key, value, mask)
-    expected = torchs(query.double(), key.double(), value.double(), mask.double())
-    assert_as_accurate(out, torchs(query, key, value, mask), expected, "out")
+        out = scaled_dot_product_attention(*tensors, mask)
+    oracle = torchs(*(tensor.double() for tensor in tensors), mask.double())
+    assert_as_accurate(out, torchs(*tensors, mask), oracle, "out")
     mean = value.double().mean(2, keepdim=True).expand(-1, -1, 2, -1)
     torch.testing.assert_close(out[:, :, 1::2].double(), mean, rtol=0, atol=4 * torch.finfo(target.dtype).eps)
+    theirs = F.scaled_dot_product_attention if target.backend == "sdpa" else torchs
+    gradients = (torch.autograd.grad(result.sum(), tensors) for result in (out, theirs(*tensors, mask)))
+    torch.testing.assert_close(*gradients, rtol=4 * torch.finfo(target.dtype).eps, atol=8 * torch.finfo(target.dtype).eps)
 
 
 @only(torch.bfloat16, torch.float16)
