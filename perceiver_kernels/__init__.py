@@ -9,6 +9,7 @@ from perceiver_kernels.functional import (
     explain,
     input_cross_attention,
     pack_inputs,
+    scaled_dot_product_attention,
     shared_kv_attention,
 )
 from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
@@ -23,6 +24,7 @@ __all__ = [
     "explain",
     "input_cross_attention",
     "pack_inputs",
+    "scaled_dot_product_attention",
     "shared_kv_attention",
     "use_backend",
 ]

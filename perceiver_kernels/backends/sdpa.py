@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward
 from perceiver_kernels.masks import NO_MASKS, Masks
-from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem
+from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, needs_gradient
 from perceiver_kernels.reference import pack_inputs, visible_pairs
 
 __all__ = ["attention", "pack_inputs", "pack_inputs_backward", "pack_inputs_forward", "shared_kv_attention"]
@@ -61,9 +64,13 @@ def attention(
         query = torch.where(masks.query_mask[:, None, :, None], query, 0.0)
     mask, is_causal = _torch_mask(masks, query.shape[2], key.shape[2], query)
     grouped = key.shape[1] not in (1, query.shape[1])
-    out = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
-    )
+    # The memory-efficient kernel keeps what its backward reads only if another tensor than the mask needs a gradient
+    # (pytorch#148476): torch's definition serves where none does.
+    for_mask_alone = query.is_cuda and needs_gradient(mask) and not needs_gradient(query, key, value)
+    with sdpa_kernel(SDPBackend.MATH) if for_mask_alone else nullcontext():
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+        )
     return out, None
 
 

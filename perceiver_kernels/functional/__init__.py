@@ -4,5 +4,14 @@ from perceiver_kernels.functional.attention import attention, shared_kv_attentio
 from perceiver_kernels.functional.cross_attention import input_cross_attention
 from perceiver_kernels.functional.explanation import Explanation, explain
 from perceiver_kernels.functional.packing import pack_inputs
+from perceiver_kernels.functional.sdpa import scaled_dot_product_attention
 
-__all__ = ["Explanation", "attention", "explain", "input_cross_attention", "pack_inputs", "shared_kv_attention"]
+__all__ = [
+    "Explanation",
+    "attention",
+    "explain",
+    "input_cross_attention",
+    "pack_inputs",
+    "scaled_dot_product_attention",
+    "shared_kv_attention",
+]

@@ -1,7 +1,9 @@
-"""Layers: cross-attention that reads long inputs, latent self-attention, feed-forward, and blocks of them."""
+"""Layers: cross-attention that reads long inputs, latent self-attention, feed-forward, blocks of them, and torch's
+multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, FeedForward, LatentBlock
+from perceiver_kernels.nn.multihead import MultiheadAttention
 from perceiver_kernels.nn.positions import LearnedPositions
 
 __all__ = [
@@ -11,5 +13,6 @@ __all__ = [
     "LatentBlock",
     "LearnedPositions",
     "Linear",
+    "MultiheadAttention",
     "SelfAttention",
 ]

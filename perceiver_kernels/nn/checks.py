@@ -37,7 +37,7 @@ def check_widths(num_heads: int, **channels: int) -> None:
 def check_sequence(name: str, x: Tensor, axes: str, channels: int, weight: Tensor) -> None:
     """A sequence of a layer whose parameters are as ``weight``; autocast takes any dtype."""
     check_tensor(name, x)
-    if x.ndim != 3 or x.shape[-1] != channels:
+    if x.ndim != axes.count(",") + 1 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(f"{name} must have the parameters' dtype {weight.dtype} unless autocast is on, got {x.dtype}")
