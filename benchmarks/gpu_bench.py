@@ -33,9 +33,11 @@ import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
+from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
 from perceiver_kernels.cli.stock import Peer  # noqa: E402
-from perceiver_kernels.cli.workload import PASSES, Pass, Workload  # noqa: E402
+from perceiver_kernels.cli.subject import Pass  # noqa: E402
+from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 from perceiver_kernels.testing.cases import ENCODE  # noqa: E402
 
 KERNEL_CASES = ("imagenet", "longctx", "flow", "multimodal", "c128", "c64")
@@ -175,7 +177,8 @@ def _timed(
     for case in context.chosen(names):
         if context.out_of_time(f"{part} of {case.name}"):
             break
-        judge.case(case, passes, peers, compiled=context.compiled and case.name in COMPILED_CASES)
+        compiled = context.compiled and case.name in COMPILED_CASES
+        judge.case(REGIMES["encode"], case, passes, peers, compiled=compiled)
     context.failures += judge.failures
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from perceiver_kernels.cli import bench, build_parser, main, memory, options, run
+from perceiver_kernels.cli.regimes import REGIMES
 from perceiver_kernels.cli.workload import PASSES
 
 BENCH, RUN = ["bench", "encode", "--device", "cpu"], ["run", "--preset", "tiny", "--device", "cpu"]
@@ -85,12 +87,13 @@ class TestHelp:
 
     def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench, "CPU_INPUTS", 777)
-        monkeypatch.setattr(bench, "DEFAULT_CASES", ("flow", "c64"))
+        encode = dataclasses.replace(REGIMES["encode"], default_cases=("flow", "c64"))
+        monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
         assert "default: 777 on a CPU" in self.of("bench", "--max-inputs")
-        assert self.of("bench", "--case").endswith("(default: flow c64)")
+        assert "encode: flow c64" in self.of("bench", "--case")
         assert "default: 0.125" in self.of("bench", "--seconds")
-        assert build_parser().parse_args(BENCH).case == ("flow", "c64")
+        assert bench.chosen(encode, None, None)[0] == ("flow", "c64")
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "SIZES", (5, 50))
