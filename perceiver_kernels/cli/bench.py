@@ -27,8 +27,6 @@ from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends,
 
 HELP = "time named cases against named stock implementations; refuses to time a wrong result"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CPU_INPUTS = 2048
-"""Input tokens that a case is cut to on a CPU, unless --max-inputs says otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-inputs", type=options.count, metavar="M",
-        help=f"cut cases to M inputs, or queries and keys (default: {CPU_INPUTS} on a CPU, as many as they have on a GPU)",
+        help="cut cases to M inputs, or queries and keys (default: as many as they have on a GPU; on a CPU "
+        f"{_by_regime(lambda regime: str(regime.cpu_inputs))})",
     )  # fmt: skip
     add_device_arguments(parser)
 
@@ -81,7 +80,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     regime = REGIMES[arguments.what]
     names, passes = chosen(regime, arguments.case, arguments.passes)
     device, dtype = device_and_dtype(arguments)
-    cases = [cut(regime.cases[name], device, arguments.max_inputs) for name in names]
+    cases = [regime.sizes(name, device, arguments.max_inputs) for name in names]
     compiled = device.type == "cuda" and not arguments.no_compile
     with backend_scope(arguments.backend), Report(f"bench {regime.name}", arguments.json) as report:
         bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
@@ -119,13 +118,6 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
         raise CommandError("--device cuda: PyTorch finds no GPU here (perceiver-kernels info says more)")
     device = torch.device(arguments.device or ("cuda" if found else "cpu"))
     return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-
-
-def cut(case: Any, device: torch.device, max_inputs: int | None) -> Any:
-    """Return a case cut to what the device can do."""
-    if device.type == "cpu":
-        return case.scaled(max_inputs or CPU_INPUTS)
-    return case.cut(max_inputs) if max_inputs else case
 
 
 @contextlib.contextmanager

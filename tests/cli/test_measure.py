@@ -112,7 +112,7 @@ class TestAttempt:
 
 class TestPeers:
     def test_names_round_trip(self) -> None:
-        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8"):
+        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8", "flex", "ffpa"):
             assert Peer.parse(name).name == name
 
     def test_unknown_names_get_the_nearest(self) -> None:
