@@ -8,6 +8,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - memory: extra peak bytes against M, until stock PyTorch runs out of memory
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
+- decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
 A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 import traceback
@@ -33,16 +35,18 @@ import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
+from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
 from perceiver_kernels.cli.stock import Peer  # noqa: E402
-from perceiver_kernels.cli.workload import PASSES, Pass, Workload  # noqa: E402
-from perceiver_kernels.testing.cases import ENCODE  # noqa: E402
+from perceiver_kernels.cli.subject import Pass  # noqa: E402
+from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
 KERNEL_CASES = ("imagenet", "longctx", "flow", "multimodal", "c128", "c64")
 LAYER_CASES = ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud")
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
+ATTENTION_REGIMES = ("decode", "process", "encode-kv")
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -67,8 +71,9 @@ class Context:
     def report(self, part: str) -> Report:
         return Report(part, self.output / f"{part}.json")
 
-    def chosen(self, names: tuple[str, ...]) -> list[Any]:
-        return [ENCODE[name] for name in names if self.cases is None or name in self.cases]
+    def chosen(self, names: tuple[str, ...], regime: str = "encode") -> list[Any]:
+        cases = REGIMES[regime].cases
+        return [cases[name] for name in names if self.cases is None or name in self.cases]
 
     def out_of_time(self, what: str) -> bool:
         """Whether the budget is used up; says so."""
@@ -131,7 +136,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     unknown = [part for part in arguments.parts if part not in PARTS]
-    unknown += [case for case in arguments.cases or () if case not in ENCODE]
+    known = {name for regime in REGIMES.values() for name in regime.cases}
+    unknown += [case for case in arguments.cases or () if case not in known]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     return arguments
@@ -157,25 +163,36 @@ def kernels(context: Context) -> None:
     """The kernels by themselves."""
     passes = [each for each in PASSES.values() if each.level == "kernel"]
     peers = KERNEL_PEERS if context.peers is None else context.peers
-    _timed(context, "kernels", KERNEL_CASES, passes, peers)
+    _timed(context, "kernels", "encode", KERNEL_CASES, passes, peers, COMPILED_CASES)
 
 
 def layers(context: Context) -> None:
     """The whole layer."""
     passes = [each for each in PASSES.values() if each.level == "layer"]
-    _timed(context, "layers", LAYER_CASES, passes, context.peers)
+    _timed(context, "layers", "encode", LAYER_CASES, passes, context.peers, COMPILED_CASES)
+
+
+def attention(context: Context, name: str) -> None:
+    """One regime of attention over given keys and values: the part has its name."""
+    regime = REGIMES[name]
+    # Others than the default cases are measured where they are named.
+    cases = regime.default_cases if context.cases is None else tuple(regime.cases)
+    _timed(context, name, name, cases, list(regime.passes.values()), context.peers, cases)
 
 
 def _timed(
-    context: Context, part: str, names: tuple[str, ...], passes: list[Pass], peers: list[str] | None
-) -> None:
+    context: Context, part: str, regime: str, names: tuple[str, ...], passes: list[Pass],
+    peers: list[str] | None, compiled: tuple[str, ...],
+) -> None:  # fmt: skip
     report = context.report(part)
     judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
     judge.measure_ceilings()
-    for case in context.chosen(names):
+    for case in context.chosen(names, regime):
         if context.out_of_time(f"{part} of {case.name}"):
             break
-        judge.case(case, passes, peers, compiled=context.compiled and case.name in COMPILED_CASES)
+        judge.case(
+            REGIMES[regime], case, passes, peers, compiled=context.compiled and case.name in compiled
+        )
     context.failures += judge.failures
 
 
@@ -184,7 +201,7 @@ def memory_against_inputs(context: Context) -> None:
     report = context.report("memory")
     report.set(memory_method=measure.MEMORY_METHOD[context.device.type])
     sweep = memory.Sweep(report, context.console, context.device, context.dtype)
-    case = dataclasses.replace(ENCODE["imagenet"], B=1)
+    case = dataclasses.replace(REGIMES["encode"].cases["imagenet"], B=1)
     peers = [Peer.parse(name) for name in ("eager", "efficient-pad8")]
     sweep.run(case, MEMORY_SIZES, ["forward", "backward"], peers)
     sweep.show()
@@ -195,7 +212,7 @@ def ten_million(context: Context) -> None:
     report = context.report("ten-million")
     judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
     judge.measure_ceilings()
-    case = dataclasses.replace(ENCODE["imagenet"], name="ten-million", B=1, M=TEN_MILLION)
+    case = dataclasses.replace(REGIMES["encode"].cases["imagenet"], name="ten-million", B=1, M=TEN_MILLION)
     passes = [PASSES[name] for name in ("forward", "backward", "backward-inputs")]
     work = Workload(case, context.device, context.dtype)
     for each in passes:
@@ -219,6 +236,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "memory": memory_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
+    **{name: functools.partial(attention, name=name) for name in ATTENTION_REGIMES},
 }
 
 if __name__ == "__main__":

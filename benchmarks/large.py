@@ -13,7 +13,9 @@ from perceiver_kernels.cli import gate, measure, photograph
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.report import CommandError, Report
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.workload import CHUNKED, Workload, layer_pass
+from perceiver_kernels.cli.subject import CHUNKED
+from perceiver_kernels.cli.textbook import Textbook
+from perceiver_kernels.cli.workload import Workload, layer_pass
 from perceiver_kernels.testing.cases import EncodeCase
 
 BANDS = 64
@@ -87,6 +89,6 @@ def _judge(
     """The textbook streams over the same pixels, in fp64 and in the layer's dtype."""
     results = []
     for kind in (dtype, torch.float64):
-        layer = gate.Textbook(work.stock_layer(Peer("eager"), kind), kind)
+        layer = Textbook(work.stock_layer(Peer("eager"), kind), kind)
         results.append(layer_pass(which, layer, work.latents.to(kind), inputs, work.gradient.to(kind))())
     return gate.verdict(call(), results[0], results[1], work.names(which))

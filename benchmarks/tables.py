@@ -28,6 +28,9 @@ PASS_TITLES = {
     "backward": "forward + backward, inputs need no gradient",
     "backward-inputs": "forward + backward, inputs too",
 }
+ATTENTION_TITLES = {"forward": "forward", "backward": "backward"}
+"""Of attention over given keys and values, whose backward starts from a saved forward."""
+ATTENTION_PARTS = ("decode", "process", "encode-kv")
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NOT_MEASURED = "_Not measured yet: `make gpu-bench` on a GPU fills this in._"
 
@@ -91,10 +94,18 @@ def large(results: Results) -> list[str]:
     return [*where, "", *_markdown(["inputs, pass", "implementation", "ms", "extra peak memory"], table)]
 
 
+def attention(results: Results) -> list[str]:
+    """Attention over given keys and values, in every regime that was measured."""
+    header, table = _attention_comparison(results)
+    where = dict.fromkeys(_where(results[part]) for part in ATTENTION_PARTS if _rows(results, part))
+    return [*where, "", *_markdown(header, table)] if table else []
+
+
 def summary(results: Results) -> list[str]:
     """Return the short table that a benchmark run prints last, as aligned text."""
     rows = [row for part in ("kernels", "layers", "ten-million") for row in _rows(results, part)]
     header, table = _comparison(rows)
+    table += _attention_comparison(results)[1]
     widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *table]
@@ -106,6 +117,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "layers": layers,
     "memory": memory,
     "large": large,
+    "attention": attention,
 }
 
 
@@ -115,8 +127,19 @@ def _beside_stock(results: Results, part: str, passes: Iterable[str]) -> list[st
     return [_where(results[part]), "", *_markdown(header, table)] if table else []
 
 
-def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """One line for each case and pass: ours, and the fastest stock implementation that ran."""
+def _attention_comparison(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Each regime by itself, as two may have a case of one name."""
+    table: list[list[str]] = []
+    for part in ATTENTION_PARTS:
+        header, lines = _comparison(_rows(results, part), ATTENTION_TITLES)
+        table += [[f"{part}: {case}", *cells] for case, *cells in lines]
+    return header, table
+
+
+def _comparison(
+    rows: list[dict[str, Any]], titles: dict[str, str] = PASS_TITLES
+) -> tuple[list[str], list[list[str]]]:
+    """One line for each case and pass: ours, and the fastest stock implementation whose result is of use."""
     header = [
         "case",
         "pass",
@@ -135,7 +158,7 @@ def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         if ours["pass"] == "forward-packed":
             # Stock PyTorch has no packed form: its forward is what this replaces.
             same = [row for row in timed if (row["case"], row["pass"]) == (ours["case"], "forward")]
-        stock = [row for row in same if row["implementation"] not in OURS_NAMES]
+        stock = [row for row in same if row["implementation"] not in OURS_NAMES and not row.get("inaccurate")]
         best = min(stock, key=lambda row: row["p50_ms"], default=None)
         rate = f"{ours['tflops']:.0f}" if ours["flops"] else "-"
         peer = (
@@ -144,7 +167,7 @@ def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
             else ["-"] * 3
         )
         own = [_ms(ours["p50_ms"]), rate, f"{100 * ours['of_floor']:.0f} %", _bytes(ours["peak_extra_bytes"])]
-        table.append([ours["case"], PASS_TITLES[ours["pass"]], *own, *peer])
+        table.append([ours["case"], titles[ours["pass"]], *own, *peer])
     return header, table
 
 

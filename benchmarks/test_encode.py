@@ -9,12 +9,11 @@ import pytest
 import torch
 from cuda_timer import timer
 
-from perceiver_kernels.cli.bench import cut
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.measure import attempt, peak_extra_bytes
+from perceiver_kernels.cli.regimes import REGIMES
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import PASSES, Workload, flops
-from perceiver_kernels.testing.cases import ENCODE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -29,7 +28,7 @@ STOCK_PASSES = ("forward", "backward", "backward-inputs")
 def workload(name: str) -> Workload:
     """The tensors and layers of a case; one case is kept at a time."""
     limit = None if torch.cuda.is_available() else 300
-    return Workload(cut(ENCODE[name], DEVICE, limit), DEVICE, DTYPE)
+    return Workload(REGIMES["encode"].sizes(name, DEVICE, limit), DEVICE, DTYPE)
 
 
 def measured(benchmark: Any, cold_cache: Any, work: Workload, which: str, call: Any, method: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -70,10 +71,12 @@ def test_gpu_bench_knows_its_parts_and_cases(
 def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The parts of gpu_bench on a CPU, with cases cut down: what they write is what the tables read."""
     gpu_bench, tables = imported("gpu_bench"), imported("tables")
-    small = {"imagenet": gpu_bench.ENCODE["imagenet"].scaled()}
-    monkeypatch.setattr(gpu_bench, "ENCODE", small)
+    for name, case in (("encode", "imagenet"), ("decode", "flow"), ("process", "imagenet"), ("encode-kv", "kv-256x1m-d256")):
+        regime = gpu_bench.REGIMES[name]
+        small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled()}, default_cases=(case,))
+        monkeypatch.setitem(gpu_bench.REGIMES, name, small)
     for name in ("KERNEL_CASES", "LAYER_CASES", "JUDGED_CASES"):
-        monkeypatch.setattr(gpu_bench, name, tuple(small))
+        monkeypatch.setattr(gpu_bench, name, ("imagenet",))
     monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
     monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
@@ -95,7 +98,23 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert set(results) == set(gpu_bench.PARTS)
     for name in tables.TABLES:
         assert len(tables.TABLES[name](results)) > 2, name
-    assert len(tables.summary(results)) == 1 + 4 + 4 + 3
+    assert len(tables.summary(results)) == 1 + 4 + 4 + 3 + 3 * 2
+
+
+def test_a_named_case_is_measured_where_it_is_no_default(
+    imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu_bench, tables = imported("gpu_bench"), imported("tables")
+    regime = gpu_bench.REGIMES["decode"]
+    small = {name: case.scaled(40) for name, case in regime.cases.items()}
+    monkeypatch.setitem(gpu_bench.REGIMES, "decode", dataclasses.replace(regime, cases=small))
+    named = ("multimodal", "imagenet")
+    context = gpu_bench.Context(
+        tmp_path, Console(plain=True), torch.device("cpu"), torch.float32, float("inf"), named, [], False, 0.01
+    )
+    gpu_bench.PARTS["decode"](context)
+    rows = tables.load(tmp_path)["decode"]["rows"]
+    assert context.failures == [] and {row["case"] for row in rows} == set(named)
 
 
 def test_large_photograph_is_judged(imported, capsys: pytest.CaptureFixture[str]) -> None:

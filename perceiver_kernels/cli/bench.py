@@ -1,4 +1,4 @@
-"""`perceiver-kernels bench encode`: named cases against named stock implementations, correctness first.
+"""`perceiver-kernels bench REGIME`: named cases against named stock implementations, correctness first.
 
 For every case and pass the specification is computed in fp64, our result is judged against it, and only a
 result that passes is timed; a wrong one ends the command with exit code 1. A peer that cannot run keeps its
@@ -10,66 +10,44 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import info, measure, options
-from perceiver_kernels.cli.console import Console, format_bytes, format_ms
+from perceiver_kernels.cli import info, measure, options, pass_table
+from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.gate import Gate, Verdict
+from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.report import CommandError, Report
-from perceiver_kernels.cli.stock import peers_for
-from perceiver_kernels.cli.workload import (
-    CHUNKED,
-    OURS,
-    PASSES,
-    Pass,
-    Workload,
-    chunk_size,
-    flops,
-    least_bytes,
-)
+from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.cli.subject import OURS, OWN, Pass, Subject, shape_of
+from perceiver_kernels.cli.workload import Workload, chunk_size
 from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
-from perceiver_kernels.testing.cases import ENCODE, EncodeCase
 
 HELP = "time named cases against named stock implementations; refuses to time a wrong result"
-DEFAULT_CASES = ("imagenet", "longctx", "flow", "multimodal")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CPU_INPUTS = 2048
-"""Input tokens that a case is cut to on a CPU, unless --max-inputs says otherwise."""
-COLUMNS = (
-    "implementation",
-    "ms",
-    "p20..p80",
-    "host us",
-    "TFLOP/s",
-    "of floor",
-    "extra memory",
-    "error",
-    "eager's",
-)
-SPARE_COLUMNS = ("host us", "p20..p80", "extra memory", "of floor")
-"""Left out, in this order, where a line has no room for all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("what", choices=["encode"], help="the regime: few latents read many inputs")
     parser.add_argument(
-        "--case", type=options.name_of("case", ENCODE), nargs="+", metavar="NAME", default=DEFAULT_CASES,
-        help=f"named sizes (default: {' '.join(DEFAULT_CASES)})",
+        "what", choices=list(REGIMES), metavar="REGIME", help=_by_regime(lambda regime: regime.meaning)
     )  # fmt: skip
     parser.add_argument(
-        "--passes", type=options.names_of("pass", PASSES), default=list(PASSES), metavar="NAME,...",
-        help=f"what to measure (default: {','.join(PASSES)})",
+        "--case", nargs="+", metavar="NAME",
+        help=f"named sizes (default: {_by_regime(lambda regime: ' '.join(regime.default_cases))})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passes", metavar="NAME,...",
+        help=f"what to measure (default: {_by_regime(lambda regime: ','.join(regime.passes))})",
     )  # fmt: skip
     parser.add_argument(
         "--peers", type=options.peers, metavar="NAME,...",
         help="stock implementations (default: all that the device has; 'none' for none)",
     )  # fmt: skip
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile of the stock layer"
+        "--no-compile", action="store_true", help="leave out what torch.compile makes of stock PyTorch"
     )
     parser.add_argument(
         "--seconds", type=options.seconds, default=Bench.seconds,
@@ -77,9 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-inputs", type=options.count, metavar="M",
-        help=f"cut cases to M inputs (default: {CPU_INPUTS} on a CPU, as many as they have on a GPU)",
+        help="cut cases to M inputs, or queries and keys (default: as many as they have on a GPU; on a CPU "
+        f"{_by_regime(lambda regime: str(regime.cpu_inputs))})",
     )  # fmt: skip
     add_device_arguments(parser)
+
+
+def _by_regime(told: Callable[[Regime], str]) -> str:
+    return "; ".join(f"{regime.name}: {told(regime)}" for regime in REGIMES.values())
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,19 +77,38 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the benchmark; exit code 1 when a result of ours was wrong."""
+    regime = REGIMES[arguments.what]
+    names, passes = chosen(regime, arguments.case, arguments.passes)
     device, dtype = device_and_dtype(arguments)
-    cases = [cut(ENCODE[name], device, arguments.max_inputs) for name in arguments.case]
-    passes = [PASSES[name] for name in arguments.passes]
+    cases = [regime.sizes(name, device, arguments.max_inputs) for name in names]
     compiled = device.type == "cuda" and not arguments.no_compile
-    with backend_scope(arguments.backend), Report("bench encode", arguments.json) as report:
+    with backend_scope(arguments.backend), Report(f"bench {regime.name}", arguments.json) as report:
         bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
         console.line(
             f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}"
         )
         bench.measure_ceilings()
         for case in cases:
-            bench.case(case, passes, arguments.peers, compiled=compiled)
+            bench.case(regime, case, passes, arguments.peers, compiled=compiled)
     return 1 if bench.failures else 0
+
+
+def chosen(
+    regime: Regime, cases: Sequence[str] | None, passes: str | None
+) -> tuple[Sequence[str], list[Pass]]:
+    """Return the names of the cases and the passes asked for, or the regime's own; which there are depends on it."""
+
+    def read(option: str, kind: str, known: Mapping[str, Any], text: str) -> list[str]:
+        try:
+            return options.names_of(kind, known)(text)
+        except CommandError as error:
+            raise CommandError(f"argument {option}: {error}") from None
+
+    names = regime.default_cases
+    if cases is not None:
+        names = tuple(name for text in cases for name in read("--case", "case", regime.cases, text))
+    wanted = list(regime.passes) if passes is None else read("--passes", "pass", regime.passes, passes)
+    return names, [regime.passes[name] for name in wanted]
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -116,13 +118,6 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
         raise CommandError("--device cuda: PyTorch finds no GPU here (perceiver-kernels info says more)")
     device = torch.device(arguments.device or ("cuda" if found else "cpu"))
     return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-
-
-def cut(case: EncodeCase, device: torch.device, max_inputs: int | None) -> EncodeCase:
-    """Return a case cut to what the device can do."""
-    if device.type == "cpu":
-        return case.scaled(max_inputs=max_inputs or CPU_INPUTS)
-    return dataclasses.replace(case, M=min(case.M, max_inputs or case.M))
 
 
 @contextlib.contextmanager
@@ -186,11 +181,13 @@ class Bench:
             f"{self.ceilings['gbytes_per_s']:.4g} GB/s in a large copy"
         )
 
-    def case(self, case: Any, passes: list[Pass], peer_names: list[str] | None, *, compiled: bool) -> None:
+    def case(
+        self, regime: Regime, case: Any, passes: list[Pass], peer_names: list[str] | None, *, compiled: bool
+    ) -> None:
         """Measure every pass of one case."""
-        self.console.heading(describe(case))
-        peers = peers_for(peer_names, (case.d_qk, case.d_v), self.device, compiled=compiled)
-        work = Workload(case, self.device, self.dtype)
+        work = regime.workload(case, self.device, self.dtype)
+        self.console.heading(work.title)
+        peers = work.peers(peer_names, compiled=compiled)
         with self.console.progress(case.name, len(passes)) as progress:
             for each in passes:
                 progress.advance(each.title, 0)
@@ -198,7 +195,7 @@ class Bench:
                 progress.advance(each.title)
         del work
         measure.release()
-        if any(each.name.startswith("backward") for each in passes):
+        if regime.chunks and any(each.name.startswith("backward") for each in passes):
             self.chunked_memory(case)
 
     def chunked_memory(self, case: Any) -> None:
@@ -218,7 +215,7 @@ class Bench:
         told = ", ".join(f"{format_bytes(peak)} at {M:,} inputs" for M, peak in peaks.items())
         self.console.line(f"\nchunked, forward + backward, extra peak memory: {told}")
 
-    def judge_pass(self, work: Workload, each: Pass) -> None:
+    def judge_pass(self, work: Subject, each: Pass) -> None:
         """Judge our result of one pass, without timing it."""
         verdicts, failures = self._judge(work, each, {OURS: work.ours(each.name)})
         errors = verdicts[OURS].errors if OURS in verdicts else {}
@@ -230,15 +227,9 @@ class Bench:
         told = ", ".join(f"{name} {error:.1e} ({eager_errors[name]:.1e})" for name, error in errors.items())
         self.console.line(f"{work.case.name} {each.name}: {failures.get(OURS) or told}")
 
-    def measure_pass(self, work: Workload, each: Pass, peers: list[Any]) -> None:
+    def measure_pass(self, work: Subject, each: Pass, peers: list[Peer]) -> None:
         """Judge, time and print one pass of one workload."""
-        calls: dict[str, measure.Call] = {OURS: work.ours(each.name)}
-        if each.level == "layer" and each.name != "forward-packed":
-            calls[CHUNKED] = work.chunked(each.name)
-        if each.name != "forward-packed":
-            # Packing has two stock forms only: written out, and compiled.
-            usable = [p for p in peers if each.name != "pack" or p.attention == "eager"]
-            calls |= {peer.name: work.stock(each.name, peer) for peer in usable}
+        calls = work.calls(each.name, peers)
         verdicts, failures = self._judge(work, each, calls)
         running = {name: call for name, call in calls.items() if name not in failures}
         timings = measure.time_calls(running, self.device, seconds=self.seconds)
@@ -249,16 +240,16 @@ class Bench:
             )
             for name in calls
         ]
-        self._print(each, rows)
+        pass_table.show(self.console, each.title, rows)
 
     def _judge(
-        self, work: Workload, each: Pass, calls: dict[str, measure.Call]
+        self, work: Subject, each: Pass, calls: dict[str, measure.Call]
     ) -> tuple[dict[str, Verdict], dict[str, str]]:
         """Verdicts of what runs, and why the rest cannot; a wrong result of ours fails the command."""
         failures = {name: reason for name, call in calls.items() if (reason := measure.attempt(call))}
         running = {name: call for name, call in calls.items() if name not in failures}
         verdicts = Gate(work).judge(each.name, running)
-        for name in (OURS, CHUNKED):
+        for name in OWN:
             if name in verdicts and (verdicts[name].failure if self.strict else verdicts[name].is_wrong):
                 failures[name] = f"not timed: {verdicts[name].failure}"
             if name in failures:
@@ -266,18 +257,16 @@ class Bench:
         return verdicts, failures
 
     def _row(
-        self, work: Workload, each: Pass, name: str, timing: measure.Timing | None, peak: int | None,
+        self, work: Subject, each: Pass, name: str, timing: measure.Timing | None, peak: int | None,
         verdict: Verdict | None, failure: str | None,
     ) -> dict[str, Any]:  # fmt: skip
-        case, is_ours = work.case, name in (OURS, CHUNKED)
-        method, backend = work.choice(each.name) if is_ours else ("projected", "stock")
-        method = "absorbed" if name == CHUNKED else method
-        count = flops(case, each.name, method)
+        case, is_ours = work.case, name in OWN
+        count = work.flops(each.name, name)
         row: dict[str, Any] = {
             "kind": "bench", "case": case.name, "shape": shape_of(case), "pass": each.name,
-            "implementation": name, "method": method, "backend": backend, "failure": failure, "flops": count,
-            "floor_ms": self._floor_ms(case, each.name),
-            "command": f"perceiver-kernels bench encode --case {case.name} --passes {each.name}"
+            "implementation": name, **work.labels(each.name, name), "failure": failure, "flops": count,
+            "floor_ms": self._floor_ms(work, each.name),
+            "command": f"perceiver-kernels bench {work.regime} --case {case.name} --passes {each.name}"
             + ("" if is_ours else f" --peers {name}"),
         }  # fmt: skip
         if verdict is not None:
@@ -290,58 +279,7 @@ class Bench:
             row["of_floor"] = row["floor_ms"] / timing.p50_ms
         return self.report.add(**row)
 
-    def _floor_ms(self, case: Any, which: str) -> float:
+    def _floor_ms(self, work: Subject, which: str) -> float:
         """The time that nothing beats here: the larger of arithmetic and traffic at the measured ceilings."""
-        least = min(flops(case, which, "absorbed"), flops(case, which, "projected"))
-        moved = least_bytes(case, which, self.dtype.itemsize)
-        return max(least / self.ceilings["tflops"] / 1e9, moved / self.ceilings["gbytes_per_s"] / 1e6)
-
-    def _print(self, each: Pass, rows: list[dict[str, Any]]) -> None:
-        self.console.line(f"\n{each.title}")
-        shown = [_cells(row) for row in rows if not (row["failure"] and _is_peer(row))]
-        self.console.table(COLUMNS, shown, SPARE_COLUMNS)
-        for row in rows:
-            if row["failure"] and not _is_peer(row):
-                self.console.warn(f"{row['case']} {row['pass']} {row['implementation']}: {row['failure']}")
-            elif row["failure"]:
-                self.console.line(f"  {row['implementation']} cannot: {row['failure']}")
-            elif row.get("inaccurate"):
-                self.console.line(f"  {row['implementation']} is inaccurate: {row['inaccurate']}")
-
-
-def shape_of(case: Any) -> dict[str, int]:
-    """Return a case's sizes as plain values."""
-    return {name: getattr(case, name) for name in ("B", "M", "C", "N", "D", "H", "d_qk", "d_v")}
-
-
-def describe(case: Any) -> str:
-    """Return a case in one line."""
-    return f"{case.name}: B={case.B}, {case.M:,} inputs, {widths_of(case)}"
-
-
-def widths_of(case: Any) -> str:
-    """Return what of a case stays when its batch and its inputs are swept."""
-    heads = f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
-    return f"{case.C} channels, {case.N} latents x {case.D}, {heads}"
-
-
-def _is_peer(row: dict[str, Any]) -> bool:
-    return row["implementation"] not in (OURS, CHUNKED)
-
-
-def _cells(row: dict[str, Any]) -> list[Any]:
-    if "p50_ms" not in row:
-        return [row["implementation"], *([None] * (len(COLUMNS) - 1))]
-    errors, eager = row.get("errors", {}), row.get("eager_errors", {})
-    worst = max(errors, key=lambda name: errors[name], default=None)
-    return [
-        row["implementation"],
-        format_ms(row["p50_ms"]),
-        f"{format_ms(row['p20_ms'])}..{format_ms(row['p80_ms'])}",
-        "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
-        f"{row['tflops']:.3g}" if row["flops"] else "-",
-        f"{100 * row['of_floor']:.0f} %",
-        format_bytes(row["peak_extra_bytes"]),
-        f"{errors[worst]:.2g}" if worst else "-",
-        f"{eager[worst]:.2g}" if worst else "-",
-    ]
+        flops, moved = work.least(which)
+        return max(flops / self.ceilings["tflops"] / 1e9, moved / self.ceilings["gbytes_per_s"] / 1e6)

@@ -19,7 +19,8 @@ from perceiver_kernels.cli import bench, info, measure, options, plot
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.workload import CHUNKED, OURS, Workload, chunk_size, packed_bytes_per_token
+from perceiver_kernels.cli.subject import CHUNKED, OURS, shape_of
+from perceiver_kernels.cli.workload import Workload, chunk_size, packed_bytes_per_token, widths_of
 from perceiver_kernels.testing.cases import ENCODE, EncodeCase
 
 HELP = "measure extra peak memory against the number of inputs: packed, chunked and stock"
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", type=options.name_of("case", ENCODE), metavar="NAME",
         help="case whose sizes but M are used (default: "
-        f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {bench.widths_of(CPU_CASE)} on a CPU)",
+        f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--sizes", type=_sizes, default=SIZES, metavar="M,...",
@@ -77,7 +78,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
         sweep.run(case, sizes, arguments.passes, [Peer.parse(name) for name in names])
         sweep.show()
         if arguments.plot:
-            title = f"{case.name}: {bench.widths_of(case)}"
+            title = f"{case.name}: {widths_of(case)}"
             console.line(plot.save(Path(arguments.plot), memory=sweep.rows, title=title))
     return 0
 
@@ -160,7 +161,7 @@ class Sweep:
             measure.release()
         case = work.case
         row = self.report.add(
-            kind="memory", case=case.name, shape=bench.shape_of(case), M=case.M, **{"pass": which},
+            kind="memory", case=case.name, shape=shape_of(case), M=case.M, **{"pass": which},
             implementation=name, peak_extra_bytes=peak, failure=failure,
             backend=work.choice(which)[1] if name in (OURS, CHUNKED) else "stock",
             predicted_bytes=predicted_bytes(case, name, self.dtype.itemsize),

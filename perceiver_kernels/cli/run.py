@@ -23,7 +23,8 @@ from perceiver_kernels.cli.console import Console, format_bytes, format_ms
 from perceiver_kernels.cli.memory import Sweep, sizes_up_to
 from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.workload import OURS, PASSES, Workload
+from perceiver_kernels.cli.subject import OURS, shape_of
+from perceiver_kernels.cli.workload import PASSES, Workload, describe, widths_of
 from perceiver_kernels.models import Perceiver
 from perceiver_kernels.testing.cases import EncodeCase
 
@@ -122,7 +123,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
         memory = job.sweep(sizes)
         times = [row for row in report.rows if row["kind"] == "bench"]
         console.heading("Results")
-        title = f"{job.names}: {bench.widths_of(job.case)}, {report.content['dtype']}"
+        title = f"{job.names}: {widths_of(job.case)}, {report.content['dtype']}"
         console.line(plot.save(picture, memory=memory, times=times, title=title))
         console.line(f"numbers: {numbers}")
     for failure in failures:
@@ -151,8 +152,8 @@ class Job:
             D=model["latent_dim"], H=1, d_qk=preset.channels, d_v=preset.channels,
         )  # fmt: skip
         dtype = str(self.dtype).removeprefix("torch.")
-        self.title = f"{bench.describe(self.case)}, {dtype}, {self.names}"
-        self.report.set(photographs=self.names, shape=bench.shape_of(self.case), dtype=dtype)
+        self.title = f"{describe(self.case)}, {dtype}, {self.names}"
+        self.report.set(photographs=self.names, shape=shape_of(self.case), dtype=dtype)
 
     def inputs(self) -> pk.InputArray:
         """The photographs as the model reads them: pixels, and positions that are computed while packing."""

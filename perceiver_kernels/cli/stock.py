@@ -1,14 +1,16 @@
-"""What PyTorch offers on the same shapes: the textbook layer over named attention implementations.
+"""What is offered on the same shapes: the textbook layer over named attention implementations.
 
 A peer's name is `[compiled-]<attention>[-pad8]`: `eager` writes softmax(q k^T) v out; `math`, `flash`,
-`cudnn` and `efficient` are scaled_dot_product_attention with that one backend allowed; `compiled-` puts the
-layer through torch.compile; `-pad8` zero-pads head dims to a multiple of 8, which the fused backends demand.
+`cudnn` and `efficient` are scaled_dot_product_attention with that one backend allowed; `flex` is flex_attention
+put through torch.compile; `ffpa` is the package ffpa-attn, where it is installed; `compiled-` puts the layer
+through torch.compile; `-pad8` zero-pads head dims to a multiple of 8, which the fused backends demand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +28,14 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ATTENTIONS = ("eager", *SDPA)
+ATTENTIONS = ("eager", *SDPA, "flex", "ffpa")
 COMPILED = ("compiled-eager", "compiled-efficient", "compiled-cudnn")
 # compiled-eager keeps the scores in memory as eager does; the other two are what torch.compile makes of a
 # fused kernel.
-PEERS = (*ATTENTIONS, *COMPILED)
+PEERS = ("eager", *SDPA, *COMPILED)
+"""Of a layer, and of attention over one tensor that serves as keys and values."""
+ATTENTION_PEERS = ("flash", "cudnn", "efficient", "math", "flex", "ffpa")
+"""Of attention over given keys and values."""
 CPU_PEERS = ("eager", "math", "flash")
 
 
@@ -51,7 +56,8 @@ class Peer:
         """Read a peer's name; CommandError with the nearest names for an unknown one."""
         core = name.removeprefix("compiled-").removesuffix("-pad8")
         if core not in ATTENTIONS:
-            raise unknown_name("peer", name, [*PEERS, *(f"{peer}-pad8" for peer in PEERS)])
+            known = dict.fromkeys((*PEERS, *ATTENTION_PEERS))
+            raise unknown_name("peer", name, [*known, *(f"{peer}-pad8" for peer in known)])
         return cls(core, name.startswith("compiled-"), name.endswith("-pad8"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -64,6 +70,10 @@ class Peer:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.attention == "eager":
             return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+        if self.attention == "flex":
+            return _flex_attention()(q, k, v, scale=scale)
+        if self.attention == "ffpa":
+            return _ffpa_attention(q, k, v, scale)
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def only(self) -> contextlib.AbstractContextManager[Any]:
@@ -71,22 +81,44 @@ class Peer:
         return sdpa_kernel(SDPA[self.attention]) if self.attention in SDPA else contextlib.nullcontext()
 
 
+@functools.cache
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return compiled(flex_attention)
+
+
+def _ffpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """ffpa-attn's own kernels; which head dims it hands on is what its version 0.2.4 does."""
+    try:
+        from ffpa_attn import ffpa_attn_func
+    except ImportError as error:
+        raise RuntimeError(f"ffpa-attn cannot be imported: {error}") from error
+    if not 256 < q.shape[-1] <= 1024:
+        raise ValueError(
+            f"ffpa-attn has kernels for head dims 257 to 1024 and hands others to SDPA, got {q.shape[-1]}"
+        )
+    return ffpa_attn_func(q, k, v, scale=scale)
+
+
 def peers_for(
-    names: Iterable[str] | None, head_dims: Iterable[int], device: torch.device, *, compiled: bool
-) -> list[Peer]:
+    names: Iterable[str] | None, head_dims: Iterable[int], device: torch.device, *, compiled: bool,
+    offered: Iterable[str] = PEERS,
+) -> list[Peer]:  # fmt: skip
     """Return the peers asked for, or all that the device has.
 
     Args:
         names: names of peers; None for all.
         head_dims: where one is no multiple of 8, the padded variants come too.
         device: a CPU has neither cuDNN nor the memory-efficient kernel, and needs no padding.
-        compiled: whether all includes torch.compile of the layer.
+        compiled: whether all includes what torch.compile makes.
+        offered: all that a GPU has.
     """
     if names is not None:
         return [Peer.parse(name) for name in names]
     if device.type == "cpu":
         return [Peer.parse(name) for name in CPU_PEERS]
-    peers = [Peer.parse(name) for name in PEERS if compiled or name not in COMPILED]
+    peers = [Peer.parse(name) for name in offered if compiled or name not in (*COMPILED, "flex")]
     odd = any(dim % 8 for dim in head_dims)
     return peers + [
         dataclasses.replace(peer, padded=True) for peer in peers if odd and peer.attention != "eager"

@@ -1,14 +1,13 @@
 """One encode case as something to call: tensors, our layer, the stock layer with its weights, every pass.
 
-A pass is one thing that is measured. Kernel passes start from a packed [B, M, C_padded] array; layer passes
+Kernel passes start from a packed [B, M, C_padded] array; layer passes
 are LayerNorm -> projections -> attention -> output projection, and end where the layer ends.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,22 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_kernels as pk
+from perceiver_kernels import reference
+from perceiver_kernels.cli import textbook
 from perceiver_kernels.cli.measure import Call, seeded
-from perceiver_kernels.cli.stock import Peer, StockCrossAttention, compiled
+from perceiver_kernels.cli.stock import Peer, StockCrossAttention, compiled, peers_for
+from perceiver_kernels.cli.subject import (
+    CHUNKED,
+    OURS,
+    OWN,
+    Pass,
+    heads_of,
+    quiet,
+    saved_gradients,
+    under,
+)
 from perceiver_kernels.nn import CrossAttention
-
-OURS = "ours"
-CHUNKED = "ours-chunked"
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One thing to measure."""
-
-    name: str
-    level: Literal["kernel", "layer"]
-    title: str
-
 
 PASSES = {
     each.name: each
@@ -57,7 +55,7 @@ def chunk_size(batch: int) -> int:
 
 
 class Workload:
-    """Tensors and layers of one case.
+    """Tensors and layers of one case: a `Subject`.
 
     Args:
         case: a `testing.cases.EncodeCase`.
@@ -65,6 +63,8 @@ class Workload:
         inputs: the input array [B, M, C]; random when None.
         chunk: tokens per chunk of the chunked layer; `chunk_size(B)` when None.
     """
+
+    regime = "encode"
 
     def __init__(
         self, case: Any, device: torch.device, dtype: torch.dtype, *, inputs: Tensor | None = None,
@@ -94,6 +94,13 @@ class Workload:
         layer = self._our_layer(chunk_size=self.chunk)
         layer.load_state_dict(self.layer.state_dict())
         return layer
+
+    @property
+    def title(self) -> str:
+        return describe(self.case)
+
+    def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
+        return peers_for(names, (self.case.d_qk, self.case.d_v), self.device, compiled=compiled)
 
     def choice(self, which: str) -> tuple[Literal["absorbed", "projected"], str]:
         """Return the method and the backend of our callable; kernel passes are absorbed by definition."""
@@ -145,7 +152,7 @@ class Workload:
     def ours(self, which: str) -> Call:
         """Return our callable for a pass; it gives the tensors that `names` lists."""
         if which == "pack":
-            return _quiet(lambda: (pk.pack_inputs(self.inputs).data,))
+            return quiet(lambda: (pk.pack_inputs(self.inputs).data,))
         if PASSES[which].level == "kernel":
             return self._kernel_call(which, lambda q, x: pk.shared_kv_attention(q, x))
         inputs: Any = self.packed if which == "forward-packed" else self.inputs
@@ -160,7 +167,7 @@ class Workload:
         if which == "pack":
             run: Any = functools.partial(_normalize_and_pad, pad=self.packed.data.shape[-1] - self.case.C)
             run = compiled(run) if peer.compiled else run
-            return _quiet(lambda: (run(self.inputs),))
+            return quiet(lambda: (run(self.inputs),))
         if PASSES[which].level == "kernel":
             attend = functools.partial(_shared_as_stock, peer)
             attend = compiled(attend) if peer.compiled else attend
@@ -174,18 +181,25 @@ class Workload:
     ) -> Call:
         q, x = self.rows, self.packed.data
         if which == "attend":
-            return _under(peer, _quiet(lambda: (attend(q, x),)))
+            return under(peer, quiet(lambda: (attend(q, x),)))
         wanted = (q if which == "dq" else x).detach().requires_grad_()
         q, x = (wanted, x) if which == "dq" else (q, wanted)
-        # The graph is built once, by the first call, and walked by every call.
-        graph = _under(peer, functools.cache(lambda: attend(q, x)))
-        return _under(
-            peer, lambda: torch.autograd.grad(graph(), wanted, self.row_gradient, retain_graph=True)
-        )
+        return under(peer, saved_gradients(lambda: attend(q, x), [wanted], self.row_gradient))
+
+    def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
+        """Return ours, chunked where there is such a form, and the peers' callables for a pass."""
+        calls = {OURS: self.ours(which)}
+        if which == "forward-packed":
+            return calls
+        if PASSES[which].level == "layer":
+            calls[CHUNKED] = self.chunked(which)
+        # Packing has two stock forms only: written out, and compiled.
+        usable = [peer for peer in peers if which != "pack" or peer.attention == "eager"]
+        return calls | {peer.name: self.stock(which, peer) for peer in usable}
 
     def layer_call(self, which: str, layer: Any, inputs: Any, peer: Peer | None = None) -> Call:
         """Return the callable that runs a layer pass over a layer."""
-        return _under(peer, layer_pass(which, layer, self.latents, inputs, self.gradient))
+        return under(peer, layer_pass(which, layer, self.latents, inputs, self.gradient))
 
     def names(self, which: str) -> list[str]:
         """Return the names of the tensors that a pass gives."""
@@ -198,11 +212,44 @@ class Workload:
         names = ["out", "dlatents", *(f"d{name}" for name, _ in self.layer.named_parameters())]
         return [*names, "dinputs"] if which == "backward-inputs" else names
 
+    # ------ what a result is held against
+
+    def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return what a pass should give, from the streamed textbook in a dtype."""
+        if which == "pack":
+            return [reference.pack_inputs(self.inputs.to(dtype))[0]]
+        if PASSES[which].level == "kernel":
+            return textbook.shared_kv(which, self.rows, self.packed.data, self.row_gradient, dtype)
+        layer = textbook.Textbook(self.stock_layer(Peer("eager"), dtype), dtype)
+        # Inputs that need a gradient become a leaf of this dtype; others are converted part by part.
+        inputs = self.inputs.to(dtype) if which == "backward-inputs" else self.inputs
+        return layer_pass(which, layer, self.latents.to(dtype), inputs, self.gradient.to(dtype))()
+
+    def method(self, which: str, implementation: str) -> Literal["absorbed", "projected"]:
+        """Return how an implementation gets at keys and values; stock PyTorch projects."""
+        if implementation == CHUNKED:
+            return "absorbed"
+        return self.choice(which)[0] if implementation == OURS else "projected"
+
+    def labels(self, which: str, implementation: str) -> dict[str, str]:
+        """Return an implementation's method and backend."""
+        backend = self.choice(which)[1] if implementation in OWN else "stock"
+        return {"method": self.method(which, implementation), "backend": backend}
+
+    def flops(self, which: str, implementation: str) -> int:
+        """Return the FLOPs of a pass by an implementation's method."""
+        return flops(self.case, which, self.method(which, implementation))
+
+    def least(self, which: str) -> tuple[int, int]:
+        """Return the fewest FLOPs, by either method, and the fewest bytes of a pass."""
+        fewest = min(flops(self.case, which, "absorbed"), flops(self.case, which, "projected"))
+        return fewest, least_bytes(self.case, which, self.dtype.itemsize)
+
 
 def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: Tensor) -> Call:
     """Return the callable of a layer pass: out, then gradients of latents, weights (and inputs)."""
     if which in ("forward", "forward-packed"):
-        return _quiet(lambda: (layer(latents, inputs),))
+        return quiet(lambda: (layer(latents, inputs),))
     latents = latents.detach().requires_grad_()
     leaves = [latents, *layer.parameters()]
     if which == "backward-inputs":
@@ -214,6 +261,16 @@ def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: T
         return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
 
     return forward_backward
+
+
+def describe(case: Any) -> str:
+    """Return an encode case in one line."""
+    return f"{case.name}: B={case.B}, {case.M:,} inputs, {widths_of(case)}"
+
+
+def widths_of(case: Any) -> str:
+    """Return what of an encode case stays when its batch and its inputs are swept."""
+    return f"{case.C} channels, {case.N} latents x {case.D}, {heads_of(case)}"
 
 
 def flops(case: Any, which: str, method: Literal["absorbed", "projected"]) -> int:
@@ -274,23 +331,3 @@ def _normalize_and_pad(x: Tensor, pad: int) -> Tensor:
 def _shared_as_stock(peer: Peer, q: Tensor, x: Tensor) -> Tensor:
     """Shared-KV attention in stock PyTorch: one head, the inputs given twice, as keys and as values."""
     return peer.attend(q[:, None], x[:, None], x[:, None], 1.0)[:, 0]
-
-
-def _quiet(call: Call) -> Call:
-    def run() -> Any:
-        with torch.no_grad():
-            return call()
-
-    return run
-
-
-def _under(peer: Peer | None, call: Call) -> Call:
-    """Run a call with only the peer's SDPA backend allowed."""
-    if peer is None:
-        return call
-
-    def run() -> Any:
-        with peer.only():
-            return call()
-
-    return run

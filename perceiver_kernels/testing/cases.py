@@ -58,6 +58,10 @@ class EncodeCase:
             D=min(self.D, 64),
         )
 
+    def cut(self, max_inputs: int) -> EncodeCase:
+        """The case with at most so many inputs, and nothing else changed."""
+        return replace(self, M=min(self.M, max_inputs))
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -86,6 +90,10 @@ class AttentionCase:
             Lq=_shrink(self.Lq, max_length, TILE),
             Lk=_shrink(self.Lk, max_length, TILE),
         )
+
+    def cut(self, max_length: int) -> AttentionCase:
+        """The case with at most so many queries and so many keys, and nothing else changed."""
+        return replace(self, Lq=min(self.Lq, max_length), Lk=min(self.Lk, max_length))
 
 
 def _encode(*cases: tuple[str, int, int, int, int, int, int, int, int]) -> dict[str, EncodeCase]:
@@ -156,6 +164,13 @@ PROCESS = _attention(
     ("flow", 2, 16, 2_048, 2_048, 32, 32),
     ("rin", 32, 16, 128, 128, 48, 48),
     ("aurora", 64_800, 16, 3, 3, 64, 64),
+)
+# Few queries over many keys that are given, not absorbed: what a projected encode comes down to.
+ENCODE_KV = _attention(
+    ("kv-256x1m-d256", 1, 1, 256, 1_048_576, 256, 256),
+    ("kv-64x16k-h16-d64", 8, 16, 64, 16_384, 64, 64),
+    ("kv-512x50k-d128", 8, 1, 512, 50_176, 128, 128),
+    ("kv-512x50k-h8-d64", 4, 8, 512, 50_176, 64, 64),
 )
 
 _EDGE_BASE = EncodeCase("base", B=2, M=37, C=21, N=5, D=24, H=2, d_qk=12, d_v=20)

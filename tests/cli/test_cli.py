@@ -13,6 +13,7 @@ import torch
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.cli import COMMANDS, build_parser, check, main
+from perceiver_kernels.cli.attention_workload import AttentionWorkload
 from perceiver_kernels.cli.workload import Workload
 from perceiver_kernels.dispatch import ENVIRONMENT_VARIABLE
 
@@ -155,6 +156,68 @@ class TestBench:
         (row,) = json.loads(captured.out)["rows"]
         assert row["failure"].startswith("not timed: z: ") and "p50_ms" not in row
         assert "not timed" in captured.err
+
+
+class TestBenchAttention:
+    """Attention over given keys and values: the rows, and what a wrong result does."""
+
+    CALL = ("--device", "cpu", "--max-inputs", "40", "--seconds", "0.01")
+
+    @pytest.mark.parametrize(
+        ("regime", "case"), [("decode", "flow"), ("process", "language"), ("encode-kv", "kv-512x50k-d128")]
+    )
+    def test_rows_are_those_of_encode(
+        self, regime: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        without(monkeypatch, "ffpa_attn")
+        path = tmp_path / "bench.json"
+        call = ["bench", regime, "--case", case, *self.CALL, "--peers", "eager,math,cudnn,ffpa"]
+        assert main([*call, "--json", str(path)]) == 0
+        report = json.loads(path.read_text())
+        rows = {(row["pass"], row["implementation"]): row for row in report["rows"]}
+        assert report["command"] == f"bench {regime}" and len(rows) == 2 * 5
+        for which, tensors in (("forward", {"out"}), ("backward", {"dq", "dk", "dv"})):
+            ours = rows[which, "ours"]
+            assert (ours["kind"], ours["case"], ours["backend"], ours["failure"]) == ("bench", case, "sdpa", None)
+            assert set(ours["errors"]) == set(ours["eager_errors"]) == tensors
+            assert set(ours["shape"]) == {"B", "H", "Lq", "Lk", "d_qk", "d_v"}
+            assert ours["command"] == f"perceiver-kernels bench {regime} --case {case} --passes {which}"
+            assert ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] and ours["floor_ms"] > 0
+            assert rows[which, "math"]["backend"] == "stock" and rows[which, "math"]["tflops"] > 0
+            assert rows[which, "cudnn"]["failure"] and "p50_ms" not in rows[which, "cudnn"]
+            assert rows[which, "ffpa"]["failure"].startswith("ffpa-attn cannot be imported: ")
+
+    @pytest.mark.parametrize("which", ["forward", "backward"])
+    def test_a_wrong_result_is_not_timed(
+        self, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = AttentionWorkload.ours
+
+        def wrong(work: AttentionWorkload, which: str) -> Any:
+            return lambda: (*right(work, which)()[:-1], 1.001 * right(work, which)()[-1])
+
+        monkeypatch.setattr(AttentionWorkload, "ours", wrong)
+        call = ["bench", "process", "--case", "imagenet", *self.CALL, "--passes", which, "--peers", "none"]
+        assert main([*call, "--json", "-"]) == 1
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        named = {"forward": "out", "backward": "dv"}[which]
+        assert row["failure"].startswith(f"not timed: {named}: ") and "p50_ms" not in row
+
+    def test_a_peer_that_gives_nan_is_told_off(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = AttentionWorkload.stock
+
+        def wrong(work: AttentionWorkload, which: str, peer: Any) -> Any:
+            return lambda: tuple(float("nan") * tensor for tensor in right(work, which, peer)())
+
+        monkeypatch.setattr(AttentionWorkload, "stock", wrong)
+        call = ["bench", "decode", "--case", "flow", *self.CALL, "--passes", "backward", "--peers", "math"]
+        assert main([*call, "--json", "-"]) == 0
+        captured = capsys.readouterr()
+        ours, math = json.loads(captured.out)["rows"]
+        assert "inaccurate" not in ours and math["inaccurate"].startswith("dq: ") and math["failure"] is None
+        assert "math is inaccurate: dq: " in captured.err
 
 
 class TestRun:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from perceiver_kernels.cli import bench
+from perceiver_kernels.cli import pass_table
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms, table_lines
 
 
@@ -77,7 +77,7 @@ class TestTable:
 
     def test_numbers_stay_whole_at_80_columns(self, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every column was narrowed alike: 1198..1301 stood on three lines."""
-        lines = self.printed(plain, 80, monkeypatch, bench.COLUMNS, BENCH_ROWS, bench.SPARE_COLUMNS)
+        lines = self.printed(plain, 80, monkeypatch, pass_table.COLUMNS, BENCH_ROWS, pass_table.SPARE_COLUMNS)
         assert max(map(len, lines)) <= 80
         for row in BENCH_ROWS:
             (line,) = [line for line in lines if line.startswith(row[0])]
@@ -86,9 +86,9 @@ class TestTable:
         assert lines[-1] == "(no room for host us, p20..p80)"
 
     def test_all_columns_where_there_is_room(self, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        lines = self.printed(plain, 120, monkeypatch, bench.COLUMNS, BENCH_ROWS, bench.SPARE_COLUMNS)
+        lines = self.printed(plain, 120, monkeypatch, pass_table.COLUMNS, BENCH_ROWS, pass_table.SPARE_COLUMNS)
         assert [re.split(r" {2,}", line) for line in lines[-2:]] == BENCH_ROWS
-        assert re.split(r" {2,}", lines[-4]) == list(bench.COLUMNS)
+        assert re.split(r" {2,}", lines[-4]) == list(pass_table.COLUMNS)
 
     def test_text_is_folded_between_words(self, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         lines = self.printed(plain, 60, monkeypatch, ["backend", "ms", "why"], [["cuda", "12.25", LONG]])

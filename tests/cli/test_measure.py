@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver_kernels.cli import gate, measure
+from perceiver_kernels.cli import gate, measure, textbook
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.memory import slope
 from perceiver_kernels.cli.report import CommandError, unknown_name
@@ -112,7 +112,7 @@ class TestAttempt:
 
 class TestPeers:
     def test_names_round_trip(self) -> None:
-        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8"):
+        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8", "flex", "ffpa"):
             assert Peer.parse(name).name == name
 
     def test_unknown_names_get_the_nearest(self) -> None:
@@ -193,9 +193,9 @@ class TestGate:
         self, work: Workload, which: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The specification in parts of a few tokens is the specification."""
-        whole = Gate(work)._specification(which, torch.float64)
-        monkeypatch.setattr(gate, "PART_BYTES", 2**17)
+        whole = work.specification(which, torch.float64)
+        monkeypatch.setattr(textbook, "PART_BYTES", 2**17)
         monkeypatch.setattr(gate, "PIECE_ELEMENTS", 100)
-        for a, b in zip(whole, Gate(work)._specification(which, torch.float64), strict=True):
+        for a, b in zip(whole, work.specification(which, torch.float64), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert gate.relative_error(a.float(), b) < 1e-6

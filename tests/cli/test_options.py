@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from perceiver_kernels.cli import bench, build_parser, main, memory, options, run
+from perceiver_kernels.cli.regimes import REGIMES
 from perceiver_kernels.cli.workload import PASSES
 
 BENCH, RUN = ["bench", "encode", "--device", "cpu"], ["run", "--preset", "tiny", "--device", "cpu"]
+DECODE = ["bench", "decode", "--device", "cpu"]
 MEMORY, CHECK = ["memory", "--device", "cpu"], ["check", "--device", "cpu"]
 COUNT = "argument --max-inputs: must be a whole number, at least 1, got"
 SECONDS = "argument --seconds: must be above 0 and at most 3600, got"
@@ -37,6 +40,10 @@ FILE = "must name a file or folder, got"
         (BENCH, "--peers", "", "argument --peers: no peer named ''"),
         (MEMORY, "--peers", "flsh", "argument --peers: no peer named 'flsh'; nearest: flash"),
         (BENCH, "--case", "imagnet", "argument --case: no case named 'imagnet'; nearest: imagenet"),
+        (DECODE, "--case", "imagnet", "argument --case: no case named 'imagnet'; nearest: imagenet"),
+        (DECODE, "--case", "longctx", "argument --case: no case named 'longctx'; nearest: "),
+        (DECODE, "--passes", "dq", "argument --passes: no pass named 'dq'; nearest: "),
+        (DECODE, "--peers", "fpa", "argument --peers: no peer named 'fpa'; nearest: ffpa"),
         (MEMORY, "--case", "", "argument --case: no case named ''"),
         (RUN, "--preset", "smal", "argument --preset: no preset named 'smal'; nearest: small"),
         *((MEMORY, "--sizes", s, f"{SIZES} {s!r}") for s in ("1X", "", "1K,,2K")),
@@ -84,13 +91,13 @@ class TestHelp:
         return " ".join(parser._get_formatter()._expand_help(action).split())
 
     def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench, "CPU_INPUTS", 777)
-        monkeypatch.setattr(bench, "DEFAULT_CASES", ("flow", "c64"))
+        encode = dataclasses.replace(REGIMES["encode"], default_cases=("flow", "c64"), cpu_inputs=777)
+        monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
-        assert "default: 777 on a CPU" in self.of("bench", "--max-inputs")
-        assert self.of("bench", "--case").endswith("(default: flow c64)")
+        assert "on a CPU encode: 777; decode: 512" in self.of("bench", "--max-inputs")
+        assert "encode: flow c64" in self.of("bench", "--case")
         assert "default: 0.125" in self.of("bench", "--seconds")
-        assert build_parser().parse_args(BENCH).case == ("flow", "c64")
+        assert bench.chosen(encode, None, None)[0] == ("flow", "c64")
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "SIZES", (5, 50))
@@ -103,7 +110,7 @@ class TestHelp:
     @pytest.mark.parametrize("command", ["memory", "run"])
     def test_only_bench_cuts_cases(self, command: str) -> None:
         told = self.of(command, "--max-inputs")
-        assert "no limit" in told and str(bench.CPU_INPUTS) not in told
+        assert "no limit" in told and str(REGIMES["encode"].cpu_inputs) not in told
 
     def test_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run, "DEFAULT_PRESETS", {"cuda": "small", "cpu": "tiny"})

@@ -6,13 +6,23 @@ import dataclasses
 
 import pytest
 
-from perceiver_kernels.testing import DECODE, EDGE, ENCODE, ENCODE_WIDE, PROCESS, AttentionCase, EncodeCase
+from perceiver_kernels.testing import (
+    DECODE,
+    EDGE,
+    ENCODE,
+    ENCODE_KV,
+    ENCODE_WIDE,
+    PROCESS,
+    AttentionCase,
+    EncodeCase,
+)
 
 ALL_ENCODE = {**ENCODE, **ENCODE_WIDE}
+ALL_ATTENTION = [*DECODE.values(), *PROCESS.values(), *ENCODE_KV.values()]
 
 
 def test_names_are_the_keys() -> None:
-    for table in (ENCODE, ENCODE_WIDE, DECODE, PROCESS, EDGE):
+    for table in (ENCODE, ENCODE_WIDE, DECODE, PROCESS, ENCODE_KV, EDGE):
         assert table and all(case.name == name for name, case in table.items())
 
 
@@ -30,6 +40,30 @@ def test_names_are_the_keys() -> None:
 )
 def test_timed_cases_have_the_sizes_of_the_targets(name: str, sizes: tuple[int, ...]) -> None:
     assert dataclasses.astuple(ENCODE[name])[1:] == sizes
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "sizes"),
+    [
+        (DECODE, "decode-h8", (1, 8, 1_048_576, 256, 64, 64)),
+        (DECODE, "decode-h1", (1, 1, 1_048_576, 512, 256, 256)),
+        (DECODE, "decode-262k", (1, 8, 262_144, 1_024, 64, 64)),
+        (DECODE, "flow", (1, 1, 182_528, 2_048, 512, 512)),
+        (PROCESS, "imagenet", (32, 8, 512, 512, 128, 128)),
+        (PROCESS, "n512-d64", (64, 8, 512, 512, 64, 64)),
+        (PROCESS, "multimodal", (32, 8, 784, 784, 64, 64)),
+        (PROCESS, "language", (32, 8, 256, 256, 160, 160)),
+        (PROCESS, "n2048-d64", (8, 8, 2_048, 2_048, 64, 64)),
+        (ENCODE_KV, "kv-256x1m-d256", (1, 1, 256, 1_048_576, 256, 256)),
+        (ENCODE_KV, "kv-64x16k-h16-d64", (8, 16, 64, 16_384, 64, 64)),
+        (ENCODE_KV, "kv-512x50k-d128", (8, 1, 512, 50_176, 128, 128)),
+        (ENCODE_KV, "kv-512x50k-h8-d64", (4, 8, 512, 50_176, 64, 64)),
+    ],
+)
+def test_timed_attention_cases_have_the_sizes_of_the_targets(
+    table: dict[str, AttentionCase], name: str, sizes: tuple[int, ...]
+) -> None:
+    assert dataclasses.astuple(table[name])[1:] == sizes
 
 
 def test_sizes_follow_from_the_configurations() -> None:
@@ -63,12 +97,19 @@ def test_scaled_encode_cases_are_small_and_alike(case: EncodeCase) -> None:
     assert small.scaled() == small
 
 
-@pytest.mark.parametrize("case", [*DECODE.values(), *PROCESS.values()], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL_ATTENTION, ids=lambda case: case.name)
 def test_scaled_attention_cases_are_small_and_alike(case: AttentionCase) -> None:
     small = case.scaled()
     assert small.B <= 2 and small.H <= 4 and 0 < small.Lq <= 256 and 0 < small.Lk <= 256
     assert (small.Lq - case.Lq) % 128 == 0 and (small.Lk - case.Lk) % 128 == 0
     assert (small.d_qk, small.d_v) == (case.d_qk, case.d_v)
+
+
+def test_cutting_changes_lengths_alone() -> None:
+    encode, decode = ENCODE["imagenet"], DECODE["flow"]
+    assert encode.cut(1_000) == dataclasses.replace(encode, M=1_000) and encode.cut(10**9) == encode
+    assert decode.cut(10_000) == dataclasses.replace(decode, Lq=10_000)
+    assert decode.cut(100) == dataclasses.replace(decode, Lq=100, Lk=100)
 
 
 def test_scaling_keeps_the_ragged_tile() -> None:

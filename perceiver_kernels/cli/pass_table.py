@@ -1,0 +1,57 @@
+"""The table of one pass: a line for every implementation that ran, a sentence for every one that did not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perceiver_kernels.cli.console import Console, format_bytes, format_ms
+from perceiver_kernels.cli.subject import OWN
+
+COLUMNS = (
+    "implementation",
+    "ms",
+    "p20..p80",
+    "host us",
+    "TFLOP/s",
+    "of floor",
+    "extra memory",
+    "error",
+    "eager's",
+)
+SPARE_COLUMNS = ("host us", "p20..p80", "extra memory", "of floor")
+"""Left out, in this order, where a line has no room for all."""
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one pass; what failed or was inaccurate is told below."""
+    console.line(f"\n{title}")
+    console.table(COLUMNS, [_cells(row) for row in rows if not (row["failure"] and _is_peer(row))], SPARE_COLUMNS)
+    for row in rows:
+        if row["failure"] and not _is_peer(row):
+            console.warn(f"{row['case']} {row['pass']} {row['implementation']}: {row['failure']}")
+        elif row["failure"]:
+            console.line(f"  {row['implementation']} cannot: {row['failure']}")
+        elif row.get("inaccurate"):
+            console.line(f"  {row['implementation']} is inaccurate: {row['inaccurate']}")
+
+
+def _is_peer(row: dict[str, Any]) -> bool:
+    return row["implementation"] not in OWN
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    if "p50_ms" not in row:
+        return [row["implementation"], *([None] * (len(COLUMNS) - 1))]
+    errors, eager = row.get("errors", {}), row.get("eager_errors", {})
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    return [
+        row["implementation"],
+        format_ms(row["p50_ms"]),
+        f"{format_ms(row['p20_ms'])}..{format_ms(row['p80_ms'])}",
+        "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
+        f"{row['tflops']:.3g}" if row["flops"] else "-",
+        f"{100 * row['of_floor']:.0f} %",
+        format_bytes(row["peak_extra_bytes"]),
+        f"{errors[worst]:.2g}" if worst else "-",
+        f"{eager[worst]:.2g}" if worst else "-",
+    ]

@@ -1,0 +1,126 @@
+"""What is measured: a pass over a case, and what a workload offers to be judged and timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from perceiver_kernels.cli.measure import Call
+from perceiver_kernels.cli.stock import Peer
+
+OURS = "ours"
+CHUNKED = "ours-chunked"
+OWN = (OURS, CHUNKED)
+"""Implementations whose wrong result fails a command; the others are stock."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One thing to measure."""
+
+    name: str
+    level: Literal["kernel", "layer"]
+    title: str
+
+
+class Subject(Protocol):
+    """One case as something to judge and time: `Gate` and `Bench` know no more of a workload than this.
+
+    Args:
+        regime: name of the regime, as the command line has it.
+        case: named sizes, of `testing.cases`.
+        device, dtype: where and in what the work is done.
+    """
+
+    regime: str
+    case: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        """The case in one line."""
+        ...
+
+    def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
+        """Return the peers asked for, or all that the device has; compiled: with those that torch.compile makes."""
+        ...
+
+    def ours(self, which: str) -> Call:
+        """Return our callable for a pass; it gives the tensors that `names` lists."""
+        ...
+
+    def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
+        """Return implementation -> callable for a pass: ours first, then the peers that have such a pass."""
+        ...
+
+    def names(self, which: str) -> list[str]:
+        """Return the names of the tensors that a pass gives."""
+        ...
+
+    def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return what a pass should give: the specification in fp64, the textbook in any other dtype."""
+        ...
+
+    def labels(self, which: str, implementation: str) -> dict[str, str]:
+        """Return what a row says of an implementation: its `backend`, and its `method` where there are several."""
+        ...
+
+    def flops(self, which: str, implementation: str) -> int:
+        """Return the FLOPs that an implementation's rate is computed from."""
+        ...
+
+    def least(self, which: str) -> tuple[int, int]:
+        """Return the fewest FLOPs and the fewest bytes of a pass, by whatever method."""
+        ...
+
+
+def shape_of(case: Any) -> dict[str, int]:
+    """Return a case's sizes as plain values."""
+    return {name: size for name, size in dataclasses.asdict(case).items() if name != "name"}
+
+
+def heads_of(case: Any) -> str:
+    """Return a case's heads in words."""
+    return f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
+
+
+def quiet(call: Call) -> Call:
+    """Run a call without recording a graph."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def under(peer: Peer | None, call: Call) -> Call:
+    """Run a call with only the peer's SDPA backend allowed."""
+    if peer is None:
+        return call
+
+    def run() -> Any:
+        with peer.only():
+            return call()
+
+    return run
+
+
+def saved_gradients(forward: Callable[[], Tensor], leaves: Sequence[Tensor], gradient: Tensor) -> Call:
+    """Return the callable of a backward alone: the first call builds the graph, every call walks it."""
+
+    @functools.cache
+    def graph() -> Tensor:
+        # A compiled backward takes its saved tensors as scratch, and a graph is walked more than once here.
+        with functorch_config.patch(donated_buffer=False):
+            return forward()
+
+    return lambda: torch.autograd.grad(graph(), leaves, gradient, retain_graph=True)

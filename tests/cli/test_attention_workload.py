@@ -1,0 +1,191 @@
+"""Attention over given keys and values: what is called, what it is held against, and what its rates are of."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import perceiver_kernels as pk
+from perceiver_kernels.cli import gate, measure, textbook
+from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload, flops, least_bytes
+from perceiver_kernels.cli.gate import Gate
+from perceiver_kernels.cli.regimes import REGIMES
+from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.cli.subject import saved_gradients
+from perceiver_kernels.testing.cases import AttentionCase
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+CASE = AttentionCase("small", B=2, H=3, Lq=50, Lk=37, d_qk=12, d_v=20)
+
+
+@pytest.fixture(scope="module")
+def work() -> AttentionWorkload:
+    return AttentionWorkload("decode", CASE, CPU, torch.float32)
+
+
+class TestCalls:
+    @pytest.mark.parametrize("peer", ["eager", "math", "math-pad8"])
+    @pytest.mark.parametrize("which", ATTENTION_PASSES)
+    def test_stock_computes_what_ours_computes(self, work: AttentionWorkload, which: str, peer: str) -> None:
+        calls = work.calls(which, [Peer.parse(peer)])
+        assert list(calls) == ["ours", peer]
+        for mine, theirs in zip(calls["ours"](), calls[peer](), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_forward_records_no_graph(self, work: AttentionWorkload) -> None:
+        assert not work.ours("forward")()[0].requires_grad
+
+    def test_a_backward_walks_the_graph_of_one_forward(self) -> None:
+        """A compiled backward may take its saved tensors as scratch only where it runs once."""
+        x, forwards = torch.ones(3, requires_grad=True), []
+
+        def forward() -> torch.Tensor:
+            forwards.append(functorch_config.donated_buffer)
+            return x.exp()
+
+        call = saved_gradients(forward, [x], torch.ones(3))
+        assert torch.equal(call()[0], call()[0])
+        assert forwards == [False]
+
+    def test_the_backend_is_that_of_the_automatic_choice(self, work: AttentionWorkload) -> None:
+        assert work.labels("backward", "ours") == {"backend": "sdpa"}
+        with pk.use_backend("reference"):
+            assert work.labels("forward", "ours") == {"backend": "reference"}
+        assert work.labels("forward", "math") == {"backend": "stock"}
+
+
+class TestPeers:
+    def test_a_gpu_offers_flex_and_ffpa_beside_sdpa(self) -> None:
+        work = AttentionWorkload("decode", CASE, CPU, torch.float32)
+        assert {"eager", "math"} <= {peer.name for peer in work.peers(None, compiled=True)}
+        work.device = torch.device("cuda")
+        even = AttentionCase("even", B=1, H=1, Lq=1, Lk=1, d_qk=64, d_v=64)
+        work.case = even
+        names = ["flash", "cudnn", "efficient", "math", "flex", "ffpa"]
+        assert [peer.name for peer in work.peers(None, compiled=True)] == names
+        assert [peer.name for peer in work.peers(None, compiled=False)] == [n for n in names if n != "flex"]
+
+    def test_a_package_that_is_not_there_is_a_reason(
+        self, work: AttentionWorkload, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "ffpa_attn", None)
+        told = measure.attempt(work.stock("forward", Peer.parse("ffpa")))
+        assert told is not None and told.startswith("ffpa-attn cannot be imported: ")
+
+    def test_ffpa_is_measured_where_its_own_kernels_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It hands narrower and wider heads to SDPA, which would be a peer under another's name."""
+        given = []
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> torch.Tensor:
+            given.append(scale)
+            return Peer("eager").attend(q, k, v, scale)
+
+        monkeypatch.setitem(sys.modules, "ffpa_attn", SimpleNamespace(ffpa_attn_func=attend))
+        for width, served in ((256, False), (512, True), (1032, False)):
+            case = AttentionCase("wide", B=1, H=1, Lq=4, Lk=4, d_qk=width, d_v=width)
+            call = AttentionWorkload("decode", case, CPU, torch.float32).stock("backward", Peer.parse("ffpa"))
+            told = measure.attempt(call)
+            assert told is None if served else f"hands others to SDPA, got {width}" in str(told)
+        assert given == [512**-0.5]
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    def test_flex_is_flex_attention(self, work: AttentionWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Uncompiled here, as compiling takes many seconds."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        monkeypatch.setattr("perceiver_kernels.cli.stock._flex_attention", lambda: flex_attention)
+        (mine,), (theirs,) = work.ours("forward")(), work.stock("forward", Peer.parse("flex"))()
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+class TestFlops:
+    def test_forward_is_what_the_textbook_runs(self, work: AttentionWorkload) -> None:
+        with FlopCounterMode(display=False) as counter:
+            work.stock("forward", Peer("eager"))()
+        assert counter.get_total_flops() == flops(CASE, "forward") == work.flops("forward", "ours")
+
+    def test_backward_counts_the_scores_again(self, work: AttentionWorkload) -> None:
+        call = work.stock("backward", Peer("eager"))
+        call()
+        with FlopCounterMode(display=False) as counter:
+            call()
+        recomputed = 2 * CASE.B * CASE.H * CASE.Lq * CASE.Lk * CASE.d_qk
+        assert counter.get_total_flops() + recomputed == flops(CASE, "backward")
+
+    def test_forward_costs_what_explain_predicts(self, work: AttentionWorkload) -> None:
+        explained = pk.explain("attention", work.q, work.k, work.v)
+        assert work.least("forward") == (explained.flops, explained.bytes)
+
+    def test_backward_reads_dout_and_writes_gradients_too(self) -> None:
+        operands = CASE.Lq * CASE.d_qk + CASE.Lk * (CASE.d_qk + CASE.d_v)
+        elements = CASE.B * CASE.H * (2 * operands + CASE.Lq * CASE.d_v)
+        assert least_bytes(CASE, "backward", 2) == 2 * elements
+
+
+class TestGate:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("which", ATTENTION_PASSES)
+    def test_ours_passes(self, which: str, dtype: torch.dtype) -> None:
+        work = AttentionWorkload("decode", CASE, CPU, dtype)
+        verdict = Gate(work).judge(which, {"ours": work.ours(which)})["ours"]
+        assert verdict.failure is None and list(verdict.errors) == work.names(which)
+
+    @pytest.mark.parametrize("which", ATTENTION_PASSES)
+    def test_a_wrong_value_does_not(self, work: AttentionWorkload, which: str) -> None:
+        def wrong() -> list[torch.Tensor]:
+            tensors = [tensor.detach().clone() for tensor in work.ours(which)()]
+            tensors[-1].view(-1)[0] += 1e-3 * tensors[-1].abs().max()
+            return tensors
+
+        failure = Gate(work).judge(which, {"ours": wrong})["ours"].failure
+        assert failure is not None and failure.startswith(work.names(which)[-1])
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("which", ATTENTION_PASSES)
+    def test_streaming_over_rows_changes_nothing(
+        self, work: AttentionWorkload, which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The specification and the textbook in parts of a few rows are the whole ones."""
+        whole = work.specification(which, dtype)
+        monkeypatch.setattr(textbook, "PART_BYTES", 2**15)
+        assert textbook._rows(work.q, work.k, work.v.to(dtype)) < CASE.Lq
+        monkeypatch.setattr(gate, "PIECE_ELEMENTS", 100)
+        for name, a, b in zip(work.names(which), whole, work.specification(which, dtype), strict=True):
+            assert a.dtype == b.dtype == dtype, name
+            torch.testing.assert_close(a, b, rtol=1e4 * torch.finfo(dtype).eps, atol=1e2 * torch.finfo(dtype).eps)
+
+    def test_the_specification_is_autograd_of_attention(self, work: AttentionWorkload) -> None:
+        q, k, v = (tensor.double().requires_grad_() for tensor in (work.q, work.k, work.v))
+        out = pk.reference.attention(q, k, v)[0]
+        expected = torch.autograd.grad(out, (q, k, v), work.dout.double())
+        torch.testing.assert_close(work.specification("forward", torch.float64)[0], out.detach())
+        for mine, theirs in zip(work.specification("backward", torch.float64), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+class TestRegimes:
+    @pytest.mark.parametrize("name", ["decode", "process", "encode-kv"])
+    def test_cases_become_workloads_of_their_regime(self, name: str) -> None:
+        regime = REGIMES[name]
+        assert set(regime.default_cases) <= set(regime.cases)
+        sizes = regime.sizes(regime.default_cases[0], CPU, 8)
+        work = regime.workload(sizes, CPU, torch.float32)
+        assert work.regime == name and max(sizes.Lq, sizes.Lk) <= 8
+        assert work.title.startswith(f"{regime.default_cases[0]}: B=")
+
+    def test_a_gpu_measures_the_sizes_as_they_are(self) -> None:
+        regime, gpu = REGIMES["decode"], torch.device("cuda")
+        assert regime.sizes("flow", gpu, None) == regime.cases["flow"]
+        assert regime.sizes("flow", gpu, 4096).Lq == 4096 and regime.sizes("flow", gpu, 4096).Lk == 2048
+
+    def test_long_cases_are_measured_when_they_are_named(self) -> None:
+        decode = REGIMES["decode"]
+        assert decode.default_cases == ("decode-h8", "decode-h1", "decode-262k", "flow")
+        assert {"vecset", "shape2vecset", "multimodal"} <= set(decode.cases)
