@@ -326,7 +326,8 @@ class AttentionProblem(Problem):
             dtype=query.dtype, device_type=query.device.type, attn_mask=_mask_kind(masks.attn_mask),
             key_mask=masks.key_mask is not None, lengths=masks.lengths is not None,
             query_mask=masks.query_mask is not None, packed=masks.packed, causal=masks.causal, segments=len(keys),
-            dropout=_is_positive(dropout_p), needs_lse=needs_lse, needs_grad=needs_gradient(query, *keys, *values, masks.attn_mask),
+            dropout=_is_positive(dropout_p), needs_lse=needs_lse,
+            needs_grad=needs_gradient(query, *keys, *values, masks.attn_mask),
         )  # fmt: skip
 
 

@@ -88,6 +88,9 @@ class _Call:
         self, query: Tensor, keys: Tensors, values: Tensors, masks: Masks, scale: float, dropout_p: float,
         dropout_seed: Tensor | None, plan: AttentionPlan | None,
     ) -> None:  # fmt: skip
+        if len(keys) > 1 and masks.attn_mask is not None and masks.attn_mask.dtype != torch.bool:
+            # Segments are parts, whose states are merged by their lse alone; under an additive mask that says too little.
+            keys, values = (torch.cat(keys, 2),), (torch.cat(values, 2),)
         self.plan = plan or _plan(query, keys, values, masks, dropout_p)
         self.query, self.scale = positive_scale(unit_stride(query), scale)
         self.keys, self.values = (tuple(unit_stride(part) for part in parts) for parts in (keys, values))
