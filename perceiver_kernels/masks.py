@@ -46,21 +46,24 @@ class Masks:
 _seen = WeakIdKeyDictionary()
 
 
-def check_starts(name: str, starts: Tensor, total: int) -> None:
-    """Starts of packed sequences begin at 0, never decrease and end at ``total``; values that cannot be read now pass."""
-    if torch.compiler.is_compiling() or is_fake(starts) or (starts.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    seen = (starts._version, total)
-    if _seen.get(starts) == seen:
-        return
-    values = starts.tolist()
-    if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"{name} must begin at 0 and end at the token count {total}, got {values[0]} and {values[-1]}")
-    falls = [i for i in range(1, len(values)) if values[i] < values[i - 1]]
-    if falls:
-        i = falls[0]
-        raise ValueError(f"{name} must not decrease, got {values[i - 1]} and then {values[i]} at {i}")
-    _seen[starts] = seen
+def check_starts(masks: Masks, Lq: int, Lk: int) -> None:
+    """Starts of packed sequences begin at 0, never decrease and end at the token count; what cannot be read now passes."""
+    for name, starts, total in (("cu_seqlens_q", masks.cu_seqlens_q, Lq), ("cu_seqlens_k", masks.cu_seqlens_k, Lk)):
+        if starts is None or torch.compiler.is_compiling() or is_fake(starts):
+            continue
+        if starts.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue
+        seen = (starts._version, total)
+        if _seen.get(starts) == seen:
+            continue
+        values = starts.tolist()
+        if values[0] != 0 or values[-1] != total:
+            raise ValueError(f"{name} must begin at 0 and end at the token count {total}, got {values[0]} and {values[-1]}")
+        falls = [i for i in range(1, len(values)) if values[i] < values[i - 1]]
+        if falls:
+            i = falls[0]
+            raise ValueError(f"{name} must not decrease, got {values[i - 1]} and then {values[i]} at {i}")
+        _seen[starts] = seen
 
 
 NO_MASKS = Masks()

@@ -19,7 +19,7 @@ from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVPro
 
 SHARED = SharedKVProblem(2, 3, 4, 16, torch.float32, "cpu", False, False, False, False)
 PACK = PackProblem(2, 4, 3, 0, torch.float32, torch.float32, "cpu", False, False, True, False, False)
-ATTENTION = AttentionProblem(2, 2, 3, 4, 8, 8, torch.float32, "cpu", "none", False, False, False, False)
+ATTENTION = AttentionProblem(B=2, H=2, H_kv=2, Lq=3, Lk=4, Lk_first=4, d_qk=8, d_v=8, dtype=torch.float32, device_type="cpu")
 PROBLEMS = {"shared_kv_attention": SHARED, "pack_inputs": PACK, "attention": ATTENTION}
 
 STATE = ("scale", "dropout_p", "dropout_seed", "key_offset")
@@ -37,15 +37,18 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("dz", "delta", "drho", "q", "x", "lse", *MASKS), (*STATE, "needs_dq", "needs_dx", "dq_sum"),
         ),
     },
-    "attention": {},
+    "attention": {
+        "attention_forward": (("query", "keys", "values", "masks"), ("scale", "dropout_p", "dropout_seed")),
+        "attention_backward": (
+            ("dout", "dlse", "out", "lse", "statistics", "query", "keys", "values", "masks"),
+            ("scale", "dropout_p", "dropout_seed", "needs_dq", "needs_dkv"),
+        ),
+    },
 }  # fmt: skip
 COMPOSITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pack_inputs": (("content", "positions", "fourier"), ("key_mask", "normalize", "eps", "dtype")),
     "shared_kv_attention": (("q", "x"), (*MASKS, "scale", "dropout_p", "dropout_seed", "key_offset")),
-    "attention": (
-        ("query", "key", "value"),
-        ("key_mask", "attn_mask", "is_causal", "dropout_p", "dropout_seed", "scale", "enable_gqa"),
-    ),
+    "attention": (("query", "keys", "values"), ("masks", "dropout_p", "dropout_seed", "scale")),
 }
 ENTRIES = [(op, name) for op, row in TABLE.items() for name in row]
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import perceiver_kernels as pk
+from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.problem import (
     PROBLEMS,
     AttentionProblem,
@@ -62,14 +63,23 @@ def attend(**changes: Any) -> Any:
     return pk.attention(arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), **arguments)
 
 
+def starts(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def packed(**changes: Any) -> Any:
+    given = {"query": zeros(1, H, N, 4), "key": zeros(1, H, M, 4), "value": zeros(1, H, M, 6)}
+    return attend(**given | {"cu_seqlens_q": starts(0, 1, 3), "cu_seqlens_k": starts(0, 3, 7)} | changes)
+
+
 def cross(**changes: Any) -> Any:
     arguments = {"q": zeros(B, H, N, 4), "inputs": zeros(B, M, C), "w_k": zeros(8, C), "w_v": zeros(12, C)} | changes
     positional = [arguments.pop(name) for name in ("q", "inputs", "w_k", "w_v")]
     return pk.input_cross_attention(*positional, **arguments)
 
 
-F64, F16, INT, META = torch.float64, torch.float16, torch.int64, "meta"
-ENTRY: dict[str, Callable[..., Any]] = {"shared": shared, "pack": pack, "attend": attend, "cross": cross}
+F64, F16, INT, I32, META = torch.float64, torch.float16, torch.int64, torch.int32, "meta"
+ENTRY: dict[str, Callable[..., Any]] = {"shared": shared, "pack": pack, "attend": attend, "packed": packed, "cross": cross}
 
 # entry, changed arguments, error, what the message says: argument, rule, value
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
@@ -149,7 +159,25 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("attend", {"key_mask": zeros(B, M)}, TypeError, ("key_mask must be torch.bool", "float32")),
     ("attend", {"key_mask": zeros(B, N, dtype=torch.bool)}, ValueError, ("key_mask must be [B, M]", "(2, 3)")),
     ("attend", {"backend": "sdpa", "return_lse": True}, ValueError, ("sdpa does not return lse",)),
-    ("attend", {"backend": "triton"}, ValueError, ("no backend can serve attention", "triton has no attention")),
+    ("attend", {"backend": "cuda"}, ValueError, ("no backend can serve attention", "cuda has no attention")),
+    ("attend", {"causal_alignment": "lower_right"}, ValueError, ("causal_alignment must be one of upper_left, bottom_right", "'lower_right'")),
+    ("attend", {"lengths": torch.ones(B)}, TypeError, ("lengths must be torch.int32", "float32")),
+    ("attend", {"lengths": torch.ones(B, dtype=I32), "key_mask": zeros(B, M, dtype=torch.bool)}, ValueError, ("key_mask and lengths exclude each other",)),
+    ("attend", {"query_mask": zeros(B, N)}, TypeError, ("query_mask must be torch.bool", "float32")),
+    ("attend", {"query_mask": zeros(B, M, dtype=torch.bool)}, ValueError, ("query_mask must be [B, Lq] with B=2, Lq=3", "(2, 7)")),
+    ("attend", {"key": (zeros(B, H, M, 4), zeros(B, H, M, 4))}, ValueError, ("key and value must be tensors or pairs", "2 and 1")),
+    ("attend", {"key": (zeros(B, H, M, 4), zeros(B, H, M, 5)), "value": (zeros(B, H, M, 6),) * 2}, ValueError, ("key[1] must be [B, H, Lk, d_qk]", "(2, 2, 7, 5)")),
+    ("attend", {"key": zeros(B, 1, M, 4)}, ValueError, ("value must be [B, H, Lk, d_v]", "H=1", "(2, 2, 7, 6)")),
+    ("packed", {"cu_seqlens_k": None}, ValueError, ("cu_seqlens_q and cu_seqlens_k must be given together", "cu_seqlens_q alone")),
+    ("packed", {"cu_seqlens_q": starts(0, 1, 2)}, ValueError, ("cu_seqlens_q must begin at 0 and end at the token count 3", "0 and 2")),
+    ("packed", {"cu_seqlens_k": starts(1, 3, 7)}, ValueError, ("cu_seqlens_k must begin at 0 and end at the token count 7", "1 and 7")),
+    ("packed", {"cu_seqlens_q": starts(0, 2, 1, 3), "cu_seqlens_k": starts(0, 1, 2, 7)}, ValueError, ("cu_seqlens_q must not decrease", "2 and then 1")),
+    ("packed", {"cu_seqlens_q": starts(0, 1, 2, 3)}, ValueError, ("cu_seqlens_k must have cu_seqlens_q's 4 entries", "3")),
+    ("packed", {"cu_seqlens_q": starts(0, 1, 3).long()}, TypeError, ("cu_seqlens_q must be torch.int32", "torch.int64")),
+    ("packed", {"cu_seqlens_q": starts(0, 3)[None]}, ValueError, ("cu_seqlens_q must be [sequences + 1]", "(1, 2)")),
+    ("packed", {"query": zeros(B, H, N, 4)}, ValueError, ("packed sequences must lie in one batch entry", "B=2")),
+    ("packed", {"key_mask": zeros(1, M, dtype=torch.bool)}, ValueError, ("key_mask excludes cu_seqlens_q and cu_seqlens_k",)),
+    ("packed", {"attn_mask": zeros(N, M)}, ValueError, ("attn_mask excludes cu_seqlens_q and cu_seqlens_k",)),
     ("cross", {"q": zeros(B, N, 4)}, ValueError, ("q must be [B, H, N, d_qk]", "(2, 3, 4)")),
     ("cross", {"q": zeros(3, H, N, 4)}, ValueError, ("q must be [B, H, N, d_qk] with B=2 or 1", "(3, 2, 3, 4)")),
     ("cross", {"w_k": zeros(9, C)}, ValueError, ("w_k must be [H*d_qk, C] with H*d_qk=8, C=16", "(9, 16)")),
@@ -270,10 +298,30 @@ def test_problem_fields_follow_the_tensors() -> None:
     packing = PackProblem.of(zeros(B, M, 3), zeros(B, M, 2), zeros(3, 14), None, None, True, F16)
     assert packing.fourier and packing.positions_batched and (packing.C, packing.C_padded) == (17, 32)
     assert packing.content_dtype == torch.float32 and packing.dtype == F16
-    broadcast = AttentionProblem.of(
-        zeros(1, H, N, 4), zeros(B, H, M, 4), zeros(B, H, M, 6), None, None, False, 0.0, None, False, False
-    )
-    assert broadcast.B == B and broadcast.mask == "none"
+    keys, values = (zeros(B, 1, M, 4), zeros(B, 1, 5, 4)), (zeros(B, 1, M, 6), zeros(B, 1, 5, 6))
+    broadcast = AttentionProblem.of(zeros(1, H, N, 4), keys, values, NO_MASKS)
+    assert (broadcast.B, broadcast.H_kv, broadcast.Lk, broadcast.Lk_first, broadcast.segments) == (B, 1, M + 5, M, 2)
+    assert broadcast.attn_mask == "none" and broadcast.causal == "none" and not broadcast.needs_grad
+    masks = Masks(attn_mask=zeros(N, M).requires_grad_(), lengths=lengths)
+    masked = AttentionProblem.of(zeros(B, H, N, 4), (zeros(B, H, M, 4),), (zeros(B, H, M, 6),), masks)
+    assert (masked.attn_mask, masked.lengths, masked.key_mask, masked.needs_grad) == ("learned", True, False, True)
+
+
+def test_starts_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them waits for the GPU; a change in place is looked at again."""
+    looks = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: looks.append(1) or tolist(tensor))
+    given = starts(0, 1, 3)
+    for _ in range(2):
+        packed(cu_seqlens_q=given)
+    assert len(looks) == 3  # cu_seqlens_k is new each time
+    given[1] = 2
+    packed(cu_seqlens_q=given)
+    assert len(looks) == 5
+
+
+def test_problem_of_a_crossing() -> None:
     crossing = CrossAttentionProblem.of(
         zeros(1, H, N, 4), zeros(8, C), zeros(12, C), B=B, M=M, C=C, dtype=F16, packed=False, inputs_need_grad=False
     )

@@ -212,7 +212,7 @@ class TestAttention:
         [
             {},
             {"scale": 0.3},
-            {"is_causal": True},
+            {"causal": "upper_left"},
             {"attn_mask": randn(5, 7, seed=5)},
             {"attn_mask": randn(2, 1, 5, 7, seed=5)},
             {"attn_mask": some_visible(5, 7)},
@@ -223,10 +223,12 @@ class TestAttention:
     @pytest.mark.parametrize("Lq", [1, 5, 7])
     def test_equals_sdpa(self, options: dict, Lq: int) -> None:
         q, k, v = qkv(Lq=Lq)
+        options = dict(options)
         if options.get("attn_mask") is not None and options["attn_mask"].shape[-2] == 5:
             options = options | {"attn_mask": options["attn_mask"][..., :1, :].expand(2, 1, Lq, 7)}
         out, lse = reference.attention(q, k, v, **options)
-        close(out, F.scaled_dot_product_attention(q, k, v, **options))
+        is_causal = options.pop("causal", "none") != "none"
+        close(out, F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options))
         assert lse.shape == (2, 3, Lq)
 
     def test_lse(self) -> None:
@@ -248,7 +250,7 @@ class TestAttention:
     def test_grouped_queries(self) -> None:
         q, k, v = randn(2, 6, 5, 4), randn(2, 2, 7, 4), randn(2, 2, 7, 3)
         theirs = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        close(reference.attention(q, k, v, enable_gqa=True)[0], theirs)
+        close(reference.attention(q, k, v)[0], theirs)
 
     def test_broadcast_batch_and_head(self) -> None:
         q, k, v = randn(1, 3, 5, 4), randn(2, 1, 7, 4), randn(2, 1, 7, 6)
@@ -309,13 +311,35 @@ class TestAttention:
         q, k, v = qkv()
         both = mask[:, None, None] & torch.ones(5, 7, dtype=torch.bool).tril()
         close(
-            reference.attention(q, k, v, key_mask=mask, is_causal=True)[0],
+            reference.attention(q, k, v, key_mask=mask, causal="upper_left")[0],
             reference.attention(q, k, v, attn_mask=both)[0],
         )
 
-    def test_mask_with_causal_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="attn_mask must be None when is_causal is set"):
-            reference.attention(*qkv(), attn_mask=some_visible(5, 7), is_causal=True)
+    @pytest.mark.parametrize(("Lq", "Lk"), [(5, 7), (7, 5), (5, 5)])
+    def test_bottom_right_is_torchs_lower_right(self, Lq: int, Lk: int) -> None:
+        q, k, v = qkv(Lq=Lq, Lk=Lk)
+        found, lse = reference.attention(q, k, v, causal="bottom_right")
+        close(found, F.scaled_dot_product_attention(q, k, v, torch.ones(Lq, Lk).tril(Lk - Lq).bool()))
+        assert (lse == -torch.inf).sum() == 2 * 3 * max(Lq - Lk, 0)
+
+    @pytest.mark.parametrize("causal", ["none", "upper_left", "bottom_right"])
+    def test_packed_sequences_are_attended_to_one_by_one(self, causal: str) -> None:
+        starts_q, starts_k = (torch.tensor(s, dtype=torch.int32) for s in ([0, 2, 2, 9, 12], [0, 4, 6, 6, 13]))
+        q, k, v = qkv(B=1, Lq=12, Lk=13)
+        found, _ = reference.attention(q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, causal=causal)
+        for i in range(4):
+            rows, keys = (slice(int(s[i]), int(s[i + 1])) for s in (starts_q, starts_k))
+            alone, _ = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], causal=causal)
+            close(found[:, :, rows], alone)
+
+    def test_hidden_queries_and_lengths(self) -> None:
+        q, k, v = qkv()
+        seen, lengths = torch.tensor([[True, False, True, True, False]] * 2), torch.tensor([3, 0], dtype=torch.int32)
+        dense = seen[:, None, :, None] & (torch.arange(7) < lengths[:, None])[:, None, None]
+        q = q.masked_fill(~seen[:, None, :, None], NAN)
+        found, lse = reference.attention(q, k, v, query_mask=seen, lengths=lengths)
+        close(found, reference.attention(q.nan_to_num(), k, v, attn_mask=dense)[0])
+        assert torch.equal(lse == -torch.inf, ~dense.any(-1).expand(2, 3, 5))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_rounds_as_eager_torch_does(self, dtype: torch.dtype) -> None:
@@ -332,7 +356,7 @@ class TestAttention:
         [
             {},
             {"key_mask": some_visible(1, 4)},
-            {"is_causal": True},
+            {"causal": "upper_left"},
             {"dropout_p": 0.4, "dropout_seed": torch.tensor([5])},
         ],
         ids=lambda options: " ".join(options) or "plain",

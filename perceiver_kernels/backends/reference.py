@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,12 +37,13 @@ def reasons_against(problem: Problem) -> list[str]:
 
 
 def attention(
-    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS, **options: Any
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS,
+    scale: float | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of ``reference.attention`` over the segments as one."""
     key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
     return reference.attention(
         query, key, value, key_mask=masks.key_mask, lengths=masks.lengths, query_mask=masks.query_mask,
         attn_mask=masks.attn_mask, cu_seqlens_q=masks.cu_seqlens_q, cu_seqlens_k=masks.cu_seqlens_k, causal=masks.causal,
-        **options,
+        scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from perceiver_kernels.functional.attention import attention, resolve_attention,
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
 from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.masks import Masks, check_starts
 from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, pad_channels
 
 
@@ -144,7 +145,7 @@ def _described(value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_described(item, mode) for item in value)
+        return type(value)(_described(item, mode) for item in value)
     if isinstance(value, (InputArray, PackedInputs)):
         held = {item.name: getattr(value, item.name) for item in fields(value)}
         return replace(value, **{name: _described(item, mode) for name, item in held.items()})
@@ -169,4 +170,9 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     call = inspect.signature(called).bind(*args, **kwargs)
     call.apply_defaults()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        return _EXPLAINERS[called](**{name: _described(value, mode) for name, value in call.arguments.items()})
+        explanation = _EXPLAINERS[called](**{name: _described(value, mode) for name, value in call.arguments.items()})
+    if isinstance(explanation.problem, AttentionProblem) and explanation.problem.packed:
+        # Descriptions have no values to look at.
+        masks = Masks(cu_seqlens_q=call.arguments["cu_seqlens_q"], cu_seqlens_k=call.arguments["cu_seqlens_k"])
+        check_starts(masks, explanation.problem.Lq, explanation.problem.Lk)
+    return explanation

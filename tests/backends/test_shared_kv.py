@@ -82,7 +82,7 @@ def call_of(case: EncodeCase, target: Target, **options: Any) -> Call:
 
     padding = (0, case.C_padded - case.C)
     q, x, dz = (torch.nn.functional.pad(randn(case.B, rows, case.C), padding) for rows in (case.R, case.M, case.R))
-    visible = reference._visible_keys(case.M, options.get("key_mask"), options.get("lengths"))
+    visible = reference.visible_keys(case.M, options.get("key_mask"), options.get("lengths"))
     x = x if visible is None else x.masked_fill(~visible[..., None], 0)
     options = {"scale": case.C**-0.5} | options
     call = Call(q.to(target.dtype), x.to(target.dtype), dz.to(target.dtype), randn(case.B, case.R), randn(case.B, case.R))
@@ -139,7 +139,7 @@ def check(target: Target, call: Call) -> dict[str, Tensor]:
     without_lse = replace(call, dlse=torch.zeros_like(call.dlse)) if "lse" not in actual else call
     eager = results(reference.shared_kv_attention, without_lse)
     oracle = results(reference.shared_kv_attention, without_lse.cast(torch.float64))
-    visible = reference._visible_keys(call.x.shape[1], call.options.get("key_mask"), call.options.get("lengths"))
+    visible = reference.visible_keys(call.x.shape[1], call.options.get("key_mask"), call.options.get("lengths"))
     terms = dict(
         zip(("dq", "dx"), shared_kv_gradient_terms(call.q, call.x, call.dz, key_mask=visible, scale=call.scale), strict=True)
     )
@@ -264,7 +264,7 @@ def test_what_hidden_tokens_hold_changes_no_bit(target: Target, kind: str) -> No
     """The public function: NaN and inf where a token is not visible."""
     call = call_of(MASKED, target, **visibility(kind, MASKED))
     skip_if_refused(target, call, needs_lse=False)
-    visible = reference._visible_keys(MASKED.M, call.options.get("key_mask"), call.options.get("lengths"))
+    visible = reference.visible_keys(MASKED.M, call.options.get("key_mask"), call.options.get("lengths"))
     dirty = call.x.masked_fill(~visible[..., None], float("nan"))
     dirty[..., 1::2].masked_fill_(~visible[..., None], float("inf"))
     found = []

@@ -81,7 +81,7 @@ def value_side_terms(tensors: dict[str, Tensor], dense: Tensor, out: Tensor, **v
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     hide = {name: visible[name] for name in ("key_mask", "lengths") if name in visible}
     packed, _ = reference.pack_inputs(
-        dense.double(), key_mask=reference._visible_keys(dense.shape[1], hide.get("key_mask"), hide.get("lengths"))
+        dense.double(), key_mask=reference.visible_keys(dense.shape[1], hide.get("key_mask"), hide.get("lengths"))
     )
     absorbed = absorb_queries(wide["q"], wide["w_k"], wide["norm_weight"], packed.shape[-1], torch.float64)
     z, _, rho = reference.shared_kv_attention(absorbed, packed, scale=wide["q"].shape[-1] ** -0.5, **visible)

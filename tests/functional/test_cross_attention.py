@@ -137,7 +137,7 @@ def test_hidden_tokens(target: Target, kind: str, method: str) -> None:
     layer = Layer.random(target, "d_qk != d_v", **hidden(kind))
     found = check(layer, target, method=method)
     assert not any(found[name][1].any() for name in ("out", "dq", "dinputs"))
-    visible = reference._visible_keys(M, layer.options.get("key_mask"), layer.options.get("lengths"))
+    visible = reference.visible_keys(M, layer.options.get("key_mask"), layer.options.get("lengths"))
     dirty = Layer(dict(layer.tensors), layer.options)
     dirty.tensors["inputs"] = layer.tensors["inputs"].masked_fill(~visible[..., None], float("nan"))
     again = dirty.run(pk.input_cross_attention, backend=target.backend, method=method)

@@ -59,9 +59,9 @@ def torchs(*arguments: Any, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(*arguments, **options)
 
 
-def eager(*arguments: Any, **options: Any) -> Tensor:
+def eager(*arguments: Any, is_causal: bool = False, enable_gqa: bool = False, **options: Any) -> Tensor:
     """The equation in the dtype of its operands, products rounded as PyTorch rounds them."""
-    return reference.attention(*arguments, **options)[0]
+    return reference.attention(*arguments, causal="upper_left" if is_causal else "none", **options)[0]
 
 
 def check(target: Target, *tensors: Tensor, **options: Any) -> dict[str, Tensor]:

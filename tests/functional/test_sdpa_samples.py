@@ -86,8 +86,8 @@ def torchs(*arguments: Any, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(*arguments, **options)
 
 
-def eager(*arguments: Any, **options: Any) -> Tensor:
-    return reference.attention(*arguments, **options)[0]
+def eager(*arguments: Any, is_causal: bool = False, enable_gqa: bool = False, **options: Any) -> Tensor:
+    return reference.attention(*arguments, causal="upper_left" if is_causal else "none", **options)[0]
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

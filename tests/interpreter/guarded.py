@@ -71,7 +71,7 @@ def attend(place: Callable[[Tensor], Tensor], C: int, dtype: torch.dtype, kind: 
     mask = torch.arange(M).expand(2, M) % 3 != 1 if kind == "key_mask" else None
     lengths = torch.tensor([M // 2, M], dtype=torch.int32) if kind == "lengths" else None
     seed, p = (torch.tensor([3]), 0.25) if kind == "dropout" else (None, 0.0)
-    visible = reference._visible_keys(M, mask, lengths)
+    visible = reference.visible_keys(M, mask, lengths)
     x = x if visible is None else x.masked_fill(~visible[..., None], 0)
     placed = {name: None if t is None else place(t) for name, t in (("mask", mask), ("lengths", lengths), ("seed", seed))}
     options = {"scale": C**-0.5, "dropout_p": p, "dropout_seed": placed["seed"], "key_offset": 0}

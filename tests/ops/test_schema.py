@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from perceiver_kernels.ops import attention as attention_op
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as shared_op
 from perceiver_kernels.positions import FourierPositions
@@ -125,7 +126,57 @@ def pack_backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
     }
 
 
+H, LQ, LK = 4, 9, 21
+NO_OPTIONS = (None, None, None, None, None, None, "none", None, 0.3, 0.0)
+
+
+def attention_tensors(target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return randn(target, B, H, LQ, 8), [randn(target, B, 2, LK, 8)], [randn(target, B, 2, LK, 12)]
+
+
+def attention_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    """Arguments of attention_forward."""
+    q, k, v = attention_tensors(target)
+    mask = torch.rand(B, LK, device=target.device) < 0.5
+    seen = torch.rand(B, LQ, device=target.device) < 0.5
+    lengths = torch.tensor([3, LK], dtype=torch.int32, device=target.device)
+    starts = [torch.tensor([0, 4, size], dtype=torch.int32, device=target.device) for size in (LQ, LK)]
+    seed, end = torch.tensor([1], device=target.device), ("none", None, 0.3, 0.0, target.backend)
+    single = [tensors[0][:1] for tensors in ([q], k, v)]
+    return {
+        "plain": (q, k, v, *NO_OPTIONS, target.backend),
+        "permuted": (permuted(q), [permuted(k[0])], [permuted(v[0])], *NO_OPTIONS, target.backend),
+        "two segments": (q, [k[0], k[0][:, :, :5]], [v[0], v[0][:, :, :5]], *NO_OPTIONS, target.backend),
+        "masks": (q, k, v, mask, None, seen, None, None, None, *end),
+        "additive": (q, k, v, None, lengths, None, rows(target, LQ, LK), None, None, *end),
+        "packed": (single[0], [single[1]], [single[2]], None, None, None, None, *starts, *end),
+        "dropout": (q, k, v, *(None,) * 6, "upper_left", seed, 0.3, 0.5, target.backend),
+        "no queries": (q[:, :, :0], k, v, *NO_OPTIONS, target.backend),
+        "no keys": (q, [k[0][:, :, :0]], [v[0][:, :, :0]], *NO_OPTIONS, target.backend),
+    }
+
+
+def attention_backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    q, k, v = attention_tensors(target)
+    results = attention_op.FORWARD(q, k, v, *NO_OPTIONS, target.backend)
+    dout, dlse = torch.randn_like(results[0]), torch.randn_like(results[1])
+    swapped = attention_op.FORWARD(permuted(q), [permuted(k[0])], [permuted(v[0])], *NO_OPTIONS, target.backend)
+    return {
+        "all": (dout, dlse, *results, q, k, v, *NO_OPTIONS, target.backend, True, True),
+        "dquery": (dout, None, *results, q, k, v, *NO_OPTIONS, target.backend, True, False),
+        "dkey, dvalue": (dout, None, *results, q, k, v, *NO_OPTIONS, target.backend, False, True),
+        "permuted": (
+            permuted(dout), None, *swapped, permuted(q), [permuted(k[0])], [permuted(v[0])], *NO_OPTIONS, target.backend, True,
+            True,
+        ),
+    }  # fmt: skip
+
+
 OPERATORS = {
+    "attention_forward": (attention_op.FORWARD, attention_cases, (
+        "plain", "permuted", "two segments", "masks", "additive", "packed", "dropout", "no queries", "no keys",
+    )),
+    "attention_backward": (attention_op.BACKWARD, attention_backward_cases, ("all", "dquery", "dkey, dvalue", "permuted")),
     "shared_kv_attention_forward": (shared_op.FORWARD, shared_cases, (
         "plain", "permuted", "mask", "lengths", "dropout", "state", "no rows", "no keys", "no keys, state",
     )),
@@ -142,19 +193,26 @@ OPERATORS = {
 CASES = [(name, case) for name, (_, _, cases) in OPERATORS.items() for case in cases]
 
 
+def skip_composites(target: Target, name: str) -> None:
+    if name.startswith("attention_") and not target.is_kernel:
+        pytest.skip("the specification of attention is differentiated by torch: it is no pair of operators")
+
+
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_opcheck(target: Target, name: str, case: str) -> None:
+    skip_composites(target, name)
     operator, cases, _ = OPERATORS[name]
     opcheck(operator, cases(target)[case])
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_fake_results_are_laid_out_as_real_ones(target: Target, name: str, case: str) -> None:
+    skip_composites(target, name)
     operator, cases, _ = OPERATORS[name]
     arguments = cases(target)[case]
     real = operator(*arguments)
     with FakeTensorMode() as mode:
-        fake = operator(*(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments))
+        fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
     for a, b in zip((real,) if isinstance(real, Tensor) else real, (fake,) if isinstance(fake, Tensor) else fake, strict=True):
         described = [(t.shape, t.dtype, t.stride() if t.numel() else None, t.device) for t in (a, b)]
         assert described[0] == described[1]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
 from perceiver_kernels.backends.triton.attention_kernels import (
-    Hides,
     _attention_bwd_dkv_kernel,
     _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
@@ -19,6 +18,7 @@ from perceiver_kernels.backends.triton.attention_resident_kernels import (
     _attention_decode_fwd_kernel,
     _attention_encode_bwd_kernel,
 )
+from perceiver_kernels.backends.triton.attention_steps import Hides
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import (
     can_describe,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perceiver_kernels.backends.triton.attention_kernels import (
+from perceiver_kernels.backends.triton.attention_steps import (
     attention_weights,
     exponent_factor,
     has_lengths,
