@@ -119,23 +119,27 @@ def fused_tile(kind: Kind, channels: int, itemsize: int, device: DeviceFacts) ->
     return None
 
 
-WideKind = Literal["weights", "weights_backward", "values", "dx"]
+WideKind = Literal["weights", "weights_backward", "separate_backward", "values", "dx"]
+"""Kernels of wide heads; separate_backward is the weights kernel of a backward whose keys are not its values."""
 
 _WIDE_HOPPER: dict[WideKind, ProductTile] = {
     "weights": ProductTile(64, 256, 64, 4, 4),
     "weights_backward": ProductTile(64, 128, 64, 4, 3),
+    "separate_backward": ProductTile(128, 128, 64, 8, 3),
     "values": ProductTile(128, 256, 64, 8, 3),
     "dx": ProductTile(128, 256, 64, 8, 3),
 }
 _WIDE_AMPERE: dict[WideKind, ProductTile] = {
     "weights": ProductTile(128, 128, 32, 8, 3),
     "weights_backward": ProductTile(64, 128, 32, 8, 3),
+    "separate_backward": ProductTile(64, 128, 32, 8, 3),
     "values": ProductTile(128, 128, 32, 8, 3),
     "dx": ProductTile(128, 128, 32, 8, 3),
 }
 _WIDE_FLOAT32: dict[WideKind, ProductTile] = {
     "weights": ProductTile(64, 64, 32, 4, 2),
     "weights_backward": ProductTile(32, 64, 32, 4, 2),
+    "separate_backward": ProductTile(32, 64, 32, 4, 2),
     "values": ProductTile(64, 64, 32, 4, 2),
     "dx": ProductTile(64, 64, 32, 4, 2),
 }
@@ -149,7 +153,7 @@ def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, dropout: bo
     """The product tile of a wide-channel kernel; it does not depend on the channel count."""
     if itemsize != 2:
         return _WIDE_FLOAT32[kind]
-    if dropout and kind in ("weights", "weights_backward"):
+    if dropout and kind in ("weights", "weights_backward", "separate_backward"):
         return _WIDE_DROPOUT
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
@@ -200,15 +204,15 @@ class AttentionTile:
         return min((device.smem_bytes + _SHARED_SYSTEM) // shared, max(1, 65_536 // registers))
 
 
-# (widest head, fewest keys, block_q, block_kv, warps, stages), first fit wins.
+# (widest head, fewest keys, block_q, block_kv, warps, stages), first fit wins. Past the widest the wide kernels compute.
 _AttentionTable = dict[AttentionKind, tuple[tuple[int, int, int, int, int, int], ...]]
 _ATTENTION_HOPPER: _AttentionTable = {
     "forward": (
         (64, 4096, 64, 128, 4, 3), (64, 0, 64, 64, 4, 3), (128, 4096, 128, 64, 8, 3), (128, 0, 64, 64, 4, 3),
         (192, 0, 64, 64, 4, 2), (256, 0, 128, 64, 8, 2),
     ),
-    "dq": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2), (256, 0, 64, 32, 4, 2)),
-    "dkv": ((64, 0, 32, 128, 4, 4), (128, 0, 64, 64, 4, 2), (192, 0, 32, 64, 4, 2), (256, 0, 32, 64, 8, 2)),
+    "dq": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2), (192, 0, 64, 32, 4, 2)),
+    "dkv": ((64, 0, 32, 128, 4, 4), (128, 0, 64, 64, 4, 2), (192, 0, 32, 64, 4, 2)),
     "decode_forward": ((64, 0, 64, 128, 4, 3), (128, 0, 64, 64, 4, 2)),
     "decode_dq": ((64, 0, 64, 128, 4, 2), (128, 0, 64, 64, 4, 2)),
     "encode_backward": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2)),

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_kernels import plan as planning
 from perceiver_kernels import reference
 from perceiver_kernels.backends import composite
 from perceiver_kernels.dispatch import load
+from perceiver_kernels.plan import shared_kv as planning
 from perceiver_kernels.testing import assert_as_accurate, same_bits, shared_kv_gradient_terms
 from perceiver_kernels.testing.targets import Target
 
@@ -193,7 +193,7 @@ def test_number_of_splits_does_not_matter(target: Target, splits: int) -> None:
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The wide kernels' weights workspace holds one key tile: every tile is a chunk of its own."""
-    monkeypatch.setattr(planning, "WEIGHTS_BYTES", 1)
+    monkeypatch.setattr(planning.splits, "WEIGHTS_BYTES", 1)
     planning._plan_sizes.cache_clear()
     yield
     planning._plan_sizes.cache_clear()

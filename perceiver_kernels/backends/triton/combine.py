@@ -23,6 +23,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def _combine_kernel(
     part, lse_part, rho_part, z_state, lse_state, rho_state, z, lse, rho, R, C, S, H, stride_z_b, stride_z_h, stride_z_r,
+    stride_lse,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, MERGE: tl.constexpr, HAS_RHO: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(C, BLOCK_C)
@@ -64,7 +65,7 @@ def _combine_kernel(
         inverse_l = 1.0 / tl.where(l == 0.0, 1.0, l)
         acc *= inverse_l
         if i_column == 0:
-            tl.store(lse + i_row, m + tl.log2(l) * _LN_2)
+            tl.store(lse + i_b * stride_lse + i_r, m + tl.log2(l) * _LN_2)
             if HAS_RHO:
                 tl.store(rho + i_row, b_rho * inverse_l)
     o_z = i_b // H * stride_z_b + i_b % H * stride_z_h + i_r * stride_z_r
@@ -82,7 +83,8 @@ def _launch_combine(
     H, strides = (1, (out.stride(0), 0, out.stride(1))) if out.ndim == 3 else (out.shape[1], out.stride()[:3])
     launch(
         _combine_kernel, B * R * ceil_div(C, block_c),
-        part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, H, *strides, BLOCK_S=block_s,
+        part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, H, *strides,
+        0 if lse is None else lse.stride(-2), BLOCK_S=block_s,
         BLOCK_C=block_c, MERGE=lse_part is not None, HAS_RHO=rho is not None, HAS_STATE=state is not None, num_warps=2,
     )  # fmt: skip
 
@@ -99,9 +101,14 @@ def merge_states(
     return z, lse, rho
 
 
-def merge_splits(part: Tensor, lse_part: Tensor, out: Tensor, lse: Tensor) -> None:
-    """``out`` [B, H, L, d] and ``lse`` [B, H, L] of all splits: part [B*H, S, L, d] and lse_part [B*H, S, L], both fp32."""
-    _launch_combine(part, lse_part, None, None, out, lse, None)
+def merge_splits(
+    part: Tensor, lse_part: Tensor, out: Tensor, lse: Tensor, earlier: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """``out`` [B, H, L, d] and ``lse`` [B, H, L] of all splits and ``earlier``: part [B*H, S, L, d], lse_part [B*H, S, L].
+
+    Parts are fp32, as is ``earlier``, a contiguous (out, lse); ``out`` has any strides but the last, ``lse`` equal pitches.
+    """
+    _launch_combine(part, lse_part, None, None if earlier is None else (*earlier, None), out, lse, None)
 
 
 def sum_splits(part: Tensor, out: Tensor, earlier: Tensor | None = None) -> None:

@@ -43,6 +43,16 @@ def can_describe(tensor: Tensor) -> bool:
     return strides_fit and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
+def describable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that TMA can read; one that repeats an axis stays, its copy would be larger than it is."""
+    repeats = any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    if can_describe(tensor) or repeats or tensor.numel() == 0:
+        return tensor
+    *leading, width = tensor.shape
+    pitch = width + -width % (16 // tensor.element_size())
+    return tensor.new_empty(*leading, pitch)[..., :width].copy_(tensor)
+
+
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Descriptor:
     """A TMA descriptor of [..., R, C] with tiles of ``rows`` x ``columns`` of one entry; past the ends it reads zeros."""
     shape, strides = list(tensor.shape), list(tensor.stride())

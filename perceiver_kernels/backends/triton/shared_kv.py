@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.triton import reasons_against_device_and_dtype, wide
+from perceiver_kernels.backends.triton import reasons_against_device_and_dtype, wide_shared_kv
 from perceiver_kernels.backends.triton.combine import merge_states, row_products, sum_splits
 from perceiver_kernels.backends.triton.describe import (
     Statistics,
@@ -73,7 +73,7 @@ def shared_kv_attention_forward(
     plan = plan or _plan(q, x, dropout_p)
     if plan.forward is None:
         with torch.cuda.device_of(q):
-            return wide.forward(
+            return wide_shared_kv.forward(
                 q, x, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, key_offset=key_offset,
                 state=state, dtype=dtype, plan=plan.wide, tma=plan.tma,
             )  # fmt: skip
@@ -139,7 +139,7 @@ def shared_kv_attention_backward(
     dq = dx = None
     with torch.cuda.device_of(q):
         if wide_dq or wide_dx:
-            dq, dx = wide.backward(
+            dq, dx = wide_shared_kv.backward(
                 q, x, dz, statistics, (key_mask, lengths), scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
                 key_offset=key_offset, needs_dq=wide_dq, needs_dx=wide_dx, dq_sum=dq_sum, plan=plan.wide, tma=plan.tma,
             )  # fmt: skip

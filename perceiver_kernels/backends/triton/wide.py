@@ -1,150 +1,93 @@
-"""Launches of the wide-channel kernels: chunk by chunk, weights to a workspace, then products."""
+"""Launches that the wide kernels of shared-KV attention and of attention have in common; tensors are [B, H, L, d]."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.triton.combine import merge_states, sum_splits
-from perceiver_kernels.backends.triton.describe import (
-    Statistics,
-    Visibility,
-    can_describe,
-    ceil_div,
-    dropout_arguments,
-    positive_scale,
-    stack_row_blocks,
-    tile_argument,
-)
+from perceiver_kernels.backends.triton.attention_steps import Hides
+from perceiver_kernels.backends.triton.describe import ceil_div, tile_argument
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.primitives import LOG2_E
-from perceiver_kernels.backends.triton.wide_kernels import (
-    _wide_dx_kernel,
-    _wide_values_kernel,
-    _wide_weights_bwd_kernel,
-    _wide_weights_fwd_kernel,
-)
+from perceiver_kernels.backends.triton.wide_kernels import _wide_values_kernel, _wide_weights_fwd_kernel
 from perceiver_kernels.device import float32_precision
-from perceiver_kernels.plan import WidePlan
 from perceiver_kernels.tiles import ProductTile
 
-State = tuple[Tensor, Tensor, Tensor]
+NO_MASK: tuple[None, ...] = (None,) * 6
 
 
-def _product_options(tile: ProductTile) -> dict[str, Any]:
+class Span(NamedTuple):
+    """Queries row_start..row_end by keys key_start..key_end, whose weights the workspace holds at a time."""
+
+    row_start: int
+    row_end: int
+    key_start: int
+    key_end: int
+
+    def tiled(self, keys_per_tile: int) -> tuple[int, int, int, int]:
+        """The span as kernels take it: its last entry is a number of tiles."""
+        return (*self[:3], ceil_div(self.key_end - self.key_start, keys_per_tile))
+
+
+def product_options(tile: ProductTile) -> dict[str, Any]:
+    """Options of every product kernel."""
     return {"STAGES": tile.num_stages, "num_warps": tile.num_warps, "PRECISION": float32_precision()}
 
 
-def _launch_values(
-    weights: Tensor, x: Tensor, statistics: tuple[Any, ...], outputs: tuple[Any, Any, Any], R: int, start: int,
-    key_tiles: int, key_tile: int, splits: int, tile: ProductTile, tma: bool, dropout_p: float,
-) -> None:  # fmt: skip
-    """``outputs`` = weights x over ``key_tiles`` tiles of ``key_tile`` keys, [B, splits, R, C]; no statistics: plain sums."""
-    B, M, C = x.shape
+def head_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head and row."""
+    return tuple(tensor.stride()[:3])
+
+
+class TileStatistics(NamedTuple):
+    """fp32 [B, H, key tiles, queries]: what the values kernel needs to know of each tile of weights; kept with dropout only."""
+
+    maximum: Tensor
+    total: Tensor
+    kept: Tensor | None
+    rounded: Tensor
+
+
+NO_STATISTICS = (None,) * 4
+
+
+def launch_weights(
+    q: Tensor, k: Tensor, weights: Tensor, masks: tuple[Any, ...], hides: Hides, stride_mask: tuple[int, ...],
+    dropout: tuple[Any, ...], dropout_p: float, key_offset: int, scale: float, causal_shift: int, sizes: tuple[int, ...],
+    span: Span, tile: ProductTile, tma: bool,
+) -> TileStatistics:  # fmt: skip
+    """The weights of a span, relative to each tile's own maximum."""
+    B, H = sizes[:2]
+    chunk = span.tiled(tile.columns)
+    rows, key_tiles = span.row_end - span.row_start, chunk[3]
+    maximum, total, rounded = (torch.empty(B, H, key_tiles, rows, dtype=torch.float32, device=q.device) for _ in range(3))
+    statistics = TileStatistics(maximum, total, torch.empty_like(total) if dropout_p > 0.0 else None, rounded)
     launch(
-        _wide_values_kernel, ceil_div(C, tile.columns) * ceil_div(R, tile.rows) * splits * B,
-        tile_argument(weights, tile.rows, tile.inner, tma), tile_argument(x, tile.inner, tile.columns, tma), *statistics,
-        *outputs, 1.0 / (1.0 - dropout_p), R, M, C, splits, start, key_tiles, ceil_div(key_tiles, splits), weights.stride(0),
-        weights.stride(1), x.stride(0), x.stride(1), BLOCK_Q=tile.rows, BLOCK_KV=key_tile, BLOCK_COL=tile.columns,
-        BLOCK_K=tile.inner, TMA=tma, SOFTMAX=statistics[0] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
+        _wide_weights_fwd_kernel, ceil_div(rows, tile.rows) * key_tiles * H * B, tile_argument(q, tile.rows, tile.inner, tma),
+        tile_argument(k, tile.columns, tile.inner, tma), weights, *statistics, masks, dropout, key_offset, scale * LOG2_E,
+        causal_shift, sizes, chunk, head_strides(q), head_strides(k), head_strides(weights), stride_mask,
+        BLOCK_Q=tile.rows, BLOCK_KV=tile.columns, BLOCK_C=tile.inner, TMA=tma, HIDES=hides, DROPOUT=dropout_p > 0.0,
+        **product_options(tile),
     )  # fmt: skip
+    return statistics
 
 
-def forward(
-    q: Tensor, x: Tensor, visibility: Visibility, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
-    key_offset: int, state: State | None, dtype: torch.dtype, plan: WidePlan, tma: bool,
-) -> State:  # fmt: skip
-    """(z, lse, rho) of q [B, R, C] over x [B, M, C], continued from ``state``."""
-    (B, R, C), M = q.shape, x.shape[1]
-    q, scale = positive_scale(q, scale)
-    if tma and not can_describe(q):
-        q = q.contiguous()
-    tma = tma and can_describe(x)
-    tile, rows = plan.weights, ceil_div(R, plan.weights.rows) * plan.weights.rows
-    weights = torch.empty(B, rows, min(plan.chunk, plan.padded(M)), dtype=q.dtype, device=q.device)
-    seed, threshold, _, _ = dropout_arguments(dropout_p, dropout_seed, key_offset)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    for start in range(0, M, plan.chunk):
-        key_tiles = ceil_div(min(plan.chunk, M - start), tile.columns)
-        maximum, total, rounded = (torch.empty(B, key_tiles, R, **options) for _ in range(3))
-        kept = torch.empty_like(total) if dropout_p > 0.0 else None
-        launch(
-            _wide_weights_fwd_kernel, ceil_div(R, tile.rows) * key_tiles * B,
-            tile_argument(q, tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights, maximum,
-            total, kept, rounded, *visibility, seed, threshold, key_offset, scale * LOG2_E, R, M, C, start,
-            key_tiles, q.stride(0), q.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
-            BLOCK_Q=tile.rows, BLOCK_KV=tile.columns, BLOCK_C=tile.inner, TMA=tma, MASKED=visibility[0] is not None,
-            HAS_LENGTHS=visibility[1] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
-        )  # fmt: skip
-        splits = plan.splits(key_tiles)
-        part = torch.empty(B, splits, R, C, **options)
-        lse, rho = (torch.empty(B, splits, R, **options) for _ in range(2))
-        _launch_values(
-            weights, x, (maximum, total, kept, rounded), (part, lse, rho), R, start, key_tiles, tile.columns, splits,
-            plan.values, tma, dropout_p,
-        )  # fmt: skip
-        last = start + plan.chunk >= M
-        state = merge_states(part, lse, rho, state, dtype if last else torch.float32)
-    assert state is not None  # M > 0: the caller returns early for empty inputs
-    return state
-
-
-def backward(
-    q: Tensor, x: Tensor, dz: Tensor, statistics: Statistics, visibility: Visibility, *, scale: float, dropout_p: float,
-    dropout_seed: Tensor | None, key_offset: int, needs_dq: bool, needs_dx: bool, dq_sum: Tensor | None, plan: WidePlan,
-    tma: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(dq, dx) of q [B, R, C] and x [B, M, C]; the weights of a chunk serve both."""
-    (B, R, C), M = q.shape, x.shape[1]
-    tile = plan.weights_backward
-    stacked = stack_row_blocks(q, dz, tile.rows)
-    tma = tma and can_describe(x)
-    if tma:
-        # Queries are small: a copy makes shared or oddly strided ones readable through TMA.
-        q, dz = (t if can_describe(t) else t.contiguous() for t in (q, dz))
-    chunk = plan.chunk_dx if needs_dx else plan.chunk_dq
-    shape = (B, stacked.shape[1] // (1 if needs_dx else 2), min(chunk, plan.padded(M)))
-    weights = torch.empty(shape, dtype=q.dtype, device=q.device)
-    dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device) if needs_dx else None
-    dq = dq_sum if needs_dq else None
-    for start in range(0, M, chunk):
-        end = min(start + chunk, M)
-        key_tiles = ceil_div(end - start, tile.columns)
-        launch(
-            _wide_weights_bwd_kernel, ceil_div(R, tile.rows) * key_tiles * B,
-            tile_argument(stacked, 2 * tile.rows, tile.inner, tma), tile_argument(x, tile.columns, tile.inner, tma), weights,
-            *statistics, *dropout_arguments(dropout_p, dropout_seed, key_offset), scale, R, M, C, start, key_tiles,
-            stacked.stride(0), stacked.stride(1), x.stride(0), x.stride(1), weights.stride(0), weights.stride(1),
-            BLOCK_Q=tile.rows, BLOCK_KV=tile.columns, BLOCK_C=tile.inner, TMA=tma, STORE_P=needs_dx,
-            HAS_DRHO=statistics[2] is not None, DROPOUT=dropout_p > 0.0, **_product_options(tile),
-        )  # fmt: skip
-        if needs_dq:
-            splits = plan.splits(key_tiles)
-            part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
-            _launch_values(
-                weights, x, (None,) * 4, (part, None, None), R, start, key_tiles, tile.columns, splits, plan.values, tma, 0.0
-            )
-            earlier, dq = dq, dq_sum
-            if dq is None:
-                dq = torch.empty(B, R, C, dtype=q.dtype if end == M else torch.float32, device=q.device)
-            sum_splits(part, dq, earlier)
-        if dx is not None:
-            _launch_dx(weights, q, dz, dx, visibility, start, end, plan, tma)
-    return dq, dx
-
-
-def _launch_dx(
-    weights: Tensor, q: Tensor, dz: Tensor, dx: Tensor, visibility: Visibility, start: int, end: int, plan: WidePlan, tma: bool
-) -> None:
-    B, M, C = dx.shape
-    tile = plan.dx
+def launch_values(
+    weights: Tensor, v: Tensor, statistics: TileStatistics | tuple[None, ...], part: Tensor, lse: Tensor | None,
+    rho: Tensor | None, masks: tuple[Any, ...], hides: Hides, dropout_p: float, sizes: tuple[int, ...], span: Span,
+    key_tile: int, splits: int, tile: ProductTile, tma: bool, tma_v: bool,
+) -> None:  # fmt: skip
+    """``part`` [B, H, S, queries, d_v] = weights v over S splits of ``key_tile`` keys; no statistics: plain sums."""
+    B, H = sizes[:2]
+    chunk = span.tiled(key_tile)
+    programs = ceil_div(sizes[6], tile.columns) * ceil_div(span.row_end - span.row_start, tile.rows) * splits * H * B
     launch(
-        _wide_dx_kernel, ceil_div(C, tile.columns) * ceil_div(end - start, tile.rows) * B,
-        tile_argument(weights, tile.inner, tile.rows, tma), tile_argument(q, tile.inner, tile.columns, tma),
-        tile_argument(dz, tile.inner, tile.columns, tma), dx, *visibility, q.shape[1], weights.shape[1] // 2, M, C, start, end,
-        weights.stride(0), weights.stride(1), q.stride(0), q.stride(1), dz.stride(0), dz.stride(1), BLOCK_KV=tile.rows,
-        BLOCK_COL=tile.columns, BLOCK_K=tile.inner, TMA=tma, MASKED=visibility[0] is not None,
-        HAS_LENGTHS=visibility[1] is not None, **_product_options(tile),
+        _wide_values_kernel, programs, tile_argument(weights, tile.rows, tile.inner, tma),
+        tile_argument(v, tile.inner, tile.columns, tma_v), *statistics, part, lse, rho, masks, 1.0 / (1.0 - dropout_p), sizes,
+        chunk, (splits, ceil_div(chunk[3], splits)), head_strides(weights), head_strides(v), tuple(part.stride()[:4]),
+        (0, 0) if lse is None else tuple(lse.stride()[1:3]), BLOCK_Q=tile.rows, BLOCK_KV=key_tile, BLOCK_COL=tile.columns,
+        BLOCK_K=tile.inner, TMA=tma, TMA_V=tma_v, HIDES=hides, SOFTMAX=lse is not None, DROPOUT=dropout_p > 0.0,
+        **product_options(tile),
     )  # fmt: skip
