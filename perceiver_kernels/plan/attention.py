@@ -66,7 +66,7 @@ class WideAttentionPlan:
     def value_splits(self, entries: int, rows: int, columns: int, key_tiles: int) -> int:
         """Splits of a chunk's key tiles in the values kernel, for ``entries`` heads of a batch."""
         programs = entries * math.ceil(rows / self.values.rows) * math.ceil(columns / self.values.columns)
-        return product_splits(max(1, programs), key_tiles, 16, self.sm_count)
+        return product_splits(max(1, programs), key_tiles, 64, self.sm_count)
 
     def row_slices(self, entries: int, rows: int, keys: int, columns: int, heads: int) -> Slices:
         """Slices of a chunk's queries in the kernel of dk or dv; ``heads`` share a key head."""

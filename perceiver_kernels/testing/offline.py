@@ -26,9 +26,11 @@ from triton.backends.nvidia.driver import make_launcher
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from perceiver_kernels.backends.triton import pack, shared_kv
+from perceiver_kernels.backends.triton import attention, attention_call, pack, shared_kv
 from perceiver_kernels.device import DeviceFacts
+from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.positions import FourierPositions
+from perceiver_kernels.testing.cases import AttentionCase
 from perceiver_kernels.testing.sass import early_accesses
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -119,7 +121,7 @@ def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
     """Launchers plan for ``facts`` and compile for its capability; the list collects each launch instead of running it."""
     launches: list[Resources] = []
     saved_run, saved_driver = JITFunction.run, driver._active
-    saved_facts = {module: module.device_facts for module in (shared_kv, pack)}
+    saved_facts = {module: module.device_facts for module in (shared_kv, pack, attention_call)}
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = saved_run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -168,6 +170,29 @@ def compile_shared_kv(
                 shared_kv.shared_kv_attention_backward(
                     q, delta, drho, q, x, rows, key_mask, seen, **options, needs_dq=name == "dq", needs_dx=name == "dx"
                 )
+    return launches
+
+
+def compile_attention(
+    case: AttentionCase, dtype: torch.dtype, facts: DeviceFacts, *, masks: Masks = NO_MASKS, dropout: bool = False,
+    segments: int = 1, H_kv: int | None = None,
+) -> list[Resources]:  # fmt: skip
+    """Every launch of attention, forward and backward, at the sizes of ``case``."""
+    query, key, value = (
+        torch.empty(case.B, heads, length, width, dtype=dtype)
+        for heads, length, width in (
+            (case.H, case.Lq, case.d_qk), (H_kv or case.H, case.Lk, case.d_qk), (H_kv or case.H, case.Lk, case.d_v)
+        )
+    )  # fmt: skip
+    keys, values = (tuple(part.chunk(segments, 2)) for part in (key, value))
+    options: dict[str, Any] = {
+        "scale": 0.1,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "dropout_seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
+    }
+    with offline(facts) as launches:
+        out, lse, statistics = attention.attention_forward(query, keys, values, masks, **options)
+        attention.attention_backward(out, None, out, lse, statistics, query, keys, values, masks, **options)
     return launches
 
 

@@ -16,7 +16,8 @@ from perceiver_kernels.testing import assert_as_accurate, broadcast, same_bits
 from perceiver_kernels.testing.targets import Target, machine, only
 
 OP = "shared_kv_attention"
-B, N, M, C = (2, 17, 60, 61) if machine() == "interpreter" else (2, 17, 97, 117)
+# Latents enough that the largest of an error's elements is a steady measure of it.
+B, N, M, C = (2, 33, 60, 61) if machine() == "interpreter" else (2, 33, 97, 117)
 METHODS = ("absorbed", "projected")
 SHAPES = {"one head": (1, C, C), "heads": (3, 8, 8), "d_qk != d_v": (2, 5, 12), "one head, narrow": (1, 7, 30)}
 SEED = torch.tensor([-77])
@@ -56,16 +57,39 @@ class Layer:
         """The output and the gradient of every tensor."""
         leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()}
         out = function(**leaves, **self.options, **more)
-        dout = (
-            torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
-            .view(out.shape)
-            .mul(9)
-            .cos()
-            .to(out.dtype)
-        )
-        gradients = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+        gradients = torch.autograd.grad(out, list(leaves.values()), output_gradient(out), allow_unused=True)
         found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
         return {"out": out.detach(), **{name: g for name, g in found.items() if g is not None}}
+
+
+def output_gradient(out: Tensor) -> Tensor:
+    """What every run is differentiated with."""
+    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view(out.shape).mul(9).cos().to(out.dtype)
+
+
+def largest_lse(layer: Layer) -> float:
+    """The largest |lse| of the layer's attention, in fp64."""
+    t = {name: tensor.double() for name, tensor in layer.tensors.items()}
+    y = t["inputs"]
+    if layer.options.get("normalize", True):
+        y = reference.layer_norm(y, t.get("norm_weight"), t.get("norm_bias"), layer.options.get("eps", 1e-5))
+    keys = torch.nn.functional.linear(y, t["w_k"], t.get("b_k")).unflatten(-1, (t["q"].shape[1], -1)).transpose(1, 2)
+    options = {name: value for name, value in layer.options.items() if name in ("scale", "key_mask", "lengths")}
+    lse = reference.attention(t["q"].expand(len(y), -1, -1, -1), keys, keys, **options)[1]
+    return float(lse[lse.isfinite()].abs().max())
+
+
+def terms_of(layer: Layer, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Terms for compare: a backward recomputes weights from lse, whose rounding in fp32 comes to the four of the rule's floor.
+
+    Rows of the output's gradient nearly cancel in db_v.
+    """
+    factor = 1 + largest_lse(layer) / 4
+    terms = {name: factor * value.abs() for name, value in oracle.items() if name != "out"}
+    if "db_v" in terms:
+        rows = output_gradient(oracle["out"]).abs().transpose(-3, -2).flatten(-2).flatten(0, -2)
+        terms["db_v"] = factor * rows.sum(0) / (1.0 - layer.options.get("dropout_p", 0.0))
+    return terms
 
 
 def check(layer: Layer, target: Target, **more: Any) -> dict[str, Tensor]:
@@ -76,18 +100,19 @@ def check(layer: Layer, target: Target, **more: Any) -> dict[str, Tensor]:
     actual = layer.run(pk.input_cross_attention, backend=target.backend, **more)
     eager = judged.run(reference.input_cross_attention)
     oracle = judged.run(reference.input_cross_attention, torch.float64)
+    terms = terms_of(layer, oracle)
     for name, value in actual.items():
         if name == "db_k":
             # softmax forgets what all scores share: exactly zero, where eager has rounding errors.
             assert not value.any()
         else:
-            assert_as_accurate(value, eager[name], oracle[name], f"{target} {name}")
+            assert_as_accurate(value, eager[name], oracle[name], f"{target} {name}", terms=terms.get(name))
     assert actual.keys() == eager.keys()
     return actual
 
 
 def skip_unless_served(target: Target, method: str, **options: Any) -> None:
-    """Triton has no attention over separate keys and values yet, sdpa no dropout that returns its row sums."""
+    """sdpa has no dropout that returns its row sums."""
     op = "shared_kv_attention" if method == "absorbed" else "attention"
     if op not in pk.dispatch.TABLE or target.backend not in pk.dispatch.TABLE[op]:
         pytest.skip(f"{target.backend} has no {op}")
