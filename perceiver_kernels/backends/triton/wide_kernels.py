@@ -128,14 +128,19 @@ def _wide_weights_fwd_kernel(
 
 
 @triton.jit
-def _split_state(
-    maximum, total, kept, rounded, o, tile, tile_end, R, m_rows, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr
-):  # fmt: skip
-    """(m, m or 0, l, r, g) of rows over key tiles tile..tile_end: the maximum, and the three sums relative to it."""
+def _split_maximum(maximum, o, tile, tile_end, R, m_rows, BLOCK_Q: tl.constexpr):
+    """(m, m or 0): the maximum of rows over key tiles tile..tile_end."""
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     for t in range(tile, tile_end):
         m = tl.maximum(m, tl.load(maximum + o + t * R, mask=m_rows, other=-float("inf")))
-    safe = tl.where(m == -float("inf"), 0.0, m)
+    return m, tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def _split_sums(
+    maximum, total, kept, rounded, safe, o, tile, tile_end, R, m_rows, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """(l, r, g): sums of the weights over key tiles tile..tile_end relative to 2^safe: all, those dropout kept, rounded."""
     l = tl.zeros([BLOCK_Q], tl.float32)
     r = tl.zeros([BLOCK_Q], tl.float32)
     g = tl.zeros([BLOCK_Q], tl.float32)
@@ -145,7 +150,7 @@ def _split_state(
         g += factor * tl.load(rounded + o + t * R, mask=m_rows, other=0.0)
         if DROPOUT:
             r += factor * tl.load(kept + o + t * R, mask=m_rows, other=0.0)
-    return m, safe, l, r if DROPOUT else l, g
+    return l, r if DROPOUT else l, g
 
 
 @triton.jit
@@ -181,12 +186,9 @@ def _wide_values_kernel(
     visible_end = Lk
     if has_lengths(HIDES):
         visible_end = tl.load(masks[1] + i_b)
-    if SOFTMAX:
-        m, safe, l, r, g = _split_state(
-            maximum, total, kept, rounded, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q
-        )
     acc = tl.zeros([BLOCK_Q, BLOCK_COL], tl.float32)
     if SOFTMAX:
+        m, safe = _split_maximum(maximum, o_statistics, tile, tile_end, R, m_rows, BLOCK_Q)
         reference = safe
     for k in tl.range(tile * BLOCK_KV, tile_end * BLOCK_KV, BLOCK_K, num_stages=STAGES):
         w = load_tile(weights, (i_b, i_h), i_row * BLOCK_Q, k, m_rows, tile_end * BLOCK_KV, stride_w, BLOCK_Q, BLOCK_K, TMA)
@@ -203,6 +205,10 @@ def _wide_values_kernel(
         acc = tl.dot(w, b_v, acc, input_precision=PRECISION)
     o_columns = i_column * BLOCK_COL + tl.arange(0, BLOCK_COL)
     if SOFTMAX:
+        # After the loop, which so has fewer registers to keep.
+        l, r, g = _split_sums(
+            maximum, total, kept, rounded, safe, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q
+        )
         b_rho = r / tl.where(l == 0.0, 1.0, l) * inverse_keep
         acc = acc * (tl.exp2(reference - safe) * b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
         if i_column == 0:
