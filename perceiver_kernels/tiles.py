@@ -248,3 +248,30 @@ def attention_tile(
         if max(tile.columns) <= widest and keys >= fewest_keys and tile.programs_per_sm(kind, itemsize, device, keys) > 0:
             return tile
     return None
+
+
+@dataclass(frozen=True)
+class SmallTile:
+    """One program of small attention problems: how many, the rows that queries and keys of each take, warps."""
+
+    pieces_qk: tuple[int, ...]
+    pieces_v: tuple[int, ...]
+    problems: int
+    each_q: int
+    each_kv: int
+    num_warps: int
+
+
+_SMALL_SIDE = 64
+"""Rows of a small tile: four problems of 16 rows, which matrix instructions take, or two of 32."""
+
+
+def small_tile(Lq: int, Lk: int, d_qk: int, d_v: int, itemsize: int) -> SmallTile | None:
+    """The tile of problems of ``Lq`` queries and ``Lk`` keys (1 or more), or None where they are not small, or heads wide."""
+    pieces_qk, pieces_v = (column_pieces(width + -width % 16) for width in (d_qk, d_v))
+    widest = max(sum(pieces_qk), sum(pieces_v))
+    each_q, each_kv = (max(16, 1 << (length - 1).bit_length()) for length in (Lq, Lk))
+    problems = _SMALL_SIDE // max(each_q, each_kv)
+    if problems < 2 or widest > (128 if itemsize == 2 else 64):
+        return None
+    return SmallTile(pieces_qk, pieces_v, problems, each_q, each_kv, 4)

@@ -92,7 +92,7 @@ def _explain_attention_problem(p: AttentionProblem, device: torch.device, backen
     cost = Cost(
         2.0 * p.B * p.H * p.Lq * p.Lk * width, float(p.B * p.H * (p.Lq + p.Lk) * width * p.dtype.itemsize)
     )
-    return _explain(p, cost, device, backend)
+    return _explain(p, cost, device, backend, planning.plan_attention(p, device_facts(device)))
 
 
 def _explain_attention(*, backend: str | None, **arguments: Any) -> Explanation:

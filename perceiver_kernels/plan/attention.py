@@ -11,7 +11,15 @@ from perceiver_kernels.device import DeviceFacts
 from perceiver_kernels.plan import splits
 from perceiver_kernels.plan.splits import fastest_splits, product_splits
 from perceiver_kernels.problem import AttentionProblem
-from perceiver_kernels.tiles import AttentionKind, AttentionTile, ProductTile, attention_tile, wide_tile
+from perceiver_kernels.tiles import (
+    AttentionKind,
+    AttentionTile,
+    ProductTile,
+    SmallTile,
+    attention_tile,
+    small_tile,
+    wide_tile,
+)
 
 Regime = Literal["encode", "process", "decode"]
 
@@ -82,7 +90,8 @@ class AttentionPlan:
     """Regime; tiles with the splits of the keys (forward, dq) and the slices of the queries (dk and dv); TMA or not.
 
     Where there is no tile the wide kernels compute that pass. ``decode_forward`` and ``decode_dq`` replace forward and dq where
-    all keys stay in shared memory, ``encode_backward`` the whole backward where all queries do.
+    all keys stay in shared memory, ``encode_backward`` the whole backward where all queries do, and ``small`` everything where
+    several problems share a program.
     """
 
     regime: Regime
@@ -96,6 +105,7 @@ class AttentionPlan:
     decode_forward: Resident | None
     decode_dq: Resident | None
     encode_backward: Resident | None
+    small: SmallTile | None
     tma: bool
 
 
@@ -159,6 +169,13 @@ def _resident(kind: AttentionKind, p: AttentionProblem, device: DeviceFacts) -> 
     return Resident(tile, Slices(parts, per_part * block))
 
 
+def _small(p: AttentionProblem) -> SmallTile | None:
+    """Neighbouring heads of one query length and one key length, each with keys of its own."""
+    if p.packed or p.segments > 1 or p.H_kv != p.H or min(p.Lq, p.Lk) < 1:
+        return None
+    return small_tile(p.Lq, p.Lk, p.d_qk, p.d_v, p.dtype.itemsize)
+
+
 def _plan_wide(p: AttentionProblem, device: DeviceFacts) -> WideAttentionPlan:
     itemsize = p.dtype.itemsize
     weights, backward, values, products = (
@@ -192,5 +209,5 @@ def plan_attention(problem: AttentionProblem, device: DeviceFacts) -> AttentionP
         dq=dq, dq_splits=_key_splits("dq", p, dq, device), dkv=dkv, dkv_slices=_query_slices(p, dkv, device),
         wide=_plan_wide(p, device),
         decode_forward=_resident("decode_forward", p, device), decode_dq=_resident("decode_dq", p, device),
-        encode_backward=_resident("encode_backward", p, device), tma=device.has_tma,
+        encode_backward=_resident("encode_backward", p, device), small=_small(p), tma=device.has_tma,
     )  # fmt: skip

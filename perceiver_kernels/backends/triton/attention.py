@@ -17,6 +17,7 @@ from perceiver_kernels.backends.triton.attention_resident_kernels import (
     _attention_decode_fwd_kernel,
     _attention_encode_bwd_kernel,
 )
+from perceiver_kernels.backends.triton.attention_small_kernels import _attention_small_bwd_kernel, _attention_small_fwd_kernel
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, unit_stride
 from perceiver_kernels.backends.triton.launch import launch
@@ -25,7 +26,7 @@ from perceiver_kernels.layouts import empty_heads
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, Resident
 from perceiver_kernels.problem import AttentionProblem
-from perceiver_kernels.tiles import AttentionTile, attention_tile
+from perceiver_kernels.tiles import AttentionTile, SmallTile, attention_tile
 
 COMPOSITE = False
 
@@ -57,7 +58,9 @@ def attention_forward(
         return out.zero_(), lse.fill_(-torch.inf), statistics.zero_()
     call = Call(query, keys, values, masks, scale, dropout_p, dropout_seed, plan)
     with torch.cuda.device_of(query):
-        if call.plan.decode_forward is not None:
+        if call.plan.small is not None:
+            _launch_small_forward(call, call.plan.small, out, lse, statistics)
+        elif call.plan.decode_forward is not None:
             _launch_decode_forward(call, call.plan.decode_forward, out, lse, statistics)
         elif call.plan.forward is not None:
             _launch_forward(call, call.plan.forward, out, lse, statistics)
@@ -97,6 +100,15 @@ def _launch_decode_forward(call: Call, resident: Resident, out: Tensor, lse: Ten
     )  # fmt: skip
 
 
+def _launch_small_forward(call: Call, tile: SmallTile, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    B, H = call.sizes[:2]
+    key, value = call.keys[0], call.values[0]
+    launch(
+        _attention_small_fwd_kernel, ceil_div(B * H, tile.problems), call.query, key, value, out, lse, statistics, *call.common,
+        *strides_of(call.query, key, value, out), call.stride_mask, **call.small_options(tile),
+    )  # fmt: skip
+
+
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: Tensors,
     values: Tensors, masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, needs_dq: bool = True,
@@ -116,7 +128,9 @@ def attention_backward(
     (dlse,) = contiguous(dlse)
     saved = Saved(dout, dlse, out, lse, statistics, torch.empty_like(lse))
     with torch.cuda.device_of(query):
-        if call.plan.encode_backward is not None and needs_dkv:
+        if call.plan.small is not None:
+            _launch_small_backward(call, call.plan.small, saved, dq, (dk, dv) if needs_dkv else None)
+        elif call.plan.encode_backward is not None and needs_dkv:
             _launch_encode_backward(call, call.plan.encode_backward, saved, dq, dk, dv)
         elif call.plan.dq is not None and call.plan.dkv is not None:
             # The kernel of dq leaves delta for the one of dk and dv.
@@ -207,3 +221,17 @@ def _launch_encode_backward(call: Call, resident: Resident, saved: Saved, dq: Te
     )  # fmt: skip
     if parts.total > 1:
         sum_splits(part, dq)
+
+
+def _launch_small_backward(
+    call: Call, tile: SmallTile, saved: Saved, dq: Tensor, dkv: tuple[Tensor, Tensor] | None
+) -> None:
+    B, H = call.sizes[:2]
+    key, value = call.keys[0], call.values[0]
+    dk, dv = dkv or (dq, dq)
+    launch(
+        _attention_small_bwd_kernel, ceil_div(B * H, tile.problems), call.query, key, value, saved.out, saved.dout, saved.dlse,
+        saved.lse, saved.statistics, dq, dk, dv, *call.common,
+        *strides_of(call.query, key, value, saved.out, saved.dout, dq, dk, dv), call.stride_mask,
+        HAS_DLSE=saved.dlse is not None, NEEDS_DKV=dkv is not None, **call.small_options(tile),
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from perceiver_kernels.device import device_facts, float32_precision
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, plan_attention
 from perceiver_kernels.problem import AttentionProblem
-from perceiver_kernels.tiles import AttentionTile
+from perceiver_kernels.tiles import AttentionTile, SmallTile
 
 Tensors = tuple[Tensor, ...]
 
@@ -87,9 +87,17 @@ class Call:
         return self.plan.tma and not self.hides.query_mask and all(map(can_describe, (self.query, *tensors)))
 
     def options(self, tile: AttentionTile, tma: bool) -> dict[str, Any]:
+        """What the kernels of one problem a program are compiled for."""
+        shape = {"BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "STAGES": tile.num_stages, "TMA": tma}
+        return shape | self._shared_options(tile)
+
+    def small_options(self, tile: SmallTile) -> dict[str, Any]:
+        """What the kernels of several problems a program are compiled for."""
+        return {"PROBLEMS": tile.problems, "EACH_Q": tile.each_q, "EACH_KV": tile.each_kv} | self._shared_options(tile)
+
+    def _shared_options(self, tile: AttentionTile | SmallTile) -> dict[str, Any]:
         return {
-            "PIECES_QK": tile.pieces_qk, "PIECES_V": tile.pieces_v, "BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv,
-            "STAGES": tile.num_stages, "TMA": tma, "HIDES": self.hides, "DROPOUT": self.dropout_p > 0.0,
+            "PIECES_QK": tile.pieces_qk, "PIECES_V": tile.pieces_v, "HIDES": self.hides, "DROPOUT": self.dropout_p > 0.0,
             "PRECISION": float32_precision(), "num_warps": tile.num_warps,
         }  # fmt: skip
 

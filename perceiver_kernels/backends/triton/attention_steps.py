@@ -143,6 +143,19 @@ def keys_to_read(masks, i_b, o_keys, end, visible_end, Lk, HIDES: tl.constexpr):
 
 
 @triton.jit
+def mask_scores(s, masks, stride_mask, i_b, i_h, o_rows, o_keys, seen, scale, HIDES: tl.constexpr):
+    """Scores where attn_mask shows a ``seen`` pair, -inf elsewhere. With an additive mask they come back scaled."""
+    p = masks[3] + i_b.to(tl.int64) * stride_mask[0] + i_h.to(tl.int64) * stride_mask[1]
+    p += o_rows.to(tl.int64) * stride_mask[2] + o_keys.to(tl.int64) * stride_mask[3]
+    added = tl.load(p, mask=seen, other=0.0).to(tl.float32)
+    if attn_mask_kind(HIDES) == "additive":
+        s = tl.where(seen, s * scale + added, -float("inf"))
+    else:
+        s = tl.where(seen & (added != 0.0), s, -float("inf"))
+    return s
+
+
+@triton.jit
 def hide(
     s, masks, stride_mask, i_b, i_h, o_rows, o_keys, lo, hi, m_rows, m_keys, tile, scale,
     BLOCK_KV: tl.constexpr, HIDES: tl.constexpr,
@@ -154,13 +167,7 @@ def hide(
     start, end, all_lo, all_hi = tile
     if attn_mask_kind(HIDES) != "none":
         seen = m_rows & m_keys & (o_keys >= lo) & (o_keys < hi)
-        p = masks[3] + i_b.to(tl.int64) * stride_mask[0] + i_h.to(tl.int64) * stride_mask[1]
-        p += o_rows.to(tl.int64) * stride_mask[2] + o_keys.to(tl.int64) * stride_mask[3]
-        added = tl.load(p, mask=seen, other=0.0).to(tl.float32)
-        if attn_mask_kind(HIDES) == "additive":
-            s = tl.where(seen, s * scale + added, -float("inf"))
-        else:
-            s = tl.where(seen & (added != 0.0), s, -float("inf"))
+        s = mask_scores(s, masks, stride_mask, i_b, i_h, o_rows, o_keys, seen, scale, HIDES)
     elif has_key_mask(HIDES):
         s = tl.where(m_keys & (o_keys >= lo) & (o_keys < hi), s, -float("inf"))
     elif windowed(HIDES):
@@ -178,9 +185,11 @@ def exponent_factor(scale, HIDES: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, s, b_v, kept, factor, DROPOUT: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr):
-    """(acc, m, l) with one more tile of scores and values. m is scaled, except under an additive mask."""
-    acc, m_i, l_i = state
+def softmax_weights(m_i, l_i, s, factor, HIDES: tl.constexpr):
+    """(p, alpha, m, l) of one more tile of scores: p relative to the new maximum m, what came before is multiplied with alpha.
+
+    m is scaled, except under an additive mask.
+    """
     # A row that has seen no key yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
     if attn_mask_kind(HIDES) == "additive":
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -192,10 +201,17 @@ def softmax_step(state, s, b_v, kept, factor, DROPOUT: tl.constexpr, HIDES: tl.c
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if hides_anything(HIDES) else m_new
         p = tl.exp2(s * factor - m_safe[:, None])
         alpha = tl.exp2(m_i - m_safe)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def softmax_step(state, s, b_v, kept, factor, DROPOUT: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr):
+    """(acc, m, l) with one more tile of scores and values."""
+    acc, m_i, l_i = state
+    p, alpha, m_i, l_i = softmax_weights(m_i, l_i, s, factor, HIDES)
     if DROPOUT:
         p = p * kept
-    return accumulate(p.to(b_v[0].dtype), b_v, rescale(acc, alpha), PRECISION), m_new, l_i
+    return accumulate(p.to(b_v[0].dtype), b_v, rescale(acc, alpha), PRECISION), m_i, l_i
 
 
 @triton.jit
