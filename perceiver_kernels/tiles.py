@@ -225,14 +225,14 @@ _ATTENTION_AMPERE: _AttentionTable = {
     "decode_dq": ((64, 0, 64, 64, 4, 2),),
     "encode_backward": ((64, 0, 64, 32, 4, 2),),
 }
-# Exact fp32 products live in registers.
+# Exact fp32 products live in registers: kernels unrolled over blocks that stay, and wider accumulators, spill kilobytes.
 _ATTENTION_FLOAT32: _AttentionTable = {
-    "forward": ((64, 0, 32, 32, 4, 2), (256, 0, 16, 32, 4, 1)),
-    "dq": ((64, 0, 32, 32, 4, 2), (256, 0, 16, 32, 4, 1)),
-    "dkv": ((64, 0, 32, 32, 4, 2), (256, 0, 32, 16, 4, 1)),
-    "decode_forward": ((64, 0, 32, 32, 4, 2),),
-    "decode_dq": ((64, 0, 32, 32, 4, 2),),
-    "encode_backward": ((64, 0, 64, 32, 8, 1),),
+    "forward": ((64, 0, 32, 32, 8, 2),),
+    "dq": ((64, 0, 32, 32, 8, 2),),
+    "dkv": ((64, 0, 32, 32, 4, 2),),
+    "decode_forward": (),
+    "decode_dq": (),
+    "encode_backward": (),
 }
 
 

@@ -58,7 +58,8 @@ class Resident:
 class WideAttentionPlan:
     """Wide heads: product tiles, and the queries (``by_queries``) or keys of a chunk, so that its weights meet their budget.
 
-    The longer side is taken in chunks, the shorter one whole; ``keys`` are all keys, in whole tiles of every kernel.
+    The longer side is taken in chunks, the shorter one whole; ``keys`` are all keys, in whole tiles of every kernel. With
+    ``whole_rows`` nothing divides the keys of a query: lse alone cannot merge rows of an additive mask's lowest number.
     """
 
     weights: ProductTile
@@ -66,6 +67,7 @@ class WideAttentionPlan:
     values: ProductTile
     products: ProductTile
     by_queries: bool
+    whole_rows: bool
     chunk: int
     chunk_backward: int
     keys: int
@@ -183,7 +185,8 @@ def _plan_wide(p: AttentionProblem, device: DeviceFacts) -> WideAttentionPlan:
     )
     key_unit = max(weights.columns, backward.columns, products.rows)
     keys = max(1, math.ceil(p.Lk / key_unit)) * key_unit
-    by_queries = p.Lk <= p.Lq
+    whole_rows = p.attn_mask == "additive"
+    by_queries = whole_rows or p.Lk <= p.Lq
 
     def chunk(rows: int, arrays: int) -> int:
         whole_rows = max(1, math.ceil(p.Lq / rows)) * rows
@@ -194,8 +197,9 @@ def _plan_wide(p: AttentionProblem, device: DeviceFacts) -> WideAttentionPlan:
         return math.ceil(units / chunks) * unit
 
     return WideAttentionPlan(
-        weights, backward, values, products, by_queries, chunk(weights.rows, 1), chunk(backward.rows, 2), keys, device.sm_count
-    )
+        weights, backward, values, products, by_queries, whole_rows, chunk(weights.rows, 1), chunk(backward.rows, 2), keys,
+        device.sm_count,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)

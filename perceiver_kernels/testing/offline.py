@@ -10,6 +10,7 @@ Must run in a process without TRITON_INTERPRET. It patches private parts of Trit
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -80,31 +81,30 @@ class _Driver:
         return 0
 
 
-def _sass(cubin: bytes) -> tuple[str, str]:
+@functools.lru_cache(maxsize=512)
+def _machine_code(cubin: bytes) -> dict[str, Any]:
+    """What the machine code of one kernel says, as fields of Resources; chunks launch the same one many times."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", file.name]]
         usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
-    return usage, sass
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    counted = {
+        "mma": r"\bHG?MMA", "wgmma": r"\bHGMMA", "wgmma_waits": r"\bWARPGROUP\.DEPBAR", "tma_loads": r"\bUTMALDG",
+    }  # fmt: skip
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in counted.items()}
+    return {"registers": int(match[1]), "stack": int(match[2]), "early": tuple(early_accesses(sass))} | counts
 
 
 def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Resources:
-    usage, sass = _sass(compiled.asm["cubin"])
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert match is not None, usage
     return Resources(
         kernel=function.fn.__name__,
         grid=grid,
         constants={name: value for name, value in arguments.items() if name.isupper() or name == "num_warps"},
-        registers=int(match[1]),
-        stack=int(match[2]),
         shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\bHG?MMA", sass)),
-        wgmma=len(re.findall(r"\bHGMMA", sass)),
-        wgmma_waits=len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
-        tma_loads=len(re.findall(r"\bUTMALDG", sass)),
-        early=tuple(early_accesses(sass)),
+        **_machine_code(compiled.asm["cubin"]),
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import perceiver_kernels as pk
 from perceiver_kernels import plan as planning
+from perceiver_kernels.masks import Masks
 from perceiver_kernels.testing import LAYOUTS, AttentionCase
 from perceiver_kernels.testing.attention import attention_call, masks_of
 from perceiver_kernels.testing.targets import Target, only
@@ -21,7 +21,7 @@ DECODE = AttentionCase("decode", B=2, H=2, Lq=100, Lk=40, d_qk=272, d_v=304)
 ENCODE = AttentionCase("encode", B=2, H=2, Lq=40, Lk=150, d_qk=288, d_v=272)
 BOTH = (DECODE, ENCODE)
 ODD = (replace(DECODE, name="decode, odd", d_qk=261, d_v=322), replace(ENCODE, name="encode, odd", d_qk=322, d_v=261))
-KINDS = ("none", "key_mask", "lengths", "query_mask", "boolean", "causal", "bottom_right", "packed")
+KINDS = ("none", "key_mask", "lengths", "query_mask", "boolean", "additive", "causal", "bottom_right", "packed")
 
 
 def wanted(target: Target) -> bool:
@@ -71,9 +71,15 @@ def test_layouts(target: Target, workspace: None, layout: str) -> None:
     check(target, replace(call, **{name: LAYOUTS[layout](getattr(call, name)) for name in ("query", "key", "value", "dout")}))
 
 
-def test_an_additive_mask_is_refused_by_name(target: Target) -> None:
-    """Its rows of finfo.min need the maximum of the whole row, which tiles of wide heads do not have."""
-    call = attention_call(DECODE, target, masks=masks_of("additive", DECODE))
-    assert any("additive attn_mask" in reason for reason in target.refusals(call.problem()))
-    with pytest.raises((ValueError, NotImplementedError), match="additive attn_mask"):
-        pk.attention(call.query, call.key, call.value, attn_mask=call.masks.attn_mask, backend=target.backend)
+@pytest.mark.parametrize("workspace", [1, 1 << 30], ids=["a tile a chunk", "one chunk"], indirect=True)
+def test_rows_of_the_lowest_number(target: Target, workspace: None) -> None:
+    """Beside finfo.min neither a power of two nor log Lk is left: such a row is the mean of the values all the same."""
+    dtype = torch.float32 if target.dtype == torch.float16 else target.dtype
+    case = replace(ENCODE, B=1, H=1)
+    added = torch.zeros(case.Lq, case.Lk, dtype=dtype)
+    added[::2] = torch.finfo(dtype).min
+    added[1::4, : case.Lk // 2] = torch.finfo(dtype).min
+    call = attention_call(case, target, masks=Masks(attn_mask=added))
+    found = check(target, replace(call, dlse=torch.zeros_like(call.dlse)))
+    mean = call.value.double().mean(2)
+    assert (found["out"][:, :, ::2].double() - mean[:, :, None]).abs().max() <= 4 * torch.finfo(target.dtype).eps

@@ -21,12 +21,11 @@ from perceiver_kernels.backends.triton.attention_small_kernels import _attention
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, unit_stride
 from perceiver_kernels.backends.triton.launch import launch
-from perceiver_kernels.device import H200
 from perceiver_kernels.layouts import empty_heads
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, Resident
 from perceiver_kernels.problem import AttentionProblem
-from perceiver_kernels.tiles import AttentionTile, SmallTile, attention_tile
+from perceiver_kernels.tiles import AttentionTile, SmallTile
 
 COMPOSITE = False
 
@@ -34,11 +33,6 @@ COMPOSITE = False
 def reasons_against(problem: AttentionProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
     reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype)
-    narrow = not reasons and attention_tile("forward", problem.d_qk, problem.d_v, 0, problem.dtype.itemsize, H200) is not None
-    if problem.attn_mask == "additive" and not reasons and not narrow:
-        reasons.append(
-            f"triton takes an additive attn_mask with heads of up to 256 channels, got {problem.d_qk} and {problem.d_v}"
-        )
     if problem.attn_mask == "learned":
         reasons.append("triton has no gradient of attn_mask")
     return reasons
@@ -65,7 +59,7 @@ def attention_forward(
         elif call.plan.forward is not None:
             _launch_forward(call, call.plan.forward, out, lse, statistics)
         else:
-            wide_attention.forward(call, out, lse)
+            wide_attention.forward(call, out, lse, statistics)
     return out, lse, statistics
 
 

@@ -215,23 +215,32 @@ def softmax_step(state, s, b_v, kept, factor, DROPOUT: tl.constexpr, HIDES: tl.c
 
 
 @triton.jit
+def store_row_state(lse, statistics, o_lse, o_statistics, m_i, l_i, m_rows, total_rows, HIDES: tl.constexpr):
+    """lse, and under an additive mask the maximum and log l apart: lse would lose log l beside finfo.min.
+
+    m is a power of two, except under an additive mask.
+    """
+    log_l = tl.log2(l_i) * _LN_2
+    if attn_mask_kind(HIDES) == "additive":
+        tl.store(lse + o_lse, m_i + log_l, mask=m_rows)
+        tl.store(statistics + o_statistics, tl.where(m_i == -float("inf"), float("inf"), m_i), mask=m_rows)
+        tl.store(statistics + total_rows + o_statistics, tl.where(l_i == 0.0, 0.0, log_l), mask=m_rows)
+    else:
+        tl.store(lse + o_lse, m_i * _LN_2 + log_l, mask=m_rows)
+
+
+@triton.jit
 def store_result(
     state, out, lse, statistics, o_out, stride_row, o_lse, o_rows, m_rows, d_v, total_rows, inverse_keep, PIECES: tl.constexpr,
     DROPOUT: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """acc / l, lse, and under an additive mask the maximum and log l apart: lse would lose log l beside finfo.min."""
+    """acc / l, and the rows' state."""
     acc, m_i, l_i = state
     inverse_l = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
     if DROPOUT:
         inverse_l *= inverse_keep
     store_rows(out + o_out, stride_row, o_rows, m_rows, d_v, acc, inverse_l, PIECES)
-    log_l = tl.log2(l_i) * _LN_2
-    if attn_mask_kind(HIDES) == "additive":
-        tl.store(lse + o_lse, m_i + log_l, mask=m_rows)
-        tl.store(statistics + o_lse, tl.where(m_i == -float("inf"), float("inf"), m_i), mask=m_rows)
-        tl.store(statistics + total_rows + o_lse, tl.where(l_i == 0.0, 0.0, log_l), mask=m_rows)
-    else:
-        tl.store(lse + o_lse, m_i * _LN_2 + log_l, mask=m_rows)
+    store_row_state(lse, statistics, o_lse, o_lse, m_i, l_i, m_rows, total_rows, HIDES)
 
 
 @triton.jit

@@ -64,9 +64,10 @@ def launch_weights(
     rows, key_tiles = span.row_end - span.row_start, chunk[3]
     maximum, total, rounded = (torch.empty(B, H, key_tiles, rows, dtype=torch.float32, device=q.device) for _ in range(3))
     statistics = TileStatistics(maximum, total, torch.empty_like(total) if dropout_p > 0.0 else None, rounded)
+    factor = scale if hides.attn_mask == "additive" else scale * LOG2_E
     launch(
         _wide_weights_fwd_kernel, ceil_div(rows, tile.rows) * key_tiles * H * B, tile_argument(q, tile.rows, tile.inner, tma),
-        tile_argument(k, tile.columns, tile.inner, tma), weights, *statistics, masks, dropout, key_offset, scale * LOG2_E,
+        tile_argument(k, tile.columns, tile.inner, tma), weights, *statistics, masks, dropout, key_offset, factor,
         causal_shift, sizes, chunk, head_strides(q), head_strides(k), head_strides(weights), stride_mask,
         BLOCK_Q=tile.rows, BLOCK_KV=tile.columns, BLOCK_C=tile.inner, TMA=tma, HIDES=hides, DROPOUT=dropout_p > 0.0,
         **product_options(tile),
@@ -76,18 +77,21 @@ def launch_weights(
 
 def launch_values(
     weights: Tensor, v: Tensor, statistics: TileStatistics | tuple[None, ...], part: Tensor, lse: Tensor | None,
-    rho: Tensor | None, masks: tuple[Any, ...], hides: Hides, dropout_p: float, sizes: tuple[int, ...], span: Span,
-    key_tile: int, splits: int, tile: ProductTile, tma: bool, tma_v: bool,
+    rho: Tensor | None, row_statistics: Tensor | None, masks: tuple[Any, ...], hides: Hides, dropout_p: float,
+    sizes: tuple[int, ...], span: Span, key_tile: int, splits: int, tile: ProductTile, tma: bool, tma_v: bool,
 ) -> None:  # fmt: skip
-    """``part`` [B, H, S, queries, d_v] = weights v over S splits of ``key_tile`` keys; no statistics: plain sums."""
+    """``part`` [B, H, S, queries, d_v] = weights v over S splits of ``key_tile`` keys; no statistics: plain sums.
+
+    ``row_statistics`` [2, B, H, Lq] is written under an additive mask.
+    """
     B, H = sizes[:2]
     chunk = span.tiled(key_tile)
     programs = ceil_div(sizes[6], tile.columns) * ceil_div(span.row_end - span.row_start, tile.rows) * splits * H * B
     launch(
         _wide_values_kernel, programs, tile_argument(weights, tile.rows, tile.inner, tma),
-        tile_argument(v, tile.inner, tile.columns, tma_v), *statistics, part, lse, rho, masks, 1.0 / (1.0 - dropout_p), sizes,
-        chunk, (splits, ceil_div(chunk[3], splits)), head_strides(weights), head_strides(v), tuple(part.stride()[:4]),
-        (0, 0) if lse is None else tuple(lse.stride()[1:3]), BLOCK_Q=tile.rows, BLOCK_KV=key_tile, BLOCK_COL=tile.columns,
-        BLOCK_K=tile.inner, TMA=tma, TMA_V=tma_v, HIDES=hides, SOFTMAX=lse is not None, DROPOUT=dropout_p > 0.0,
-        **product_options(tile),
+        tile_argument(v, tile.inner, tile.columns, tma_v), *statistics, part, lse, rho, row_statistics, masks,
+        1.0 / (1.0 - dropout_p), sizes, chunk, (splits, ceil_div(chunk[3], splits)), head_strides(weights), head_strides(v),
+        tuple(part.stride()[:4]), (0, 0) if lse is None else tuple(lse.stride()[1:3]), BLOCK_Q=tile.rows, BLOCK_KV=key_tile,
+        BLOCK_COL=tile.columns, BLOCK_K=tile.inner, TMA=tma, TMA_V=tma_v, HIDES=hides, SOFTMAX=lse is not None,
+        DROPOUT=dropout_p > 0.0, **product_options(tile),
     )  # fmt: skip

@@ -54,8 +54,8 @@ def _empty_float(*shape: int, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def forward(call: Call, out: Tensor, lse: Tensor) -> None:
-    """``out`` [B, H, Lq, d_v] and ``lse`` [B, H, Lq]."""
+def forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    """``out`` [B, H, Lq, d_v], ``lse`` [B, H, Lq], and under an additive mask ``statistics`` [2, B, H, Lq]."""
     B, H, _, Lq, Lk, _, d_v = call.sizes
     wide, tma, device = call.plan.wide, call.plan.tma, out.device
     query, key, value = _operands(call)
@@ -64,19 +64,19 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     weights = _workspace(call, query, wide.chunk, wide.weights.rows, 1)
     earlier: tuple[Tensor, Tensor] | None = None
     for span in _spans(call, wide.chunk):
-        statistics = launch_weights(
+        tile_statistics = launch_weights(
             query, key, weights, call.masks, call.hides, call.stride_mask, call.dropout, call.dropout_p, 0, call.scale,
             call.causal_shift, call.sizes, span, wide.weights, tma_scores,
         )  # fmt: skip
         rows, whole_rows = span.row_end - span.row_start, span.key_end - span.key_start == Lk
         part, lse_part = (t[:, :, span.row_start : span.row_end].unsqueeze(2) for t in (out, lse))
-        splits = wide.value_splits(B * H, rows, d_v, span.tiled(wide.weights.columns)[3])
+        splits = 1 if wide.whole_rows else wide.value_splits(B * H, rows, d_v, span.tiled(wide.weights.columns)[3])
         direct = splits == 1 and whole_rows
         if not direct:
             part, lse_part = (_empty_float(B, H, splits, rows, *width, device=device) for width in ((d_v,), ()))
         launch_values(
-            weights, value, statistics, part, lse_part, None, call.masks, call.hides, call.dropout_p, call.sizes, span,
-            wide.weights.columns, splits, wide.values, tma, tma_values,
+            weights, value, tile_statistics, part, lse_part, None, statistics, call.masks, call.hides, call.dropout_p,
+            call.sizes, span, wide.weights.columns, splits, wide.values, tma, tma_values,
         )  # fmt: skip
         if direct:
             continue
@@ -135,7 +135,7 @@ def _add_dq(call: Call, weights: Tensor, key: Tensor, dq: Tensor, dq_sum: Tensor
     direct = splits == 1 and whole_rows
     part = target.unsqueeze(2) if direct else _empty_float(B, H, splits, rows, d_qk, device=dq.device)
     launch_values(
-        weights, key, NO_STATISTICS, part, None, None, call.masks, call.hides, 0.0, (B, H, G, Lq, Lk, d_qk, d_qk), span,
+        weights, key, NO_STATISTICS, part, None, None, None, call.masks, call.hides, 0.0, (B, H, G, Lq, Lk, d_qk, d_qk), span,
         wide.weights_backward.columns, splits, wide.values, tma,
         tma and can_describe(key) and not (call.hides.key_mask or call.hides.lengths),
     )  # fmt: skip

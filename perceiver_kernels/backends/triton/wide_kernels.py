@@ -20,15 +20,17 @@ import triton
 import triton.language as tl
 
 from perceiver_kernels.backends.triton.attention_steps import (
+    attn_mask_kind,
     has_lengths,
     hide,
     keys_to_read,
     row_windows,
+    store_row_state,
     window_bounds,
 )
-from perceiver_kernels.backends.triton.primitives import LN_2, dropout_factors
+from perceiver_kernels.backends.triton.primitives import LOG2_E, dropout_factors
 
-_LN_2 = tl.constexpr(LN_2)
+_LOG2_E = tl.constexpr(LOG2_E)
 # Tiles whose maximum lies further below the row's, in powers of two, count as if it lay there: a million such weights add less
 # than 2^-28 to a sum of at least 1/2, and a sum on its way through them grows by no more than 2^48.
 _NEGLIGIBLE = tl.constexpr(48.0)
@@ -74,7 +76,7 @@ def tile_position(row_tiles, key_tiles, H):
 
 @triton.jit
 def _wide_weights_fwd_kernel(
-    q, k, weights, maximum, total, kept, rounded, masks, dropout, key_offset, scale_log2, causal_shift, sizes, chunk,
+    q, k, weights, maximum, total, kept, rounded, masks, dropout, key_offset, factor, causal_shift, sizes, chunk,
     stride_q, stride_k, stride_w, stride_mask,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,7 +84,9 @@ def _wide_weights_fwd_kernel(
     """Weights of one tile relative to its own row maximum, rounded up to a whole power of two, and their row sums.
 
     Statistics are [B, H, key tiles, queries]: maximum, total before dropout, and the sum of the weights that dropout kept,
-    before and after rounding. A power of two rescales a tile's sums exactly in the values kernel.
+    before and after rounding. A power of two rescales a tile's sums exactly in the values kernel. ``factor`` is scale log2(e);
+    under an additive mask it is the scale, and the maximum is that of the scores as they are: rows of finfo.min have no
+    finite power of two.
     """
     _, H, G, Lq, Lk, d, _ = sizes
     row_start, row_end, key_start, key_tiles = chunk
@@ -102,15 +106,19 @@ def _wide_weights_fwd_kernel(
     )  # fmt: skip
     s = hide(
         s, masks, stride_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], window[0][:, None], window[1][:, None],
-        m_rows[:, None], m_keys[None, :], (key, Lk, all_lo, all_hi), 1.0, BLOCK_KV, HIDES,
+        m_rows[:, None], m_keys[None, :], (key, Lk, all_lo, all_hi), factor, BLOCK_KV, HIDES,
     )  # fmt: skip
     largest = tl.max(s, 1)
-    m = tl.ceil(largest * scale_log2)
-    # p is computed twice, for its sum and for its store, each in the layout that suits it. Explicit fused operations round
-    # alike in both; left to the compiler, weights and sums of scores near 1,000 differed by 3e-5.
     safe = tl.where(largest == -float("inf"), 0.0, largest)
-    offset = tl.fma(safe, scale_log2, -tl.where(largest == -float("inf"), 0.0, m))
-    p = tl.exp2(tl.fma(s - safe[:, None], scale_log2, offset[:, None]))
+    if attn_mask_kind(HIDES) == "additive":
+        m = largest
+        p = tl.exp2((s - safe[:, None]) * _LOG2_E)
+    else:
+        m = tl.ceil(largest * factor)
+        # p is computed twice, for its sum and for its store, each in the layout that suits it. Explicit fused operations
+        # round alike in both; left to the compiler, weights and sums of scores near 1,000 differed by 3e-5.
+        offset = tl.fma(safe, factor, -tl.where(largest == -float("inf"), 0.0, m))
+        p = tl.exp2(tl.fma(s - safe[:, None], factor, offset[:, None]))
     l = tl.sum(p, 1)
     if DROPOUT:
         rows = (i_h * Lq + o_rows)[:, None]
@@ -127,6 +135,12 @@ def _wide_weights_fwd_kernel(
     tl.store(weights + o_w + (i_tile * BLOCK_KV + tl.arange(0, BLOCK_KV))[None, :], w, mask=m_rows[:, None])
 
 
+@triton.constexpr_function
+def _octaves(hides):
+    """Powers of two in a unit of the tiles' maxima, which are scores under an additive mask."""
+    return LOG2_E if hides[5] == "additive" else 1.0
+
+
 @triton.jit
 def _split_maximum(maximum, o, tile, tile_end, R, m_rows, BLOCK_Q: tl.constexpr):
     """(m, m or 0): the maximum of rows over key tiles tile..tile_end."""
@@ -138,14 +152,15 @@ def _split_maximum(maximum, o, tile, tile_end, R, m_rows, BLOCK_Q: tl.constexpr)
 
 @triton.jit
 def _split_sums(
-    maximum, total, kept, rounded, safe, o, tile, tile_end, R, m_rows, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr
+    maximum, total, kept, rounded, safe, o, tile, tile_end, R, m_rows, OCTAVES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """(l, r, g): sums of the weights over key tiles tile..tile_end relative to 2^safe: all, those dropout kept, rounded."""
+    """(l, r, g): sums of the weights over key tiles tile..tile_end, relative to the maximum: all, those kept, rounded."""
     l = tl.zeros([BLOCK_Q], tl.float32)
     r = tl.zeros([BLOCK_Q], tl.float32)
     g = tl.zeros([BLOCK_Q], tl.float32)
     for t in range(tile, tile_end):
-        factor = tl.exp2(tl.load(maximum + o + t * R, mask=m_rows, other=-float("inf")) - safe)
+        factor = tl.exp2((tl.load(maximum + o + t * R, mask=m_rows, other=-float("inf")) - safe) * OCTAVES)
         l += factor * tl.load(total + o + t * R, mask=m_rows, other=0.0)
         g += factor * tl.load(rounded + o + t * R, mask=m_rows, other=0.0)
         if DROPOUT:
@@ -155,7 +170,7 @@ def _split_sums(
 
 @triton.jit
 def _wide_values_kernel(
-    weights, v, maximum, total, kept, rounded, part, lse, rho, masks, inverse_keep, sizes, chunk, parts,
+    weights, v, maximum, total, kept, rounded, part, lse, rho, row_statistics, masks, inverse_keep, sizes, chunk, parts,
     stride_w, stride_v, stride_part, stride_lse,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_COL: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, TMA_V: tl.constexpr, HIDES: tl.constexpr, SOFTMAX: tl.constexpr, DROPOUT: tl.constexpr,
@@ -167,9 +182,10 @@ def _wide_values_kernel(
     not the weights to a common one: weights that pass through registers are the register operand of a wgmma, which Triton 3.6
     lets the next tile's loads overwrite while it is read. The split's softmax state goes to (part, lse, rho). Rounded weights
     are divided by their own sum: a row that sees one token is that token, and errors weigh with v_j - out. Without SOFTMAX
-    (dq) they are summed as they are.
+    (dq) they are summed as they are. Under an additive mask maxima are scores, and ``row_statistics`` is written.
     """
-    _, H, G, _, Lk, _, d_v = sizes
+    OCTAVES: tl.constexpr = _octaves(HIDES)
+    B, H, G, Lq, Lk, _, d_v = sizes
     row_start, row_end, key_start, key_tiles = chunk
     S, tiles_per_split = parts
     R = row_end - row_start
@@ -199,21 +215,24 @@ def _wide_values_kernel(
         if SOFTMAX:  # noqa: SIM102 (decided by the compiler, the other one by the program)
             if k % BLOCK_KV == 0:
                 b_m = tl.load(maximum + o_statistics + (k // BLOCK_KV) * R, mask=m_rows, other=-float("inf"))
-                b_m = tl.maximum(b_m, safe - _NEGLIGIBLE)
-                acc = acc * tl.exp2(reference - b_m)[:, None]
+                b_m = tl.maximum(b_m, safe - _NEGLIGIBLE / OCTAVES)
+                acc = acc * tl.exp2((reference - b_m) * OCTAVES)[:, None]
                 reference = b_m
         acc = tl.dot(w, b_v, acc, input_precision=PRECISION)
     o_columns = i_column * BLOCK_COL + tl.arange(0, BLOCK_COL)
     if SOFTMAX:
         # After the loop, which so has fewer registers to keep.
         l, r, g = _split_sums(
-            maximum, total, kept, rounded, safe, o_statistics, tile, tile_end, R, m_rows, DROPOUT, BLOCK_Q
+            maximum, total, kept, rounded, safe, o_statistics, tile, tile_end, R, m_rows, OCTAVES, DROPOUT, BLOCK_Q
         )
         b_rho = r / tl.where(l == 0.0, 1.0, l) * inverse_keep
-        acc = acc * (tl.exp2(reference - safe) * b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
+        acc = acc * (tl.exp2((reference - safe) * OCTAVES) * b_rho / tl.where(g == 0.0, 1.0, g))[:, None]
         if i_column == 0:
             o_lse = i_entry.to(tl.int64) * stride_lse[0] + i_s.to(tl.int64) * stride_lse[1] + o_rows
-            tl.store(lse + o_lse, (m + tl.log2(l)) * _LN_2, mask=m_rows)
+            store_row_state(
+                lse, row_statistics, o_lse, i_entry.to(tl.int64) * Lq + row_start + o_rows, m, l, m_rows,
+                tl.cast(B * H, tl.int64) * Lq, HIDES,
+            )  # fmt: skip
             if rho is not None:
                 tl.store(rho + o_lse, b_rho, mask=m_rows)
     o_part = i_b.to(tl.int64) * stride_part[0] + i_h.to(tl.int64) * stride_part[1] + i_s.to(tl.int64) * stride_part[2]

@@ -61,8 +61,8 @@ def forward(
         lse, rho = (torch.empty(B, splits, R, dtype=torch.float32, device=q.device) for _ in range(2))
         # Hidden tokens are zeros: nothing is left to mask.
         launch_values(
-            weights, x_head, statistics, part.unsqueeze(1), lse.unsqueeze(1), rho, NO_MASK, Hides(), dropout_p, sizes, span,
-            tile.columns, splits, plan.values, tma, tma,
+            weights, x_head, statistics, part.unsqueeze(1), lse.unsqueeze(1), rho, None, NO_MASK, Hides(), dropout_p, sizes,
+            span, tile.columns, splits, plan.values, tma, tma,
         )  # fmt: skip
         last = span.key_end == M
         state = merge_states(part, lse, rho, state, dtype if last else torch.float32)
@@ -104,8 +104,8 @@ def backward(
             splits = plan.splits(key_tiles)
             part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
             launch_values(
-                weights, x_head, NO_STATISTICS, part.unsqueeze(1), None, None, NO_MASK, Hides(), 0.0, sizes, span, tile.columns,
-                splits, plan.values, tma, tma,
+                weights, x_head, NO_STATISTICS, part.unsqueeze(1), None, None, None, NO_MASK, Hides(), 0.0, sizes, span,
+                tile.columns, splits, plan.values, tma, tma,
             )  # fmt: skip
             earlier, dq = dq, dq_sum
             if dq is None:
