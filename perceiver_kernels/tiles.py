@@ -145,16 +145,19 @@ _WIDE_FLOAT32: dict[WideKind, ProductTile] = {
 }
 
 
-# The generator of the dropout mask needs the registers that a larger tile would take.
-_WIDE_DROPOUT = ProductTile(64, 128, 32, 8, 3)
+# Dropout's generator, or the loads of an attn_mask, need the registers that a larger tile of weights would take.
+_WIDE_CROWDED = ProductTile(64, 128, 32, 8, 3)
 
 
-def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, dropout: bool = False) -> ProductTile:
-    """The product tile of a wide-channel kernel; it does not depend on the channel count."""
+def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, crowded: bool = False) -> ProductTile:
+    """The product tile of a wide-channel kernel; it does not depend on the channel count.
+
+    ``crowded``: weights are computed under dropout or an attn_mask.
+    """
     if itemsize != 2:
         return _WIDE_FLOAT32[kind]
-    if dropout and kind in ("weights", "weights_backward", "separate_backward"):
-        return _WIDE_DROPOUT
+    if crowded and kind in ("weights", "weights_backward", "separate_backward"):
+        return _WIDE_CROWDED
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
 
@@ -267,11 +270,15 @@ _SMALL_SIDE = 64
 
 
 def small_tile(Lq: int, Lk: int, d_qk: int, d_v: int, itemsize: int) -> SmallTile | None:
-    """The tile of problems of ``Lq`` queries and ``Lk`` keys (1 or more), or None where they are not small, or heads wide."""
+    """The tile of problems of ``Lq`` queries and ``Lk`` keys (1 or more), or None where they are not small, or heads wide.
+
+    Rows and columns of a problem are in registers all at once: 16 rows of 128 channels, or 32 of 64, over eight warps; half as
+    many over four, or in fp32.
+    """
     pieces_qk, pieces_v = (column_pieces(width + -width % 16) for width in (d_qk, d_v))
-    widest = max(sum(pieces_qk), sum(pieces_v))
     each_q, each_kv = (max(16, 1 << (length - 1).bit_length()) for length in (Lq, Lk))
-    problems = _SMALL_SIDE // max(each_q, each_kv)
-    if problems < 2 or widest > (128 if itemsize == 2 else 64):
+    longest, widest = max(each_q, each_kv), max(sum(pieces_qk), sum(pieces_v))
+    size = longest * widest * itemsize
+    if longest > 32 or size > 4096:
         return None
-    return SmallTile(pieces_qk, pieces_v, problems, each_q, each_kv, 4)
+    return SmallTile(pieces_qk, pieces_v, _SMALL_SIDE // longest, each_q, each_kv, 4 if size <= 2048 else 8)

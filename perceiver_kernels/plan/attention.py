@@ -153,11 +153,16 @@ def _query_slices(p: AttentionProblem, tile: AttentionTile | None, device: Devic
 
 
 def _resident(kind: AttentionKind, p: AttentionProblem, device: DeviceFacts) -> Resident | None:
-    """The kernel ``kind`` where one side fits shared memory twice over: one program computes while the other one loads."""
+    """The kernel ``kind`` where one side fits shared memory twice over: one program computes while the other one loads.
+
+    The loop over keys that stay is unrolled, and several generators of dropout's factors at a time spill 2 KB a thread.
+    """
     encode = kind == "encode_backward"
     keys = 0 if encode else p.Lk
     tile = attention_tile(kind, p.d_qk, p.d_v, keys, p.dtype.itemsize, device)
-    if tile is None or p.segments > 1 or p.packed or (encode and (p.Lq > tile.block_q or p.H_kv != p.H)):
+    if tile is None or p.segments > 1 or p.packed or (p.dropout and not encode):
+        return None
+    if encode and (p.Lq > tile.block_q or p.H_kv != p.H):
         return None
     resident = tile.programs_per_sm(kind, p.dtype.itemsize, device, keys)
     if resident < 2 or _regime(p.Lq, p.Lk) != ("encode" if encode else "decode"):
@@ -180,8 +185,9 @@ def _small(p: AttentionProblem) -> SmallTile | None:
 
 def _plan_wide(p: AttentionProblem, device: DeviceFacts) -> WideAttentionPlan:
     itemsize = p.dtype.itemsize
+    crowded = p.dropout or p.attn_mask != "none"
     weights, backward, values, products = (
-        wide_tile(kind, itemsize, device, dropout=p.dropout) for kind in ("weights", "separate_backward", "values", "dx")
+        wide_tile(kind, itemsize, device, crowded=crowded) for kind in ("weights", "separate_backward", "values", "dx")
     )
     key_unit = max(weights.columns, backward.columns, products.rows)
     keys = max(1, math.ceil(p.Lk / key_unit)) * key_unit

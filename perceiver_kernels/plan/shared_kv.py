@@ -76,7 +76,7 @@ def _choose_splits(
 
 def _plan_wide(B: int, R: int, M: int, C: int, itemsize: int, dropout: bool, device: DeviceFacts) -> WidePlan:
     weights, backward, values, dx = (
-        wide_tile(kind, itemsize, device, dropout=dropout) for kind in ("weights", "weights_backward", "values", "dx")
+        wide_tile(kind, itemsize, device, crowded=dropout) for kind in ("weights", "weights_backward", "values", "dx")
     )
 
     def chunk(tile: ProductTile, arrays: int) -> int:

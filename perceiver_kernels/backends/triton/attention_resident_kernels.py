@@ -62,6 +62,7 @@ def _attention_decode_fwd_kernel(
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(not DROPOUT, "the plan keeps dropout out: its generators, unrolled over blocks, need too many registers")
     B, H, G, Lq, Lk, d_qk, d_v = sizes
     S, rows_per_slice = parts
     i = tl.program_id(0)
@@ -90,10 +91,7 @@ def _attention_decode_fwd_kernel(
                 s, masks, stride_mask, i_b, i_h, o_rows[:, None], o_keys[None, :], window[0][:, None], window[1][:, None],
                 m_rows[:, None], m_keys[None, :], (j * BLOCK_KV, Lk, all_lo, all_hi), scale, BLOCK_KV, HIDES,
             )  # fmt: skip
-            kept = 1.0
-            if DROPOUT:
-                kept = dropout_factors(dropout[0], dropout[1], 1.0, i_b, (i_h * Lq + o_rows)[:, None], o_keys[None, :])
-            state = softmax_step(state, s, values[j], kept, factor, DROPOUT, HIDES, PRECISION)
+            state = softmax_step(state, s, values[j], 1.0, factor, DROPOUT, HIDES, PRECISION)
         o_out = i_b.to(tl.int64) * stride_out[0] + i_h.to(tl.int64) * stride_out[1]
         o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
         store_result(
@@ -111,6 +109,7 @@ def _attention_decode_bwd_dq_kernel(
     STAGES: tl.constexpr, TMA: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(not DROPOUT, "the plan keeps dropout out: its generators, unrolled over blocks, need too many registers")
     B, H, G, Lq, Lk, d_qk, d_v = sizes
     S, rows_per_slice = parts
     i = tl.program_id(0)
@@ -149,8 +148,6 @@ def _attention_decode_bwd_dq_kernel(
                 m_rows[:, None], m_keys[None, :], (j * BLOCK_KV, Lk, all_lo, all_hi), scale, BLOCK_KV, HIDES,
             )  # fmt: skip
             p = attention_weights(s, shift[:, None], log_l[:, None], factor, HIDES)
-            if DROPOUT:
-                dp *= dropout_factors(*dropout, i_b, (i_h * Lq + o_rows)[:, None], o_keys[None, :])
             ds = p * (dp - b_delta[:, None])
             acc = accumulate(ds.to(b_q[0].dtype), keys[j], acc, PRECISION)
         o_dq = i_b.to(tl.int64) * stride_dq[0] + i_h.to(tl.int64) * stride_dq[1]

@@ -74,30 +74,37 @@ def _hide(s, masks, stride_mask, rows, o_keys, window, m_rows, Lk, scale, HIDES:
 
 
 @triton.jit
+def _by_problem(tile, PROBLEMS: tl.constexpr):
+    """[PROBLEMS N, C] to [PROBLEMS, N, C]."""
+    return tile.reshape(PROBLEMS, tile.shape[0] // PROBLEMS, tile.shape[1])
+
+
+@triton.jit
+def _flat(tile):
+    """[PROBLEMS, N, C] to [PROBLEMS N, C]."""
+    return tile.reshape(tile.shape[0] * tile.shape[1], tile.shape[2])
+
+
+@triton.jit
 def _scores(a, b, PROBLEMS: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T, problem by problem: [PROBLEMS A, C] x [PROBLEMS B, C] -> [PROBLEMS A, B]."""
-    A: tl.constexpr = a[0].shape[0] // PROBLEMS
-    B: tl.constexpr = b[0].shape[0] // PROBLEMS
-    s = tl.zeros([PROBLEMS, A, B], tl.float32)
+    s = tl.zeros([PROBLEMS, a[0].shape[0] // PROBLEMS, b[0].shape[0] // PROBLEMS], tl.float32)
     for i in tl.static_range(len(a)):
-        W: tl.constexpr = a[i].shape[1]
-        s = tl.dot(a[i].reshape(PROBLEMS, A, W), b[i].reshape(PROBLEMS, B, W).permute(0, 2, 1), s, input_precision=PRECISION)
-    return s.reshape(PROBLEMS * A, B)
+        s = tl.dot(
+            _by_problem(a[i], PROBLEMS), _by_problem(b[i], PROBLEMS).permute(0, 2, 1), s, input_precision=PRECISION
+        )
+    return _flat(s)
 
 
 @triton.jit
 def _rows_of(weights, b, PROBLEMS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """weights b, problem by problem, or weights^T b: weights [PROBLEMS A, B], b of B (A) rows a problem, in pieces."""
-    A: tl.constexpr = weights.shape[0] // PROBLEMS
-    B: tl.constexpr = weights.shape[1]
-    w = weights.reshape(PROBLEMS, A, B)
+    w = _by_problem(weights, PROBLEMS)
     if TRANSPOSED:
         w = w.permute(0, 2, 1)
     pieces = ()
     for i in tl.static_range(len(b)):
-        W: tl.constexpr = b[i].shape[1]
-        product = tl.dot(w, b[i].reshape(PROBLEMS, w.shape[2], W), input_precision=PRECISION)
-        pieces = pieces + (product.reshape(PROBLEMS * w.shape[1], W),)
+        pieces = pieces + (_flat(tl.dot(w, _by_problem(b[i], PROBLEMS), input_precision=PRECISION)),)
     return pieces
 
 

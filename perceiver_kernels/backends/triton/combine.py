@@ -22,8 +22,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _combine_kernel(
-    part, lse_part, rho_part, z_state, lse_state, rho_state, z, lse, rho, R, C, S, H, stride_z_b, stride_z_h, stride_z_r,
-    stride_lse,
+    part, lse_part, rho_part, z_state, lse_state, rho_state, z, lse, rho, R, C, S, H, stride_part, stride_z_b, stride_z_h,
+    stride_z_r, stride_lse,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, MERGE: tl.constexpr, HAS_RHO: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(C, BLOCK_C)
@@ -51,7 +51,7 @@ def _combine_kernel(
     for s in range(0, S, BLOCK_S):
         o_s = s + tl.arange(0, BLOCK_S)
         o_part = (i_b * S + o_s) * R + i_r
-        values = tl.load(part + o_part[:, None] * C + o_c[None, :], mask=(o_s < S)[:, None] & m_c[None, :], other=0.0)
+        values = tl.load(part + o_part[:, None] * stride_part + o_c[None, :], mask=(o_s < S)[:, None] & m_c[None, :], other=0.0)
         values = values.to(tl.float32)
         if MERGE:
             weights = tl.exp2((tl.load(lse_part + o_part, mask=o_s < S, other=-float("inf")) - safe) * _LOG2_E)
@@ -83,7 +83,7 @@ def _launch_combine(
     H, strides = (1, (out.stride(0), 0, out.stride(1))) if out.ndim == 3 else (out.shape[1], out.stride()[:3])
     launch(
         _combine_kernel, B * R * ceil_div(C, block_c),
-        part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, H, *strides,
+        part, lse_part, rho_part, z_state, lse_state, rho_state, out, lse, rho, R, C, S, H, part.stride(2), *strides,
         0 if lse is None else lse.stride(-2), BLOCK_S=block_s,
         BLOCK_C=block_c, MERGE=lse_part is not None, HAS_RHO=rho is not None, HAS_STATE=state is not None, num_warps=2,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def merge_splits(
 
 
 def sum_splits(part: Tensor, out: Tensor, earlier: Tensor | None = None) -> None:
-    """``out`` = ``earlier`` (0 if None; it may be ``out``) + the sum over splits of part [B, S, R, C], fp32.
+    """``out`` = ``earlier`` (0 if None; it may be ``out``) + the sum over splits of part [B, S, R, C], fp32, rows of any pitch.
 
     ``out`` is [B, R, C], or [B', H, R, C] with B = B' H and any strides but the last.
     """

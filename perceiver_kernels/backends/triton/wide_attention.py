@@ -54,6 +54,12 @@ def _empty_float(*shape: int, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
+def _empty_rows(*shape: int, device: torch.device) -> Tensor:
+    """fp32 rows that begin on 64 bytes, so that kernels read and write them in whole vectors."""
+    *leading, width = shape
+    return _empty_float(*leading, width + -width % 16, device=device)[..., :width]
+
+
 def forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
     """``out`` [B, H, Lq, d_v], ``lse`` [B, H, Lq], and under an additive mask ``statistics`` [2, B, H, Lq]."""
     B, H, _, Lq, Lk, _, d_v = call.sizes
@@ -172,7 +178,7 @@ class _KeySums:
             if direct:
                 part = self.out.unsqueeze(2)
             else:
-                part, part_start = _empty_float(B, H_kv, slices.total, keys, d, device=self.out.device), span.key_start
+                part, part_start = _empty_rows(B, H_kv, slices.total, keys, d, device=self.out.device), span.key_start
         tma = call.plan.tma
         chunk = span.tiled(tile.rows)
         tma_rows = tma and can_describe(self.rows) and not call.hides.query_mask

@@ -82,6 +82,17 @@ def _wide_attention_weights_bwd_kernel(
 
 
 @triton.jit
+def _part_places(
+    part, lead, key, column, part_start, Lk, d, stride, BLOCK_KV: tl.constexpr, BLOCK_COL: tl.constexpr
+):  # fmt: skip
+    """(addresses, which exist) of keys key.. and columns column.. of one part; ``lead`` is (batch entry, head, slice)."""
+    o_keys, o_columns = key + tl.arange(0, BLOCK_KV), column + tl.arange(0, BLOCK_COL)
+    o_part = lead[0].to(tl.int64) * stride[0] + lead[1].to(tl.int64) * stride[1] + lead[2].to(tl.int64) * stride[2]
+    p = part + o_part + (o_keys - part_start).to(tl.int64)[:, None] * stride[3] + o_columns[None, :]
+    return p, (o_keys < Lk)[:, None] & (o_columns < d)[None, :]
+
+
+@triton.jit
 def _wide_attention_products_kernel(
     weights, rows, part, masks, sizes, chunk, slices, first_row, d,
     stride_w, stride_rows, stride_part,
@@ -103,12 +114,11 @@ def _wide_attention_products_kernel(
     i_s, i_entry = (i // (columns * key_tiles)) % S, i // (columns * key_tiles * S)
     i_b, i_kv = i_entry // H_kv, i_entry % H_kv
     key_w, column = i_tile * BLOCK_KV, i_column * BLOCK_COL
-    o_keys, o_columns = key_start + key_w + tl.arange(0, BLOCK_KV), column + tl.arange(0, BLOCK_COL)
-    o_part = i_b.to(tl.int64) * stride_part[0] + i_kv.to(tl.int64) * stride_part[1] + i_s.to(tl.int64) * stride_part[2]
-    p = part + o_part + (o_keys - part_start).to(tl.int64)[:, None] * stride_part[3] + o_columns[None, :]
-    m_part = (o_keys < Lk)[:, None] & (o_columns < d)[None, :]
     acc = tl.zeros([BLOCK_KV, BLOCK_COL], tl.float32)
     if ADD:
+        p, m_part = _part_places(
+            part, (i_b, i_kv, i_s), key_start + key_w, column, part_start, Lk, d, stride_part, BLOCK_KV, BLOCK_COL
+        )
         acc = tl.load(p, mask=m_part, other=0.0)
     begin = i_s * rows_per_slice
     end = tl.minimum(begin + rows_per_slice, row_end - row_start)
@@ -124,4 +134,8 @@ def _wide_attention_products_kernel(
         w = load_tile(weights, lead, first_row + r, key_w, m_rows, key_tiles * BLOCK_KV, stride_w, BLOCK_K, BLOCK_KV, TMA)
         b_rows = load_tile(rows, lead, row_start + r, column, m_read, d, stride_rows, BLOCK_K, BLOCK_COL, TMA_ROWS)
         acc = tl.dot(w.T, b_rows, acc, input_precision=PRECISION)
+    # Formed again: kept through the loop, the addresses of odd widths spill a kilobyte a thread.
+    p, m_part = _part_places(
+        part, (i_b, i_kv, i_s), key_start + key_w, column, part_start, Lk, d, stride_part, BLOCK_KV, BLOCK_COL
+    )
     tl.store(p, acc.to(part.dtype.element_ty), mask=m_part)
