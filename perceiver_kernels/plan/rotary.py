@@ -50,4 +50,3 @@ def plan_rotary(
         groups += 1
     # Every item costs a thread its offsets: with narrow vectors they would fill its registers.
     return RotaryPlan(align, pairs, columns, items, block_l, math.ceil(H / groups), 4 if pairs >= 4 else 8)
-

@@ -8,9 +8,7 @@ from torch import Tensor
 from perceiver_kernels.reference.inputs import widen
 
 
-def rotary_embedding(
-    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False
-) -> Tensor:
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
     """Pairs of the first r channels turned by their token's angles; the other channels as they are.
 
     y1 = x1 cos - x2 sin,   y2 = x1 sin + x2 cos;   inverse: sin -> -sin, the transposed matrix
