@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import FLOAT_DTYPES, check_numbers, check_range, check_tensor, is_integer
+from perceiver_kernels.checks import FLOAT_DTYPES, check_numbers, check_positive, check_range, check_tensor, is_integer
 
 # Rows of FourierPositions.table hold the axis, the frequency and one of these kinds.
 KIND_RAW, KIND_SIN, KIND_COS = 0, 1, 2
@@ -204,8 +204,7 @@ def rotary_tables(
     # Frequency i is slowest^x * fastest^(1 - x), x its place among them.
     half = width // 2
     if periods is None:
-        (base,) = check_numbers("base", (base,), positive=True)
-        slowest, fastest, last = 1 / base, 1.0, half
+        slowest, fastest, last = 1 / check_positive("base", base), 1.0, half
     else:
         shortest, longest = _check_periods(periods)
         slowest, fastest, last = 2 * math.pi / longest, 2 * math.pi / shortest, max(half - 1, 1)
