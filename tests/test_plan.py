@@ -167,7 +167,7 @@ def test_rotary_serves_every_channel_of_every_head(
     assert turned * plan.pairs == width // 2
     assert 0 <= (plan.columns - turned) * step - (d - width) < step
     # A program holds whole rows, at least one, and items begin at multiples of ``align``.
-    assert 1 <= plan.block_l and plan.block_l * plan.columns <= plan.items
+    assert plan.block_l >= 1 and plan.block_l * plan.columns <= plan.items
     assert all(offset % plan.align == 0 for offset in (step, d, *strides, 0 if interleaved else width // 2))
     assert 1 <= plan.heads <= 4
 

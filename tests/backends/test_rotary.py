@@ -98,7 +98,8 @@ def check(target: Target, call: Call) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_families(target: Target, name: str, interleaved: bool, inverse: bool) -> None:
     H, d, width = PUBLISHED[name]
-    call = call_of(target, 2, min(H, MOST_HEADS), LONG, d, width, batched=name == "poyo", interleaved=interleaved, inverse=inverse)
+    form = {"interleaved": interleaved, "inverse": inverse}
+    call = call_of(target, 2, min(H, MOST_HEADS), LONG, d, width, batched=name == "poyo", **form)
     check(target, replace(call, x=permuted(call.x), dout=permuted(call.dout)))
 
 
