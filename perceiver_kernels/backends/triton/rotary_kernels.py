@@ -32,6 +32,8 @@ def _rotary_fwd_kernel(
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = WIDTH // 2
+    # Aligned to less than a pair, its channels are loaded apart: taking a tile apart would go through shared memory.
+    JOINED: tl.constexpr = INTERLEAVED and ALIGN > 1
     groups = tl.cdiv(H, HEADS)
     token_blocks = tl.cdiv(L, BLOCK_L)
     i_h = tl.program_id(0) % groups * HEADS
@@ -47,13 +49,16 @@ def _rotary_fwd_kernel(
     b_sin = _load_table(sin, strides_sin, i_b, o_l, m_rotary, o_pair, TABLE_ALIGN)
     if INVERSE:
         b_sin = -b_sin
-    if INTERLEAVED:
+    if JOINED:
         o_first = i_column[:, None] * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)[None, :]  # [ITEMS, 2 PAIRS]
-        m_first = m_item[:, None] & (o_first < D)
+        m_first = m_item[:, None]
+    elif INTERLEAVED:
+        o_first, o_second = 2 * o_pair, 2 * o_pair + 1
+        m_first, m_second = m_item[:, None], m_item[:, None] & (o_second < D)
     else:
         # Channels that pass begin half a rotary width after the last pair's first channel.
-        o_first = o_pair + tl.where(i_column < HALF // PAIRS, 0, HALF)[:, None]
-        m_first = m_item[:, None]
+        o_first, o_second = o_pair + tl.where(i_column < HALF // PAIRS, 0, HALF)[:, None], o_pair + HALF
+        m_first, m_second = m_item[:, None], m_rotary[:, None]
     p_x = x + i_b * _aligned(strides_x[0], ALIGN) + (o_l * _aligned(strides_x[2], ALIGN))[:, None]
     p_out = out + i_b * _aligned(strides_out[0], ALIGN) + (o_l * _aligned(strides_out[2], ALIGN))[:, None]
     # All loads before the first store, which they could not pass: x and out might be one tensor to the compiler.
@@ -61,10 +66,10 @@ def _rotary_fwd_kernel(
     for h in tl.static_range(HEADS):
         p = p_x + (i_h + h).to(tl.int64) * _aligned(strides_x[1], ALIGN)
         b_first = tl.load(p + o_first, mask=m_first & (i_h + h < H), other=0.0)
-        if INTERLEAVED:
+        if JOINED:
             b_first, b_second = b_first.reshape(ITEMS, PAIRS, 2).split()
         else:
-            b_second = tl.load(p + (o_pair + HALF), mask=m_rotary[:, None] & (i_h + h < H), other=0.0)
+            b_second = tl.load(p + o_second, mask=m_second & (i_h + h < H), other=0.0)
         firsts, seconds = firsts + (b_first,), seconds + (b_second,)
     for h in tl.static_range(HEADS):
         b_x1, b_x2 = firsts[h].to(tl.float32), seconds[h].to(tl.float32)
@@ -75,8 +80,8 @@ def _rotary_fwd_kernel(
             b_y1 = tl.where(m_rotary[:, None], b_y1, firsts[h])
             b_y2 = tl.where(m_rotary[:, None], b_y2, seconds[h])
         p = p_out + (i_h + h).to(tl.int64) * _aligned(strides_out[1], ALIGN)
-        if INTERLEAVED:
+        if JOINED:
             tl.store(p + o_first, tl.join(b_y1, b_y2).reshape(ITEMS, 2 * PAIRS), mask=m_first & (i_h + h < H))
         else:
             tl.store(p + o_first, b_y1, mask=m_first & (i_h + h < H))
-            tl.store(p + (o_pair + HALF), b_y2, mask=m_rotary[:, None] & (i_h + h < H))
+            tl.store(p + o_second, b_y2, mask=m_second & (i_h + h < H))
