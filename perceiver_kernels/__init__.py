@@ -9,10 +9,12 @@ from perceiver_kernels.functional import (
     explain,
     input_cross_attention,
     pack_inputs,
+    rotary_embedding,
     scaled_dot_product_attention,
     shared_kv_attention,
 )
 from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
+from perceiver_kernels.positions import rotary_tables
 
 __all__ = [
     "Explanation",
@@ -24,6 +26,8 @@ __all__ = [
     "explain",
     "input_cross_attention",
     "pack_inputs",
+    "rotary_embedding",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "shared_kv_attention",
     "use_backend",

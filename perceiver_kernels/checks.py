@@ -29,16 +29,23 @@ def check_tensor(
         raise ValueError(f"{name} must be {layout}, got {got}")
 
 
+def _check_number(name: str, value: object, rule: str, given: object, *, positive: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {rule}, got {given!r}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be {rule}, got {given!r}")
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    return _check_number(name, value, "a finite positive number", value, positive=True)
+
+
 def check_numbers(name: str, values: object, *, positive: bool) -> tuple[float, ...]:
     rule = "a tuple of finite positive numbers" if positive else "a tuple of finite numbers"
     if not isinstance(values, (tuple, list)):
         raise TypeError(f"{name} must be {rule}, got {values!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be {rule}, got {values!r}")
-        if not math.isfinite(value) or (positive and value <= 0):
-            raise ValueError(f"{name} must be {rule}, got {values!r}")
-    return tuple(float(value) for value in values)
+    return tuple(_check_number(name, value, rule, values, positive=positive) for value in values)
 
 
 def is_integer(value: object) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from perceiver_kernels.device import DeviceFacts
-from perceiver_kernels.problem import CrossAttentionProblem, PackProblem, pad_channels
+from perceiver_kernels.problem import CrossAttentionProblem, PackProblem, RotaryProblem, pad_channels
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ def problem_pack_cost(problem: PackProblem) -> Cost:
     return pack_cost(
         problem.B, problem.M, problem.C, problem.C_content, problem.content_dtype.itemsize, problem.dtype.itemsize
     )
+
+
+def rotary_cost(p: RotaryProblem) -> Cost:
+    """One read and one write of x, one read of both tables; four products and two sums a pair."""
+    tables = (p.B if p.batched else 1) * p.L * p.width * p.table_dtype.itemsize
+    return Cost(3.0 * p.B * p.H * p.L * p.width, 2.0 * p.B * p.H * p.L * p.d * p.dtype.itemsize + tables)
 
 
 def shared_kv_cost(B: int, R: int, M: int, C: int, itemsize: int, products: int = 2, reads: int = 1) -> Cost:

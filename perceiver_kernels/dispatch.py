@@ -22,6 +22,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pack_inputs": {"cuda": "cuda.pack", "triton": "triton.pack", "sdpa": "sdpa", "reference": "reference"},
     "shared_kv_attention": {"triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference"},
     "attention": {"triton": "triton.attention", "sdpa": "sdpa", "reference": "reference"},
+    "rotary_embedding": {"triton": "triton.rotary", "sdpa": "sdpa", "reference": "reference"},
 }
 
 

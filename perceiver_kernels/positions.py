@@ -1,4 +1,4 @@
-"""Where tokens are: Fourier features as data, and the coordinates of dense grids."""
+"""Where tokens are: Fourier features as data, the coordinates of dense grids, and the angles of rotary embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import check_numbers, check_range, check_tensor
+from perceiver_kernels.checks import FLOAT_DTYPES, check_numbers, check_positive, check_range, check_tensor, is_integer
 
 # Rows of FourierPositions.table hold the axis, the frequency and one of these kinds.
 KIND_RAW, KIND_SIN, KIND_COS = 0, 1, 2
@@ -159,3 +159,62 @@ def grid_coordinates(
         ticks = (2 * place - (size - 1)).double() / (size - 1) if size != 1 else -torch.ones_like(place)
         coordinates.append(ticks.float())
     return torch.stack(coordinates, -1)
+
+
+def rotary_tables(
+    positions: int | Tensor, width: int, *, base: float = 10_000.0, periods: tuple[float, float] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosines and sines for ``rotary_embedding``: angle i of a token at position t is t times frequency i.
+
+        f_i = base^(-2 i / width)               or, where periods = (shortest, longest) are given,
+        f_i = 2 pi / (shortest (longest / shortest)^(i / (width / 2 - 1)))
+
+    Args:
+        positions: integers or floats ``[L]`` or ``[B, L]``: places in a sequence, or times in the unit of ``periods``; a
+            number L stands for 0..L-1. Before 2^24 fp32 tells integers apart; int64 and float64 are exact beyond.
+        width: r, even, the channels that are turned.
+        base: how much slower the last pair of channels turns than the first, nearly.
+        periods: shortest and longest period, inclusive, for positions that are times; instead of ``base``.
+        device: of the tables; where positions are when None.
+
+    Returns:
+        cos and sin, fp32 ``[L, width/2]`` or ``[B, L, width/2]``. Angles are computed in fp64 and rounded as cosines and sines:
+        fp32 angles are off by up to 0.005 at position 100,000.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+
+    Source: RoFormer, arXiv 2104.09864, section 3.4.2, equation 15; periods as in POYO, arXiv 2310.16046.
+    """
+    if not is_integer(width):
+        raise TypeError(f"width must be an integer, got {width!r}")
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be even and at least 2, got {width}")
+    if isinstance(positions, Tensor):
+        dtypes = (torch.int64, torch.int32, *FLOAT_DTYPES)
+        check_tensor("positions", positions, "[L] or [B, L]", (None,), (None, None), dtypes=dtypes)
+        t = positions.to(device, torch.float64)
+    elif not is_integer(positions):
+        raise TypeError(f"positions must be a tensor [L] or [B, L] or a length, got {positions!r}")
+    elif positions < 0:
+        raise ValueError(f"positions must be a tensor [L] or [B, L] or a length, got {positions}")
+    else:
+        t = torch.arange(positions, device=device, dtype=torch.float64)
+    # Frequency i is slowest^x * fastest^(1 - x), x its place among them.
+    half = width // 2
+    if periods is None:
+        slowest, fastest, last = 1 / check_positive("base", base), 1.0, half
+    else:
+        shortest, longest = _check_periods(periods)
+        slowest, fastest, last = 2 * math.pi / longest, 2 * math.pi / shortest, max(half - 1, 1)
+    place = torch.arange(half, device=t.device, dtype=torch.float64) / last
+    angles = t[..., None] * (fastest * (slowest / fastest) ** place)
+    return angles.cos().float(), angles.sin().float()
+
+
+def _check_periods(periods: tuple[float, float]) -> tuple[float, float]:
+    checked = check_numbers("periods", periods, positive=True)
+    if len(checked) != 2 or checked[0] > checked[1]:
+        raise ValueError(f"periods must be the shortest and the longest, got {periods!r}")
+    return checked[0], checked[1]

@@ -15,12 +15,13 @@ import torch
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.dispatch import BACKENDS, TABLE, backends, load, select, use_backend
-from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVProblem
+from perceiver_kernels.problem import AttentionProblem, PackProblem, RotaryProblem, SharedKVProblem
 
 SHARED = SharedKVProblem(2, 3, 4, 16, torch.float32, "cpu", False, False, False, False)
 PACK = PackProblem(2, 4, 3, 0, torch.float32, torch.float32, "cpu", False, False, True, False, False)
 ATTENTION = AttentionProblem(B=2, H=2, H_kv=2, Lq=3, Lk=4, Lk_first=4, d_qk=8, d_v=8, dtype=torch.float32, device_type="cpu")
-PROBLEMS = {"shared_kv_attention": SHARED, "pack_inputs": PACK, "attention": ATTENTION}
+ROTARY = RotaryProblem(2, 2, 4, 8, 8, torch.float32, torch.float32, "cpu", False, False, False)
+PROBLEMS = {"shared_kv_attention": SHARED, "pack_inputs": PACK, "attention": ATTENTION, "rotary_embedding": ROTARY}
 
 STATE = ("scale", "dropout_p", "dropout_seed", "key_offset")
 MASKS = ("key_mask", "lengths")
@@ -44,11 +45,14 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("scale", "dropout_p", "dropout_seed", "needs_dq", "needs_dkv"),
         ),
     },
+    # A rotation is differentiated by another one.
+    "rotary_embedding": {"rotary_embedding": (("x", "cos", "sin"), ("interleaved", "inverse"))},
 }  # fmt: skip
 COMPOSITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pack_inputs": (("content", "positions", "fourier"), ("key_mask", "normalize", "eps", "dtype")),
     "shared_kv_attention": (("q", "x"), (*MASKS, "scale", "dropout_p", "dropout_seed", "key_offset")),
     "attention": (("query", "keys", "values"), ("masks", "dropout_p", "dropout_seed", "scale")),
+    "rotary_embedding": (("x", "cos", "sin"), ("interleaved", "inverse")),
 }
 ENTRIES = [(op, name) for op, row in TABLE.items() for name in row]
 
@@ -94,7 +98,8 @@ def test_kernels_without_a_gradient_refuse_to_be_trained() -> None:
         if name == "triton":
             pytest.importorskip("triton")
         module = load(op, name)
-        if not module.COMPOSITE and not hasattr(module, f"{op}_backward"):
+        backward = f"{op}_backward"
+        if not module.COMPOSITE and backward in PAIRS[op] and not hasattr(module, backward):
             problem = PROBLEMS[op].__class__(**{**vars(PROBLEMS[op]), "needs_grad": True})
             assert any("gradient" in reason for reason in module.reasons_against(problem)), name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from perceiver_kernels import plan as planning
 from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import A100, CPU, H200, DeviceFacts, device_facts
-from perceiver_kernels.plan import WidePlan, plan_cross_attention, plan_pack, plan_shared_kv
+from perceiver_kernels.plan import WidePlan, plan_cross_attention, plan_pack, plan_rotary, plan_shared_kv
 from perceiver_kernels.problem import CrossAttentionProblem, SharedKVProblem, pad_channels
 from perceiver_kernels.testing import ENCODE, EncodeCase
 from perceiver_kernels.tiles import Kind, Tile, column_pieces, fused_tile
@@ -146,6 +147,38 @@ def test_pack_serves_every_batch_entry(B: int, M: int, units: int, shared: bool)
     assert math.ceil(B / plan.batch_per_program) * plan.batch_per_program >= B
     if not shared:
         assert plan.batch_per_program == 1
+
+
+@given(
+    B=st.integers(1, 300), H=st.integers(1, 64), L=st.integers(1, 200_000), d=st.integers(2, 1024), data=st.data(),
+    interleaved=st.booleans(), dtype=DTYPES, device=st.sampled_from(DEVICES),
+)  # fmt: skip
+@settings
+def test_rotary_serves_every_channel_of_every_head(
+    B: int, H: int, L: int, d: int, data: Any, interleaved: bool, dtype: torch.dtype, device: DeviceFacts
+) -> None:
+    width, pitch = 2 * data.draw(st.integers(1, d // 2)), d + data.draw(st.integers(0, 16))
+    strides = (0, pitch, H * pitch)
+    plan = plan_rotary(B, H, L, d, width, interleaved=interleaved, itemsize=dtype.itemsize, strides=strides, device=device)
+    assert is_power_of_two(plan.items) and is_power_of_two(plan.pairs) and plan.align * dtype.itemsize <= 16
+    # Items of a row: whole vectors of pairs, then vectors of what passes, of which the last may be short.
+    step = 2 * plan.pairs if interleaved else plan.pairs
+    turned = width // 2 // plan.pairs
+    assert turned * plan.pairs == width // 2
+    assert 0 <= (plan.columns - turned) * step - (d - width) < step
+    # A program holds whole rows, at least one, and items begin at multiples of ``align``.
+    assert plan.block_l >= 1 and plan.block_l * plan.columns <= plan.items
+    assert all(offset % plan.align == 0 for offset in (step, d, *strides, 0 if interleaved else width // 2))
+    assert 1 <= plan.heads <= 4
+
+
+@pytest.mark.parametrize(("d", "width"), [(64, 64), (64, 32), (128, 128), (96, 96), (256, 64), (72, 72)])
+def test_rotary_of_published_heads_takes_whole_vectors(d: int, width: int) -> None:
+    """16 bytes at a time, where a pair's two channels begin at multiples of them: half of 72 does not."""
+    for interleaved in (False, True):
+        strides = (4096 * 8 * d, d, 8 * d)
+        plan = plan_rotary(8, 8, 4096, d, width, interleaved=interleaved, itemsize=2, strides=strides, device=H200)
+        assert plan.align == (4 if d == 72 and not interleaved else 8) and plan.heads == 4
 
 
 def test_plans_are_pure_frozen_and_kept() -> None:

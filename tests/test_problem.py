@@ -27,7 +27,7 @@ from perceiver_kernels.problem import (
 )
 
 B, H, N, M, C = 2, 2, 3, 7, 16
-COMPUTING = ("mm", "bmm", "addmm", "baddbmm", "_softmax", "mean", "rsqrt", "exp", "_scaled_dot_product")
+COMPUTING = ("mm", "bmm", "addmm", "baddbmm", "_softmax", "mean", "rsqrt", "exp", "_scaled_dot_product", "mul")
 
 
 class Recorder(TorchDispatchMode):
@@ -67,6 +67,11 @@ def starts(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def rotate(**changes: Any) -> Any:
+    arguments = {"x": zeros(B, H, N, 8), "cos": zeros(N, 3), "sin": zeros(N, 3)} | changes
+    return pk.rotary_embedding(arguments.pop("x"), arguments.pop("cos"), arguments.pop("sin"), **arguments)
+
+
 def packed(**changes: Any) -> Any:
     given = {"query": zeros(1, H, N, 4), "key": zeros(1, H, M, 4), "value": zeros(1, H, M, 6)}
     return attend(**given | {"cu_seqlens_q": starts(0, 1, 3), "cu_seqlens_k": starts(0, 3, 7)} | changes)
@@ -79,7 +84,7 @@ def cross(**changes: Any) -> Any:
 
 
 F64, F16, INT, I32, META = torch.float64, torch.float16, torch.int64, torch.int32, "meta"
-ENTRY: dict[str, Callable[..., Any]] = {"shared": shared, "pack": pack, "attend": attend, "packed": packed, "cross": cross}
+ENTRY: dict[str, Callable[..., Any]] = {"shared": shared, "pack": pack, "attend": attend, "packed": packed, "cross": cross, "rotate": rotate}
 
 # entry, changed arguments, error, what the message says: argument, rule, value
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
@@ -211,6 +216,26 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("cross", {"dropout_p": 2}, ValueError, ("dropout_p must be in [0, 1)", "2")),
     ("cross", {"key_mask": zeros(B, M, dtype=INT)}, TypeError, ("key_mask must be bool", "int64")),
     ("cross", {"backend": "triton", "key_mask": zeros(B, 1, dtype=torch.bool)}, ValueError, ("key_mask must be [B, M] with B=2, M=7", "(2, 1)")),
+    ("rotate", {"x": [1.0]}, TypeError, ("x must be a torch.Tensor", "list")),
+    ("rotate", {"x": zeros(B, N, 8)}, ValueError, ("x must be [B, H, L, d]", "(2, 3, 8)")),
+    ("rotate", {"x": zeros(B, H, N, 8, dtype=INT)}, TypeError, ("x must be float16, bfloat16, float32", "torch.int64")),
+    ("rotate", {"x": zeros(B, H, N, 1025)}, ValueError, ("x must have at most 1024 channels", "d=1025")),
+    ("rotate", {"cos": None}, TypeError, ("cos must be a torch.Tensor", "NoneType")),
+    ("rotate", {"sin": zeros(N, 3, dtype=INT)}, TypeError, ("sin must be float16, bfloat16, float32", "torch.int64")),
+    ("rotate", {"cos": zeros(N)}, ValueError, ("cos must be [L, r/2] or [B, L, r/2]", "(3,)")),
+    ("rotate", {"cos": zeros(B, 1, N, 3)}, ValueError, ("cos must be [L, r/2] or [B, L, r/2]", "(2, 1, 3, 3)")),
+    ("rotate", {"cos": zeros(N, 5), "sin": zeros(N, 5)}, ValueError, ("r from 2 to x's d=8 channels", "r/2=5 in (3, 5)")),
+    ("rotate", {"cos": zeros(N, 0), "sin": zeros(N, 0)}, ValueError, ("r from 2 to x's d=8 channels", "r/2=0 in (3, 0)")),
+    ("rotate", {"x": zeros(B, H, N, 1)}, ValueError, ("r from 2 to x's d=1 channels", "r/2=3 in (3, 3)")),
+    ("rotate", {"cos": zeros(M, 3)}, ValueError, ("cos must be [L, r/2] with L=3, r/2=3", "(7, 3)")),
+    ("rotate", {"cos": zeros(3, N, 3), "sin": zeros(3, N, 3)}, ValueError, ("cos must be [B, L, r/2] with B=2, L=3, r/2=3", "(3, 3, 3)")),
+    ("rotate", {"sin": zeros(N, 2)}, ValueError, ("sin must be [L, r/2] with L=3, r/2=3", "(3, 2)")),
+    ("rotate", {"sin": zeros(B, N, 3)}, ValueError, ("sin must be [L, r/2] with L=3, r/2=3", "(2, 3, 3)")),
+    ("rotate", {"sin": zeros(N, 3, dtype=F16)}, TypeError, ("sin must have cos's dtype torch.float32", "torch.float16")),
+    ("rotate", {"cos": zeros(N, 3, device=META)}, ValueError, ("cos must be on x's device cpu", "meta")),
+    ("rotate", {"interleaved": 1}, TypeError, ("interleaved must be a bool", "1")),
+    ("rotate", {"inverse": "yes"}, TypeError, ("inverse must be a bool", "'yes'")),
+    ("rotate", {"backend": "cuda"}, ValueError, ("no backend can serve rotary_embedding", "cuda has no rotary_embedding")),
 ]  # fmt: skip
 
 
@@ -234,7 +259,7 @@ def test_explain_refuses_with_the_same_sentence(entry: str, changes: dict[str, A
     """Every argument that the call refuses; backends that refuse are what an explanation lists."""
     with pytest.raises((TypeError, ValueError)) as called:
         ENTRY[entry](**changes)
-    for name in ("shared_kv_attention", "pack_inputs", "attention", "input_cross_attention"):
+    for name in ("shared_kv_attention", "pack_inputs", "attention", "input_cross_attention", "rotary_embedding"):
         monkeypatch.setattr(pk, name, partial(pk.explain, name))
     if str(called.value).startswith("no backend can serve"):
         explanation = ENTRY[entry](**changes)

@@ -30,7 +30,7 @@ def load_tables() -> ModuleType:
 tables = load_tables()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/encode.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/encode.md", "docs/rotary.md"])
 def test_python_blocks_run(path: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
     assert blocks or path != "README.md"
@@ -38,7 +38,7 @@ def test_python_blocks_run(path: str) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block, path, "exec"), {"__name__": "example"})
-        assert "pack_inputs on" in printed.getvalue()
+        assert path != "README.md" or "pack_inputs on" in printed.getvalue()
 
 
 def test_ten_lines_are_ten_lines() -> None:

@@ -1,6 +1,6 @@
-"""Forward and backward functions derived from the specification.
+"""Functions derived from the specification, for the backends that compose torch's operations.
 
-Chunked attention drives every backend through such pairs; the composite backends, which torch differentiates, take them here.
+Chunked attention drives every backend through pairs of forward and backward; those that torch differentiates take them here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import reference
+from perceiver_kernels.layouts import heads_inside_rows
 
 
 def pack_inputs_forward(
@@ -101,3 +102,13 @@ def shared_kv_attention_backward(
         dq = (ds @ x_w).to(q.dtype) if dq_sum is None else dq_sum.add_(ds @ x_w)
     dx = (ds.mT @ q_w + (factor * p).mT @ dz_w).to(x.dtype) if needs_dx else None
     return dq, dx
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, inverse: bool) -> Tensor:
+    """The specification on x [B, H, L, d]; the result lies in memory as layouts.empty_heads has it."""
+    if heads_inside_rows(x):
+        rows = reference.rotary_embedding(
+            x.transpose(1, 2), cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved=interleaved, inverse=inverse
+        )
+        return rows.transpose(1, 2)
+    return reference.rotary_embedding(x, cos.unsqueeze(-3), sin.unsqueeze(-3), interleaved=interleaved, inverse=inverse)

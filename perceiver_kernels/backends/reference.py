@@ -9,6 +9,7 @@ from perceiver_kernels import reference
 from perceiver_kernels.backends.composite import (
     pack_inputs_backward,
     pack_inputs_forward,
+    rotary_embedding,
     shared_kv_attention_backward,
     shared_kv_attention_delta,
     shared_kv_attention_forward,
@@ -22,6 +23,7 @@ __all__ = [
     "pack_inputs",
     "pack_inputs_backward",
     "pack_inputs_forward",
+    "rotary_embedding",
     "shared_kv_attention",
     "shared_kv_attention_backward",
     "shared_kv_attention_delta",

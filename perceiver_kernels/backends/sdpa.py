@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward
+from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward, rotary_embedding
 from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, needs_gradient
 from perceiver_kernels.reference import pack_inputs, visible_pairs
 
-__all__ = ["attention", "pack_inputs", "pack_inputs_backward", "pack_inputs_forward", "shared_kv_attention"]
+__all__ = [
+    "attention", "pack_inputs", "pack_inputs_backward", "pack_inputs_forward", "rotary_embedding", "shared_kv_attention",
+]  # fmt: skip
 
 COMPOSITE = True
 

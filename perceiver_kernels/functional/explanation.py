@@ -12,14 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_kernels import plan as planning
-from perceiver_kernels.cost import Cost, absorbed_cost, problem_pack_cost, projected_cost, shared_kv_cost
+from perceiver_kernels.cost import Cost, absorbed_cost, problem_pack_cost, projected_cost, rotary_cost, shared_kv_cost
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.dispatch import candidates, load, refusals
-from perceiver_kernels.functional import chunked, cross_attention
+from perceiver_kernels.functional import chunked, cross_attention, rotary
 from perceiver_kernels.functional.attention import attention, resolve_attention, resolve_shared_kv, shared_kv_attention
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
 from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.layouts import used_strides
 from perceiver_kernels.masks import Masks, check_starts
 from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, pad_channels
 
@@ -100,6 +101,17 @@ def _explain_attention(*, backend: str | None, **arguments: Any) -> Explanation:
     return _explain_attention_problem(call.problem, call.query.device, backend)
 
 
+def _explain_rotary(*, backend: str | None, **arguments: Any) -> Explanation:
+    call = rotary.resolve(**arguments)
+    p, x, plan = call.problem, call.x, None
+    if x.numel() > 0:
+        plan = planning.plan_rotary(
+            p.B, p.H, p.L, p.d, p.width, interleaved=call.interleaved, itemsize=p.dtype.itemsize, strides=used_strides(x),
+            device=device_facts(x.device),
+        )  # fmt: skip
+    return _explain(p, rotary_cost(p), x.device, backend, plan)
+
+
 def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explanation:
     call = cross_attention.resolve(**arguments)
     p, source, device = call.problem, call.source, call.weights.w_k.device
@@ -135,6 +147,7 @@ def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explan
 _EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {
     attention: _explain_attention,
     pack_inputs: _explain_pack,
+    rotary.rotary_embedding: _explain_rotary,
     shared_kv_attention: _explain_shared_kv,
     cross_attention.input_cross_attention: _explain_cross_attention,
 }
@@ -156,7 +169,8 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     """What ``function(*args, **kwargs)`` would do: backend, plan, predicted FLOPs, bytes and time, and who refused and why.
 
     Args:
-        function: ``attention``, ``pack_inputs``, ``shared_kv_attention`` or ``input_cross_attention``, or its name.
+        function: ``attention``, ``pack_inputs``, ``rotary_embedding``, ``shared_kv_attention`` or ``input_cross_attention``, or
+            its name.
         *args, **kwargs: those of the call. Nothing is computed; tensors are only described.
 
     Raises:

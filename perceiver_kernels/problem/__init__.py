@@ -30,8 +30,9 @@ from perceiver_kernels.problem.checks import (
     shape_of,
 )
 from perceiver_kernels.problem.inputs import CrossAttentionProblem, PackProblem, SharedKVProblem
+from perceiver_kernels.problem.rotary import RotaryProblem
 
-PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem)}
+PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem, RotaryProblem)}
 for _problem in PROBLEMS.values():
     _problem.FIELDS = tuple(field.name for field in fields(_problem))
 
@@ -44,6 +45,7 @@ __all__ = [
     "PROBLEMS",
     "PackProblem",
     "Problem",
+    "RotaryProblem",
     "SharedKVProblem",
     "check_device",
     "check_eps",

@@ -13,6 +13,7 @@ from perceiver_kernels.reference.attention import (
 )
 from perceiver_kernels.reference.dropout import draw_seed, dropout_keep, philox
 from perceiver_kernels.reference.inputs import fourier_features, layer_norm, pack_inputs
+from perceiver_kernels.reference.rotary import rotary_embedding
 
 __all__ = [
     "attention",
@@ -23,6 +24,7 @@ __all__ = [
     "layer_norm",
     "pack_inputs",
     "philox",
+    "rotary_embedding",
     "shared_kv_attention",
     "visible_keys",
     "visible_pairs",

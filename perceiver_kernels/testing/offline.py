@@ -27,12 +27,12 @@ from triton.backends.nvidia.driver import make_launcher
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from perceiver_kernels.backends.triton import attention, attention_call, pack, shared_kv
+from perceiver_kernels.backends.triton import attention, attention_call, pack, rotary, shared_kv
 from perceiver_kernels.device import DeviceFacts
 from perceiver_kernels.masks import NO_MASKS, Masks
-from perceiver_kernels.positions import FourierPositions
+from perceiver_kernels.positions import FourierPositions, rotary_tables
 from perceiver_kernels.testing.cases import AttentionCase
-from perceiver_kernels.testing.sass import early_accesses
+from perceiver_kernels.testing.sass import early_accesses, global_access_bits
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -42,7 +42,8 @@ class Resources:
     """One compiled launch: registers and spilled bytes a thread, shared memory a block, counts of SASS instructions.
 
     ``stack`` is what ptxas could not keep in registers; ``mma`` counts tensor-core instructions of either generation, and
-    ``wgmma_waits`` the waits for asynchronous ones; ``early`` are the instructions that did not wait for one.
+    ``wgmma_waits`` the waits for asynchronous ones; ``early`` are the instructions that did not wait
+    for one. ``accesses`` counts loads from and stores to global memory by their width in bits.
     """
 
     kernel: str
@@ -56,6 +57,7 @@ class Resources:
     wgmma_waits: int
     tma_loads: int
     early: tuple[str, ...]
+    accesses: dict[int, int]
 
     @property
     def serialized(self) -> bool:
@@ -95,7 +97,8 @@ def _machine_code(cubin: bytes) -> dict[str, Any]:
         "mma": r"\bHG?MMA", "wgmma": r"\bHGMMA", "wgmma_waits": r"\bWARPGROUP\.DEPBAR", "tma_loads": r"\bUTMALDG",
     }  # fmt: skip
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in counted.items()}
-    return {"registers": int(match[1]), "stack": int(match[2]), "early": tuple(early_accesses(sass))} | counts
+    found = {"early": tuple(early_accesses(sass)), "accesses": global_access_bits(sass)}
+    return {"registers": int(match[1]), "stack": int(match[2])} | found | counts
 
 
 def _resources(function: JITFunction, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Resources:
@@ -121,7 +124,7 @@ def offline(facts: DeviceFacts) -> Iterator[list[Resources]]:
     """Launchers plan for ``facts`` and compile for its capability; the list collects each launch instead of running it."""
     launches: list[Resources] = []
     saved_run, saved_driver = JITFunction.run, driver._active
-    saved_facts = {module: module.device_facts for module in (shared_kv, pack, attention_call)}
+    saved_facts = {module: module.device_facts for module in (shared_kv, pack, attention_call, rotary)}
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = saved_run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -215,3 +218,15 @@ def compile_pack(
             packed, packed, rstd, content_channels=C_content, channels=channels, normalize=normalize, dtype=dtype
         )
     return launches
+
+
+def compile_rotary(
+    B: int, H: int, L: int, d: int, width: int, dtype: torch.dtype, facts: DeviceFacts, *, interleaved: bool = False,
+    heads_inside_rows: bool = True, table_dtype: torch.dtype = torch.float32,
+) -> Resources:  # fmt: skip
+    """The launch of rotary_embedding on x [B, H, L, d], which lies in memory as [B, L, H * d] unless told."""
+    x = torch.empty(B, L, H, d, dtype=dtype).transpose(1, 2) if heads_inside_rows else torch.empty(B, H, L, d, dtype=dtype)
+    cos, sin = (table.to(table_dtype) for table in rotary_tables(L, width))
+    with offline(facts) as launches:
+        rotary.rotary_embedding(x, cos, sin, interleaved=interleaved, inverse=False)
+    return launches[0]

@@ -1,4 +1,4 @@
-"""What Hopper's machine code does with the registers of matrix products that are still running.
+"""What machine code tells: widths of memory accesses, and on Hopper registers of matrix products that are still running.
 
 wgmma runs asynchronously: until a wait retires it, it reads the four registers of an operand A that lies in registers and
 reads and writes its accumulator (PTX ISA, "Asynchronous warpgroup-level matrix instructions"). Triton 3.6 and the ptxas it
@@ -9,6 +9,7 @@ timing. Whether they did is decidable in the SASS.
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -98,3 +99,14 @@ def early_accesses(sass: str) -> list[str]:
                 break
             at += 1
     return [found[at] for at in sorted(found)]
+
+
+def global_access_bits(sass: str) -> dict[int, int]:
+    """Loads from and stores to global memory, counted by their width in bits; ``sass`` as in early_accesses."""
+    widths: Counter[int] = Counter()
+    for line in sass.splitlines():
+        match = _INSTRUCTION.search(line)
+        if match and match[2].startswith(("LDG", "STG")) and not match[2].startswith("LDGSTS"):
+            width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", match[2])
+            widths[int(width[1]) if width else 32] += 1
+    return dict(widths)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch, reference
-from perceiver_kernels.cost import absorbed_cost, problem_pack_cost, projected_cost, shared_kv_cost
+from perceiver_kernels.cost import absorbed_cost, problem_pack_cost, projected_cost, rotary_cost, shared_kv_cost
 from perceiver_kernels.device import CPU
 
 B, H, N, M, C = 2, 2, 3, 11, 21
@@ -39,6 +39,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "pack, coordinates": (pk.pack_inputs, (ones(B, M, C), FOURIER), {"coordinates": ones(M, 1)}),
     "pack, image": (pk.pack_inputs, (pk.InputArray.image(ones(B, 3, 2, 4)),), {}),
     "pack, bytes": (pk.pack_inputs, (pk.InputArray.image(ones(B, 3, 2, 4, dtype=torch.uint8)),), {}),
+    "rotary": (pk.rotary_embedding, (ones(B, H, M, 10), ones(M, 3), ones(M, 3)), {}),
+    "rotary, batched": (pk.rotary_embedding, (ones(B, H, M, 10), ones(B, M, 5), ones(B, M, 5)), {"interleaved": True}),
     "cross": (pk.input_cross_attention, CROSS, {}),
     "cross, absorbed": (pk.input_cross_attention, CROSS, {"method": "absorbed", "key_mask": MASK}),
     "cross, projected": (pk.input_cross_attention, CROSS, {"method": "projected"}),
@@ -60,7 +62,7 @@ def selected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         choices.append((problem.OP, name))
         return name
 
-    for name in ("attention", "packing", "chunked"):
+    for name in ("attention", "packing", "chunked", "rotary"):
         monkeypatch.setattr(sys.modules[f"perceiver_kernels.functional.{name}"], "select", select)
     return choices
 
@@ -101,6 +103,8 @@ def test_numbers_are_those_of_the_planner() -> None:
     assert shared.time_ms == 1e3 * cost.seconds(CPU, torch.float32)
     pack = pk.explain("pack_inputs", pk.InputArray.tokens(ones(B, M, C)))
     assert pack.bytes == problem_pack_cost(pack.problem).bytes
+    turned = pk.explain("rotary_embedding", ones(B, H, M, 10), ones(B, M, 3), ones(B, M, 3))
+    assert turned.bytes == rotary_cost(turned.problem).bytes == 4 * (2 * B * H * M * 10 + 2 * B * M * 3)
     for method, cost_of in (("absorbed", absorbed_cost), ("projected", projected_cost)):
         cross = pk.explain("input_cross_attention", *CROSS, method=method)
         assert cross.flops == cost_of(cross.problem).flops

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import reference
-from perceiver_kernels.backends.triton import pack, shared_kv
+from perceiver_kernels.backends.triton import pack, rotary, shared_kv
 from perceiver_kernels.device import H200
-from perceiver_kernels.positions import FourierPositions
+from perceiver_kernels.positions import FourierPositions, rotary_tables
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -121,12 +121,28 @@ def pack_tokens(place: Callable[[Tensor], Tensor], kind: str, C_content: int = 5
     assert dcontent.isfinite().all() and not dcontent[~mask].any()
 
 
+def turn(place: Callable[[Tensor], Tensor], H: int, d: int, width: int, interleaved: bool, L: int = 5) -> None:
+    x, tables = randn(3, H, L, d, dtype=torch.float32), rotary_tables(torch.rand(3, L), width)
+    out = rotary.rotary_embedding(place(x), *map(place, tables), interleaved=interleaved, inverse=False)
+    expected = reference.rotary_embedding(x, *(table[:, None] for table in tables), interleaved=interleaved)
+    torch.testing.assert_close(out, expected)
+
+
 def far_rows(tensor: Tensor) -> Tensor:
     """Rows 2^30 elements apart: the third is past 2^31, though the stride fits in 32 bits. Vectors stay as they are."""
+    if tensor.ndim == 4:
+        return far(tensor, (tensor.shape[2] * 2**30, tensor.shape[3], 2**30, 1))
     return far(tensor, (4 * 2**30, 2**30, 1)) if tensor.ndim == 3 and tensor.shape[1] == 4 else tensor
 
 
+def far_heads(tensor: Tensor) -> Tensor:
+    """Heads 2^30 elements apart."""
+    return far(tensor, (tensor.shape[1] * 2**30, 2**30, tensor.shape[3], 1)) if tensor.ndim == 4 else tensor
+
+
 def far_batches(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 4:
+        return far(tensor, (2**30, *tensor.stride()[1:]))
     return far(tensor, (2**31 + 16, tensor.shape[2], 1)) if tensor.ndim == 3 else tensor
 
 
@@ -139,13 +155,16 @@ def guarded_before(tensor: Tensor) -> Tensor:
     return guarded(tensor, before=True)
 
 
-PLACES = {"rows": far_rows, "batches": far_batches, "channels": far_channels, "after": guarded, "before": guarded_before}
+PLACES = {
+    "rows": far_rows, "heads": far_heads, "batches": far_batches, "channels": far_channels, "after": guarded,
+    "before": guarded_before,
+}  # fmt: skip
 
 
 def main(what: str, where: str, plan: str) -> None:
     place = PLACES[where]
     if plan == "h200":
-        shared_kv.device_facts = pack.device_facts = lambda device: H200
+        shared_kv.device_facts = pack.device_facts = rotary.device_facts = lambda device: H200
     if what == "control":
         # One element past the end of a guarded tensor: this process must not survive it.
         tensor = guarded(torch.ones(8))
@@ -157,6 +176,11 @@ def main(what: str, where: str, plan: str) -> None:
     if what == "pack":
         for kind in ("none", "shared", "batched", "fourier"):
             pack_tokens(place, kind)
+        return
+    if what == "rotary":
+        for interleaved in (False, True):
+            for H, d, width in ((4, 8, 8), (3, 13, 6)):
+                turn(place, H, d, width, interleaved)
         return
     C, dtype = {"fused": (32, torch.float16), "wide": (352, torch.float16), "float32": (48, torch.float32)}[what]
     # Far strides are the same whatever is masked; what is read beside the tokens is tried on each path.

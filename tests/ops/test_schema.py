@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from perceiver_kernels.ops import attention as attention_op
 from perceiver_kernels.ops import pack as pack_op
+from perceiver_kernels.ops import rotary as rotary_op
 from perceiver_kernels.ops import shared_kv as shared_op
 from perceiver_kernels.positions import FourierPositions
 from perceiver_kernels.testing import permuted
@@ -172,6 +173,17 @@ def attention_backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+def rotary_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    x, shared, batched = randn(target, B, H, LQ, 10), (LQ, 3), (B, LQ, 5)
+    tables = {shape: (randn(target, *shape), randn(target, *shape)) for shape in (shared, batched)}
+    return {
+        "plain": (x, *tables[shared], False, False, target.backend),
+        "permuted": (permuted(x), *tables[batched], True, True, target.backend),
+        "cast": (x, *(table.half() for table in tables[shared]), False, True, target.backend),
+        "no tokens": (x[:, :, :0], *(table[:0] for table in tables[shared]), False, False, target.backend),
+    }
+
+
 OPERATORS = {
     "attention_forward": (attention_op.FORWARD, attention_cases, (
         "plain", "permuted", "two segments", "masks", "additive", "packed", "dropout", "no queries", "no keys",
@@ -189,6 +201,7 @@ OPERATORS = {
     "pack_inputs_backward": (pack_op.PACK_BACKWARD, pack_backward_cases, (
         "normalized", "all channels", "raw", "raw, all channels", "cast", "permuted",
     )),
+    "rotary_embedding": (rotary_op.ROTARY, rotary_cases, ("plain", "permuted", "cast", "no tokens")),
 }  # fmt: skip
 CASES = [(name, case) for name, (_, _, cases) in OPERATORS.items() for case in cases]
 
@@ -218,7 +231,7 @@ def test_fake_results_are_laid_out_as_real_ones(target: Target, name: str, case:
         assert described[0] == described[1]
 
 
-@pytest.mark.parametrize("name", ["shared_kv_attention_forward", "pack_inputs_forward"])
+@pytest.mark.parametrize("name", ["shared_kv_attention_forward", "pack_inputs_forward", "rotary_embedding"])
 def test_fakes_of_fp64_are_fp64_too(name: str) -> None:
     """Statistics are as wide as what they are of; only the specification takes fp64."""
     target = Target(OP, "reference", "cpu", torch.float64)

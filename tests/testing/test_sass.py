@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perceiver_kernels.testing.sass import early_accesses
+from perceiver_kernels.testing.sass import early_accesses, global_access_bits
 
 LOOP = """
 .L_x_0:
@@ -84,3 +84,14 @@ def test_only_paths_that_exist() -> None:
         /*0030*/                   EXIT ;
     """
     assert early_accesses(sass) == []
+
+
+def test_widths_of_global_accesses() -> None:
+    """A load that names no width is of 32 bits; shared memory and asynchronous copies to it are not counted."""
+    instructions = (
+        "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.U16 R4, desc[UR4][R2.64]", "LDG.E.U8 R4, desc[UR4][R2.64]",
+        "LDG.E R4, desc[UR4][R2.64]", "@P0 STG.E.64 desc[UR4][R2.64], R4", "@!P1 STG.E.128 desc[UR4][R2.64], R4",
+        "LDS.128 R4, [R2]", "LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64]",
+    )  # fmt: skip
+    sass = "\n".join(f"        /*{16 * at:04x}*/                   {text} ;" for at, text in enumerate(instructions))
+    assert global_access_bits(sass) == {128: 2, 16: 1, 8: 1, 32: 1, 64: 1}
