@@ -37,7 +37,7 @@ WIDTHS = [
     (322, 322), (1023, 1022), (1024, 1024), (1024, 2),
 ]  # fmt: skip
 # Longest sequence, most heads, generated calls.
-LONG, MOST_HEADS, SAMPLES = {"gpu": (4099, 16, 200), "cpu": (300, 16, 20), "interpreter": (37, 5, 15)}[machine()]
+LONG, MOST_HEADS, SAMPLES = {"gpu": (4099, 16, 200), "cpu": (300, 16, 20), "interpreter": (21, 2, 8)}[machine()]
 
 
 @dataclass
@@ -106,13 +106,14 @@ def test_published_families(target: Target, name: str, interleaved: bool, invers
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize(("d", "width"), WIDTHS)
 def test_widths(target: Target, d: int, width: int, interleaved: bool) -> None:
-    found = check(target, call_of(target, 2, 3, 7, d, width, interleaved=interleaved))
-    call = call_of(target, 2, 3, 7, d, width)
+    call = call_of(target, 2, 2, 3, d, width, interleaved=interleaved)
+    found = check(target, call)
     assert torch.equal(found["out"][..., width:], call.x[..., width:])
     assert torch.equal(found["dx"][..., width:], call.dout[..., width:])
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 7, 13])
+@only(torch.float32)
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 7, 13])
 @pytest.mark.parametrize("inside", [False, True], ids=["heads apart", "heads inside rows"])
 def test_heads(target: Target, heads: int, inside: bool) -> None:
     """Heads are taken in groups; the last may be short."""
@@ -247,7 +248,7 @@ def test_generated(target: Target, seed: int) -> None:
     rng = random.Random(seed)
     d = rng.choice([rng.randint(2, 40), 8 * rng.randint(1, 20), rng.randint(2, 1024)])
     width = rng.choice([d - d % 2, 2 * rng.randint(1, d // 2)])
-    B, H, L = rng.randint(1, 3), rng.randint(1, 6), rng.randint(1, LONG if d < 100 else 40)
+    B, H, L = rng.randint(1, 3), rng.randint(1, 6), rng.randint(1, LONG if d < 100 else min(LONG, 40))
     flags = {name: rng.random() < 0.5 for name in ("batched", "interleaved", "inverse")}
     call = call_of(target, B, H, L, d, width, **flags)
     lay_x, lay_tables = (LAYOUTS[rng.choice(list(LAYOUTS))] for _ in range(2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perceiver_kernels import reference
 from perceiver_kernels.backends.triton import pack, rotary, shared_kv
-from perceiver_kernels.device import H200
+from perceiver_kernels.device import CPU, H200
 from perceiver_kernels.positions import FourierPositions, rotary_tables
 
 PAGE = mmap.PAGESIZE
@@ -164,7 +164,7 @@ PLACES = {
 def main(what: str, where: str, plan: str) -> None:
     place = PLACES[where]
     if plan == "h200":
-        shared_kv.device_facts = pack.device_facts = rotary.device_facts = lambda device: H200
+        shared_kv.device_facts = pack.device_facts = lambda device: H200
     if what == "control":
         # One element past the end of a guarded tensor: this process must not survive it.
         tensor = guarded(torch.ones(8))
@@ -178,9 +178,11 @@ def main(what: str, where: str, plan: str) -> None:
             pack_tokens(place, kind)
         return
     if what == "rotary":
-        for interleaved in (False, True):
-            for H, d, width in ((4, 8, 8), (3, 13, 6)):
-                turn(place, H, d, width, interleaved)
+        # All heads in one program, in whole vectors; a program for each head, in single elements.
+        for facts, *sizes in ((CPU, 4, 8, 8), (H200, 3, 13, 6)):
+            rotary.device_facts = lambda device, facts=facts: facts
+            for interleaved in (False, True):
+                turn(place, *sizes, interleaved)
         return
     C, dtype = {"fused": (32, torch.float16), "wide": (352, torch.float16), "float32": (48, torch.float32)}[what]
     # Far strides are the same whatever is masked; what is read beside the tokens is tried on each path.
