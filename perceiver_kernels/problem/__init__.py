@@ -20,18 +20,22 @@ from perceiver_kernels.problem.checks import (
     check_key_visibility,
     check_like,
     check_probability,
+    check_query_mask,
     check_rank,
     check_scale,
     check_shape,
     check_tensor,
+    check_vectors,
     constant,
     needs_gradient,
     pad_channels,
     shape_of,
 )
 from perceiver_kernels.problem.inputs import CrossAttentionProblem, PackProblem, SharedKVProblem
+from perceiver_kernels.problem.outputs import OutputCrossAttentionProblem
 
-PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem)}
+_ALL = (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem, OutputCrossAttentionProblem)
+PROBLEMS = {cls.OP: cls for cls in _ALL}
 for _problem in PROBLEMS.values():
     _problem.FIELDS = tuple(field.name for field in fields(_problem))
 
@@ -41,6 +45,7 @@ __all__ = [
     "CrossAttentionProblem",
     "FLOATS",
     "MAX_CHANNELS",
+    "OutputCrossAttentionProblem",
     "PROBLEMS",
     "PackProblem",
     "Problem",
@@ -51,10 +56,12 @@ __all__ = [
     "check_key_visibility",
     "check_like",
     "check_probability",
+    "check_query_mask",
     "check_rank",
     "check_scale",
     "check_shape",
     "check_tensor",
+    "check_vectors",
     "constant",
     "needs_gradient",
     "pad_channels",
