@@ -144,7 +144,7 @@ def _by_batch(rows: Tensor, B: int) -> Tensor:
     return rows.unflatten(1, (B, -1)).transpose(0, 1)
 
 
-def _pad_to(tensor: T, channels: int) -> T:
+def pad_to(tensor: T, channels: int) -> T:
     """``tensor`` (None stays None) with zeros after its last axis up to ``channels``."""
     if tensor is None or tensor.shape[-1] == channels:
         return tensor
@@ -163,7 +163,7 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     The product is accumulated and scaled in fp32 (fp64 for fp64) and rounded to ``dtype`` once; columns past C are zero.
     """
     B, H, N, d_qk = q.shape
-    weight, scale = _pad_to(w_k, channels), _pad_to(norm_weight, channels)
+    weight, scale = pad_to(w_k, channels), pad_to(norm_weight, channels)
     half = q.dtype in (torch.bfloat16, torch.float16)
     if H == 1 and half and q.is_cuda and q.dtype == weight.dtype == dtype and not transforms_active():
         return _ScaledProduct.apply(q[:, 0].flatten(0, 1), weight, scale).unflatten(0, (B, N))
@@ -184,10 +184,10 @@ def fold_norm(
     Folded in fp32 and rounded once: no normalised copy of the inputs is made.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    full = _pad_to(weight, channels).to(wide)
+    full = pad_to(weight, channels).to(wide)
     shift = _shift(full, bias, norm_bias)
     if norm_weight is not None:
-        full = full * _pad_to(norm_weight, channels).to(wide)
+        full = full * pad_to(norm_weight, channels).to(wide)
     return full.to(dtype), shift.to(dtype)
 
 
@@ -197,7 +197,7 @@ def _shift(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> Ten
     if norm_bias is None:
         return shift
     with _without_autocast(weight.device):
-        return shift + weight @ _pad_to(norm_bias, weight.shape[1]).to(weight.dtype)
+        return shift + weight @ pad_to(norm_bias, weight.shape[1]).to(weight.dtype)
 
 
 def bias_channels(bias: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype) -> int:
@@ -237,7 +237,7 @@ def project_values(
     Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
     """
     B, _, channels = z.shape
-    weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
+    weight, scale, shift = (pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
     b_v = None if b_v is None else b_v.to(w_v.dtype)
     if scale is not None and shift is not None and rho is None and not _unfused():
         return _NormedProduct.apply(z, scale, shift, weight, b_v, H)[0]

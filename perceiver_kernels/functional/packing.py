@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels import reference
+from perceiver_kernels.absorption import pad_to
 from perceiver_kernels.dispatch import load, select
 from perceiver_kernels.functional.common import autocast_dtype, float_dtype, visible
 from perceiver_kernels.inputs import InputArray, PackedInputs, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.positions import FourierPositions, check_coordinates, grid_coordinates
-from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, shape_of
+from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, pad_channels, shape_of
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,15 @@ def resolve(
     return Packing(problem, part, key_mask, lengths)
 
 
-def normalise_wide(
-    source: InputArray, seen: Tensor | None, normalize: bool, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Tokens of more channels than are packed, [B, M, C] in ``dtype``: for layers that project them whatever they cost."""
+def normalise_wide(source: InputArray, seen: Tensor | None, normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    """Tokens of more channels than are packed, [B, M, C_padded] in ``dtype``: for layers that project them at any width."""
     part = source.slice(dtype=float_dtype(source, dtype))
     rows = part.content if part.positions is None else _joined(part, seen).content
     if seen is not None:
         rows = torch.where(seen[..., None], rows, 0.0)
     if normalize:
         rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
-    return rows.to(dtype)
+    return pad_to(rows.to(dtype), pad_channels(rows.shape[-1]))
 
 
 def is_packed_already(content: Tensor, problem: PackProblem) -> bool:

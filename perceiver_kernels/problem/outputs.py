@@ -55,7 +55,7 @@ class OutputCrossAttentionProblem(Problem):
     @property
     def channels(self) -> int:
         """Channels of absorbed queries and keys."""
-        return pad_channels(self.C + self.bias_channels)
+        return pad_channels(self.C + (self.constants if self.packed else self.bias_channels))
 
     @property
     def against_absorption(self) -> tuple[str, ...]:
@@ -94,8 +94,6 @@ class OutputCrossAttentionProblem(Problem):
             raise ValueError(f"value must be [B, H, N, d_v] with d_v at least 1, got {shape_of(value)}")
         if query_batch not in (1, B):
             raise ValueError(f"queries must be [B, O, C] with B={B} or 1, got a batch of {query_batch}")
-        if C < 1:
-            raise ValueError(f"queries must have at least one channel, got C={C}")
         check_projection("w_q", w_q, "H*d_qk, C", H * d_qk, C)
         check_shape("w_o", w_o, "C_out, H*d_v", (C_out, H * d_v))
         if not C_out:
