@@ -1,4 +1,4 @@
-"""The algebra that moves key and value projections from the inputs to the latents, where they are small.
+"""The algebra that moves the projections of long arrays, inputs or output queries, to the latents, where they are small.
 
 Per head, with x_hat the input normalised without LayerNorm's affine part (weight g, bias b):
 
@@ -6,6 +6,12 @@ Per head, with x_hat the input normalised without LayerNorm's affine part (weigh
     z_i = sum_j p_ij x_hat_j,    rho_i = sum_j p_ij,    out_i = W_v (g z_i + b rho_i) + b_v rho_i
 
 softmax over j drops const_i, so the key bias and b (through W_k) vanish from the scores. docs/encode.md derives it.
+
+The dual, with y_hat the normalised output queries of one head, which read keys k_j and values v_j:
+
+    scale q_i . k_j = scale (y_hat_i . key'_j + beta_j),    key'_j = g (W_q^T k_j),    beta_j = (W_q b + b_q) . k_j
+
+beta_j differs from key to key and stays: two channels of key' hold it, where y_hat has ones. docs/decode.md derives it.
 """
 
 from __future__ import annotations
@@ -138,7 +144,7 @@ def _by_batch(rows: Tensor, B: int) -> Tensor:
     return rows.unflatten(1, (B, -1)).transpose(0, 1)
 
 
-def _pad_to(tensor: T, channels: int) -> T:
+def pad_to(tensor: T, channels: int) -> T:
     """``tensor`` (None stays None) with zeros after its last axis up to ``channels``."""
     if tensor is None or tensor.shape[-1] == channels:
         return tensor
@@ -157,7 +163,7 @@ def absorb_queries(q: Tensor, w_k: Tensor, norm_weight: Tensor | None, channels:
     The product is accumulated and scaled in fp32 (fp64 for fp64) and rounded to ``dtype`` once; columns past C are zero.
     """
     B, H, N, d_qk = q.shape
-    weight, scale = _pad_to(w_k, channels), _pad_to(norm_weight, channels)
+    weight, scale = pad_to(w_k, channels), pad_to(norm_weight, channels)
     half = q.dtype in (torch.bfloat16, torch.float16)
     if H == 1 and half and q.is_cuda and q.dtype == weight.dtype == dtype and not transforms_active():
         return _ScaledProduct.apply(q[:, 0].flatten(0, 1), weight, scale).unflatten(0, (B, N))
@@ -178,14 +184,48 @@ def fold_norm(
     Folded in fp32 and rounded once: no normalised copy of the inputs is made.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    full = _pad_to(weight, channels).to(wide)
-    shift = full.new_zeros(full.shape[0]) if bias is None else bias.to(wide)
-    if norm_bias is not None:
-        with _without_autocast(weight.device):
-            shift = shift + full @ _pad_to(norm_bias, channels).to(wide)
+    full = pad_to(weight, channels).to(wide)
+    shift = _shift(full, bias, norm_bias)
     if norm_weight is not None:
-        full = full * _pad_to(norm_weight, channels).to(wide)
+        full = full * pad_to(norm_weight, channels).to(wide)
     return full.to(dtype), shift.to(dtype)
+
+
+def _shift(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+    """W b + bias of a weight [rows, channels] in fp32 or wider, in its dtype."""
+    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
+    if norm_bias is None:
+        return shift
+    with _without_autocast(weight.device):
+        return shift + weight @ pad_to(norm_bias, weight.shape[1]).to(weight.dtype)
+
+
+def bias_channels(bias: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype) -> int:
+    """Channels that ``absorb_keys`` needs for the biases of queries: 16-bit keys hold them in two parts."""
+    return 0 if bias is None and norm_bias is None else 2 if dtype.itemsize == 2 else 1
+
+
+def absorb_keys(
+    key: Tensor, w_q: Tensor, b_q: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, C: int, channels: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """key' = g (W_q^T k) of one head, then (W_q b + b_q) . k in the channels from C on: [B, 1, N, d_qk] to the same, channels.
+
+    Accumulated in fp32 (fp64 for fp64). What is rounded to ``dtype`` is rounded once; the bias is kept as a rounded part and
+    what that leaves, so that it is as exact as its sum: it adds to every score.
+    """
+    absorbed = absorb_queries(key, w_q, norm_weight, channels, dtype)[:, None]  # [B, 1, N, channels]
+    count = bias_channels(b_q, norm_bias, dtype)
+    if not count:
+        return absorbed
+    wide = torch.promote_types(key.dtype, torch.float32)
+    with _without_autocast(key.device):
+        bias = key.to(wide) @ _shift(w_q.to(wide), b_q, norm_bias)[:, None]  # [B, 1, N, 1]
+    parts = [bias.to(dtype)]
+    if count == 2:
+        # The gradient flows through the first part alone: together the two are one number.
+        parts.append((bias - parts[0]).detach().to(dtype))
+    return torch.cat([absorbed[..., :C], *parts, absorbed[..., C + count :]], -1)
 
 
 def project_values(
@@ -197,7 +237,7 @@ def project_values(
     Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
     """
     B, _, channels = z.shape
-    weight, scale, shift = (_pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
+    weight, scale, shift = (pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
     b_v = None if b_v is None else b_v.to(w_v.dtype)
     if scale is not None and shift is not None and rho is None and not _unfused():
         return _NormedProduct.apply(z, scale, shift, weight, b_v, H)[0]

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from perceiver_kernels.device import DeviceFacts
-from perceiver_kernels.problem import CrossAttentionProblem, PackProblem, RotaryProblem, pad_channels
+from perceiver_kernels.problem import (
+    CrossAttentionProblem,
+    OutputCrossAttentionProblem,
+    PackProblem,
+    RotaryProblem,
+    pad_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.bytes * times)
 
     def seconds(self, device: DeviceFacts, dtype: torch.dtype) -> float:
         """The larger of arithmetic and memory time; fp32 products run at half the 16-bit rate (tf32) at best."""
@@ -36,9 +45,8 @@ def pack_cost(B: int, M: int, C: int, C_content: int, in_bytes: int, out_bytes: 
 
 def problem_pack_cost(problem: PackProblem) -> Cost:
     """Cost of ``problem``'s pack."""
-    return pack_cost(
-        problem.B, problem.M, problem.C, problem.C_content, problem.content_dtype.itemsize, problem.dtype.itemsize
-    )
+    p = problem
+    return pack_cost(p.B, p.M, p.C + p.constants, p.C_content, p.content_dtype.itemsize, p.dtype.itemsize)
 
 
 def rotary_cost(p: RotaryProblem) -> Cost:
@@ -50,6 +58,11 @@ def rotary_cost(p: RotaryProblem) -> Cost:
 def shared_kv_cost(B: int, R: int, M: int, C: int, itemsize: int, products: int = 2, reads: int = 1) -> Cost:
     """``products`` matrix products of R x M x C per batch entry (2 forward, 3 for dq', 4 for dx) over ``reads`` of x."""
     return Cost(2.0 * products * B * R * M * C, B * (reads * M + 3.0 * R) * C * itemsize)
+
+
+def attention_cost(B: int, H: int, Lq: int, Lk: int, d_qk: int, d_v: int, itemsize: int) -> Cost:
+    """Forward of attention over given keys and values."""
+    return Cost(2.0 * B * H * Lq * Lk * (d_qk + d_v), 1.0 * B * H * (Lq + Lk) * (d_qk + d_v) * itemsize)
 
 
 # Fractions of the dense-product rate that attention reaches on an H200 in bf16 (benchmarks/results): forward, backward to the
@@ -100,3 +113,41 @@ def projected_cost(p: CrossAttentionProblem, *, effective: bool = False) -> Cost
     if p.inputs_need_grad:
         cost = cost + projection
     return cost
+
+
+def _decode_cost(p: OutputCrossAttentionProblem, d_qk: int, d_v: int, needs_dq: bool, effective: bool) -> Cost:
+    """Attention of the output queries with heads of these widths; with gradients the backward too."""
+    wide = max(d_qk, d_v) > _WIDEST_STOCK
+    efficiency = _ABSORBED_EFFICIENCY["wide"][:2] if wide else _STOCK_EFFICIENCY["fused"]
+    forward, backward = efficiency if effective else (1.0, 1.0)
+    itemsize = p.dtype.itemsize
+    cost = _at(attention_cost(p.B, p.H, p.O, p.N, d_qk, d_v, itemsize), forward)
+    if not (p.needs_grad or needs_dq):
+        return cost
+    products = d_qk * (1 + p.needs_grad + needs_dq) + d_v * (1 + p.needs_grad)
+    rows = 1.0 * p.B * p.H * p.O
+    return cost + _at(Cost(2.0 * rows * p.N * products, rows * (d_qk * (1 + needs_dq) + 2 * d_v) * itemsize), backward)
+
+
+def _query_packing_cost(p: OutputCrossAttentionProblem, constants: int) -> Cost:
+    itemsize = p.dtype.itemsize
+    return Cost(0.0, 0.0) if p.packed else pack_cost(p.query_batch, p.O, p.C + constants, p.C, itemsize, itemsize)
+
+
+def output_absorbed_cost(p: OutputCrossAttentionProblem, *, effective: bool = False) -> Cost:
+    """Pack, attention of the normalised queries and the latent-side products; with gradients the backward too."""
+    latent = Cost(2.0 * p.B * p.N * (p.d_qk * p.C + p.d_v * p.C_out), 0.0) * (3 if p.needs_grad else 1)
+    attention = _decode_cost(p, p.channels, p.C_out, p.queries_need_grad, effective)
+    return _query_packing_cost(p, p.bias_channels) + latent + attention
+
+
+def output_projected_cost(p: OutputCrossAttentionProblem, *, effective: bool = False) -> Cost:
+    """Pack, query projection, attention and output projection; with gradients the backward too."""
+    trained = p.needs_grad or p.queries_need_grad
+    d_qk, d_v, rows = p.H * p.d_qk, p.H * p.d_v, 1.0 * p.B * p.O
+    shared, itemsize, product = 1.0 * p.query_batch * p.O, p.dtype.itemsize, _PRODUCT_EFFICIENCY if effective else 1.0
+    query = _at(Cost(2.0 * shared * p.C * d_qk, shared * (p.C + d_qk) * itemsize), product)
+    output = _at(Cost(2.0 * rows * d_v * p.C_out, rows * (d_v + p.C_out) * itemsize), product)
+    query, output = query * (1 + p.needs_grad + p.queries_need_grad), output * (1 + p.needs_grad + trained)
+    # W_q's gradient is one of the projected queries, even where their content wants none.
+    return _query_packing_cost(p, 0) + query + _decode_cost(p, p.d_qk, p.d_v, trained, effective) + output

@@ -50,15 +50,16 @@ class PackedInputs:
     """Inputs ready for any number of cross-attentions: joined with positions, normalised, padded and cast.
 
     Args:
-        data: float [B, M, C_padded]; channels past `channels` and tokens that are not visible are zeros.
+        data: float [B, M, C_padded]; channels past `channels` (and `constants`) and tokens that are not visible are zeros.
         channels: C, the real channels.
         normalized: whether LayerNorm (without its affine part) has been applied.
         key_mask: bool [B, M], True = visible; None: all are.
         lengths: int32 [B], visible prefix of each sequence (above M all of it, below 0 nothing); None: all of it.
+        constants: channels of ones that follow the real ones, see pack_inputs.
 
     Raises:
         TypeError: a field of another type or dtype.
-        ValueError: a field of another shape, or channels outside 1..C_padded.
+        ValueError: a field of another shape, or channels and constants outside 1..C_padded.
     """
 
     data: Tensor
@@ -66,6 +67,7 @@ class PackedInputs:
     normalized: bool
     key_mask: Tensor | None = None
     lengths: Tensor | None = None
+    constants: int = 0
 
     def __post_init__(self) -> None:
         check_tensor("data", self.data, "[B, M, C_padded]", (None, None, None))
@@ -74,6 +76,8 @@ class PackedInputs:
         batch, length, padded = self.data.shape
         if not 1 <= self.channels <= padded:
             raise ValueError(f"channels must be in 1..C_padded={padded}, got {self.channels}")
+        if not (is_integer(self.constants) and 0 <= self.constants <= padded - self.channels):
+            raise ValueError(f"constants must be in 0..C_padded-channels={padded - self.channels}, got {self.constants!r}")
         if not isinstance(self.normalized, bool):
             raise TypeError(f"normalized must be a bool, got {self.normalized!r}")
         _check_visibility(self.key_mask, self.lengths, batch, length)

@@ -12,11 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_kernels
 from perceiver_kernels import reference
-from perceiver_kernels.cost import Cost, absorbed_cost, pack_cost, projected_cost, shared_kv_cost
+from perceiver_kernels.cost import (
+    Cost,
+    absorbed_cost,
+    output_absorbed_cost,
+    output_projected_cost,
+    pack_cost,
+    projected_cost,
+    shared_kv_cost,
+)
 from perceiver_kernels.device import H200
-from perceiver_kernels.nn import CrossAttention
+from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
 from perceiver_kernels.ops import shared_kv as op
-from perceiver_kernels.problem import CrossAttentionProblem
+from perceiver_kernels.problem import CrossAttentionProblem, OutputCrossAttentionProblem
 
 B, R, M, C = 2, 6, 10, 32
 KERNELS = Path(perceiver_kernels.__file__).parent / "backends" / "triton"
@@ -92,6 +100,31 @@ def test_gradients_cost_more(cost) -> None:
     assert plain.flops < train.flops < inputs.flops and plain.bytes < train.bytes <= inputs.bytes
 
 
+DECODE = OutputCrossAttentionProblem(
+    B=2, query_batch=1, H=1, O=11, N=3, C=32, C_out=7, d_qk=5, d_v=9, dtype=torch.bfloat16, device_type="cuda", packed=True,
+    constants=0, bias_channels=0, needs_grad=False, queries_need_grad=False,
+)  # fmt: skip
+
+
+def test_decoder_counts_the_same_products() -> None:
+    """The planner's FLOPs of one forward are the layer's, less the key and value projections that both methods share."""
+    p = DECODE
+    layer = OutputCrossAttention(p.C, 6, qk_channels=p.d_qk, v_channels=p.d_v, out_channels=p.C_out)
+    for cost, method in ((output_absorbed_cost, "absorbed"), (output_projected_cost, "projected")):
+        outside = 2 * p.B * p.N * 6 * (p.d_qk + p.d_v)
+        assert cost(p).flops == layer.flops(p.B, p.O, p.N, query_batch=1, method=method) - outside
+
+
+@pytest.mark.parametrize("cost", [output_absorbed_cost, output_projected_cost])
+def test_gradients_of_a_decoder_cost_more(cost) -> None:
+    plain, train, queries = (
+        cost(dataclasses.replace(DECODE, needs_grad=grad, queries_need_grad=dq))
+        for grad, dq in ((False, False), (True, False), (True, True))
+    )
+    assert plain.flops < train.flops < queries.flops and plain.bytes < train.bytes <= queries.bytes
+    assert cost(dataclasses.replace(DECODE, packed=False)).bytes > plain.bytes
+
+
 def test_packing_costs_once() -> None:
     unpacked = dataclasses.replace(PROBLEM, packed=False)
     assert absorbed_cost(unpacked).bytes - absorbed_cost(PROBLEM).bytes == pack_cost(2, 11, 20, 20, 2, 2).bytes
@@ -101,4 +134,4 @@ def test_time_is_the_larger_of_arithmetic_and_memory() -> None:
     assert Cost(788e12, 0).seconds(H200, torch.bfloat16) == 1.0
     assert Cost(788e12, 0).seconds(H200, torch.float32) == 2.0
     assert Cost(1.0, 8.6e12).seconds(H200, torch.bfloat16) == 2.0
-    assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
+    assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6) and Cost(1, 2) * 3 == Cost(3, 6)

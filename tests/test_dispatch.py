@@ -28,7 +28,7 @@ MASKS = ("key_mask", "lengths")
 # What ops/ and functional/ pass: function -> (positional names, keyword names).
 PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "pack_inputs": {
-        "pack_inputs_forward": (("content", "positions", "fourier", "key_mask"), ("normalize", "eps", "dtype")),
+        "pack_inputs_forward": (("content", "positions", "fourier", "key_mask"), ("normalize", "eps", "dtype", "constants")),
         "pack_inputs_backward": (("dpacked", "packed", "rstd"), ("content_channels", "channels", "normalize", "dtype")),
     },
     "shared_kv_attention": {
@@ -49,7 +49,7 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "rotary_embedding": {"rotary_embedding": (("x", "cos", "sin"), ("interleaved", "inverse"))},
 }  # fmt: skip
 COMPOSITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "pack_inputs": (("content", "positions", "fourier"), ("key_mask", "normalize", "eps", "dtype")),
+    "pack_inputs": (("content", "positions", "fourier"), ("key_mask", "normalize", "eps", "dtype", "constants")),
     "shared_kv_attention": (("q", "x"), (*MASKS, "scale", "dropout_p", "dropout_seed", "key_offset")),
     "attention": (("query", "keys", "values"), ("masks", "dropout_p", "dropout_seed", "scale")),
     "rotary_embedding": (("x", "cos", "sin"), ("interleaved", "inverse")),

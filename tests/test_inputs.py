@@ -44,6 +44,8 @@ class TestPackedInputs:
             ({"channels": 13.0}, TypeError, "channels must be an integer, got 13.0"),
             ({"channels": 0}, ValueError, "channels must be in 1..C_padded=16, got 0"),
             ({"channels": 17}, ValueError, "channels must be in 1..C_padded=16, got 17"),
+            ({"constants": 4}, ValueError, "constants must be in 0..C_padded-channels=3, got 4"),
+            ({"constants": 2.0}, ValueError, "constants must be in 0..C_padded-channels=3, got 2.0"),
             ({"normalized": 1}, TypeError, "normalized must be a bool, got 1"),
             ({"key_mask": torch.ones(2, 3)}, TypeError, "key_mask must be bool, True = visible, got float32"),
             (
@@ -70,7 +72,7 @@ class TestRepr:
 
     def test_packed_inputs(self) -> None:
         packed = PackedInputs(torch.zeros(2, 7, 16), 5, True, lengths=torch.tensor([1, 7], dtype=torch.int32))
-        told = "data=float32[2, 7, 16] on cpu, channels=5, normalized=True, lengths=int32[2] on cpu"
+        told = "data=float32[2, 7, 16] on cpu, channels=5, normalized=True, lengths=int32[2] on cpu, constants=0"
         assert repr(packed) == f"PackedInputs({told})"
 
     def test_input_array(self) -> None:

@@ -139,8 +139,9 @@ def test_masks_and_dropout_elsewhere(flag: str) -> None:
 @pytest.mark.parametrize(("content", "dtype"), [(3, torch.float32), (487, torch.bfloat16), (700, torch.bfloat16)], ids=str)
 def test_pack(content: int, dtype: torch.dtype, positions: str) -> None:
     for device, facts in DEVICES.items():
-        launches = compile_pack(content, dtype, facts, positions=positions, masked=True)
-        assert len(names(launches)) == 2 and broken_limits(launches, device, dtype) == []
+        for constants in (0, 2):
+            launches = compile_pack(content, dtype, facts, positions=positions, masked=True, constants=constants)
+            assert len(names(launches)) == 2 and broken_limits(launches, device, dtype) == []
 
 
 def test_only_the_first_grid_dimension_grows_with_the_batch() -> None:

@@ -12,8 +12,15 @@ import torch
 from perceiver_kernels import plan as planning
 from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import A100, CPU, H200, DeviceFacts, device_facts
-from perceiver_kernels.plan import WidePlan, plan_cross_attention, plan_pack, plan_rotary, plan_shared_kv
-from perceiver_kernels.problem import CrossAttentionProblem, SharedKVProblem, pad_channels
+from perceiver_kernels.plan import (
+    WidePlan,
+    plan_cross_attention,
+    plan_output_cross_attention,
+    plan_pack,
+    plan_rotary,
+    plan_shared_kv,
+)
+from perceiver_kernels.problem import CrossAttentionProblem, OutputCrossAttentionProblem, SharedKVProblem, pad_channels
 from perceiver_kernels.testing import ENCODE, EncodeCase
 from perceiver_kernels.tiles import Kind, Tile, column_pieces, fused_tile
 
@@ -232,6 +239,36 @@ def test_method_is_that_of_the_smaller_time(name: str, device: DeviceFacts, pack
     assert plan.method == ("absorbed" if plan.absorbed_seconds <= plan.projected_seconds else "projected")
     assert plan.absorbed_seconds == absorbed_cost(problem, effective=True).seconds(device, problem.dtype)
     assert plan.projected_seconds == projected_cost(problem, effective=True).seconds(device, problem.dtype)
+
+
+FLOW = OutputCrossAttentionProblem(
+    B=1, query_batch=1, H=1, O=182_528, N=2048, C=322, C_out=322, d_qk=512, d_v=512, dtype=torch.bfloat16, device_type="cuda",
+    packed=False, constants=0, bias_channels=2, needs_grad=False, queries_need_grad=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=lambda device: device.name)
+@pytest.mark.parametrize("flags", [{}, {"needs_grad": True}, {"needs_grad": True, "queries_need_grad": True}], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "method", "reason"),
+    [
+        ({}, "absorbed", None),
+        ({"packed": True, "constants": 2}, "absorbed", None),
+        # Narrow heads in wide queries: their projection is less than what absorption adds to every score.
+        ({"d_qk": 64, "d_v": 64}, "projected", None),
+        ({"C": 1026, "C_out": 1026, "O": 803_297, "N": 784}, "projected", "more than 1024 channels, got 1040 and 1026"),
+        ({"H": 8, "d_qk": 64, "d_v": 64}, "projected", "got H=8"),
+        ({"packed": True}, "projected", r"pack_inputs(..., constants=2), got 0"),
+    ],
+)  # fmt: skip
+def test_method_of_decoders(
+    changes: dict[str, int], method: str, reason: str | None, flags: dict[str, bool], device: DeviceFacts
+) -> None:
+    """Optical flow's decoder is absorbed; multimodal's, of 1,026 channels, cannot be."""
+    plan = plan_output_cross_attention(dataclasses.replace(FLOW, **changes, **flags), device)
+    assert plan.method == method and (method == "absorbed") == (plan.absorbed_seconds <= plan.projected_seconds)
+    assert all(reason in found for found in plan.against_absorption) if reason else not plan.against_absorption
+    assert math.isinf(plan.absorbed_seconds) == (reason is not None)
 
 
 @pytest.mark.parametrize("case", ENCODE.values(), ids=lambda case: case.name)

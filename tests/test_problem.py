@@ -83,8 +83,18 @@ def cross(**changes: Any) -> Any:
     return pk.input_cross_attention(*positional, **arguments)
 
 
+def decode(**changes: Any) -> Any:
+    arguments = {
+        "queries": zeros(B, M, C), "key": zeros(B, 1, N, 4), "value": zeros(B, 1, N, 6), "w_q": zeros(4, C), "w_o": zeros(5, 6)
+    } | changes  # fmt: skip
+    positional = [arguments.pop(name) for name in ("queries", "key", "value", "w_q", "w_o")]
+    return pk.output_cross_attention(*positional, **arguments)
+
+
 F64, F16, INT, I32, META = torch.float64, torch.float16, torch.int64, torch.int32, "meta"
-ENTRY: dict[str, Callable[..., Any]] = {"shared": shared, "pack": pack, "attend": attend, "packed": packed, "cross": cross, "rotate": rotate}
+ENTRY: dict[str, Callable[..., Any]] = {
+    "shared": shared, "pack": pack, "attend": attend, "packed": packed, "cross": cross, "decode": decode, "rotate": rotate
+}  # fmt: skip
 
 # entry, changed arguments, error, what the message says: argument, rule, value
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
@@ -236,6 +246,37 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("rotate", {"interleaved": 1}, TypeError, ("interleaved must be a bool", "1")),
     ("rotate", {"inverse": "yes"}, TypeError, ("inverse must be a bool", "'yes'")),
     ("rotate", {"backend": "cuda"}, ValueError, ("no backend can serve rotary_embedding", "cuda has no rotary_embedding")),
+    ("decode", {"queries": None}, TypeError, ("queries must be a torch.Tensor", "NoneType")),
+    ("decode", {"queries": zeros(M, C)}, ValueError, ("queries must be [B, O, C]", "(7, 16)")),
+    ("decode", {"queries": zeros(3, M, C)}, ValueError, ("queries must be [B, O, C] with B=2 or 1", "3")),
+    ("decode", {"queries": zeros(B, M, 0), "w_q": zeros(4, 0)}, ValueError, ("content and positions must have a channel between them", "C=0")),
+    ("decode", {"queries": pk.PackedInputs(zeros(B, M, C, device=META), C, True)}, ValueError, ("queries must be on key's device cpu", "meta")),
+    ("decode", {"queries": pk.InputArray.tokens(zeros(B, M, C), key_mask=zeros(B, M, dtype=torch.bool)), "query_mask": zeros(B, M, dtype=torch.bool)}, ValueError, ("query_mask and a mask or lengths of the InputArray exclude each other",)),
+    ("decode", {"key": None}, TypeError, ("key must be a torch.Tensor", "NoneType")),
+    ("decode", {"key": zeros(B, N, 4)}, ValueError, ("key must be [B, H, N, d_qk]", "(2, 3, 4)")),
+    ("decode", {"key": zeros(B, 1, N, 0)}, ValueError, ("key must be [B, H, N, d_qk] with H and d_qk at least 1", "(2, 1, 3, 0)")),
+    ("decode", {"value": zeros(B, 1, N + 1, 6)}, ValueError, ("value must be [B, H, N, d_v] with B=2, H=1, N=3", "(2, 1, 4, 6)")),
+    ("decode", {"value": zeros(B, 1, N, 0), "w_o": zeros(5, 0)}, ValueError, ("value must be [B, H, N, d_v] with d_v at least 1", "(2, 1, 3, 0)")),
+    ("decode", {"value": zeros(B, 1, N, 6, dtype=INT)}, TypeError, ("value must be float16", "torch.int64")),
+    ("decode", {"w_q": zeros(4, C + 1)}, ValueError, ("w_q must be [H*d_qk, C] with H*d_qk=4, C=16", "(4, 17)")),
+    ("decode", {"w_q": zeros(4, C, device=META)}, ValueError, ("w_q must be on key's device cpu", "meta")),
+    ("decode", {"w_o": zeros(5, 7)}, ValueError, ("w_o must be [C_out, H*d_v] with C_out=5, H*d_v=6", "(5, 7)")),
+    ("decode", {"w_o": zeros(0, 6)}, ValueError, ("w_o must be [C_out, H*d_v] with C_out at least 1", "(0, 6)")),
+    ("decode", {"b_q": zeros(5)}, ValueError, ("b_q must be [H*d_qk] with H*d_qk=4", "(5,)")),
+    ("decode", {"b_o": zeros(5, device=META)}, ValueError, ("b_o must be on key's device cpu", "meta")),
+    ("decode", {"norm_bias": zeros(C + 1)}, ValueError, ("norm_bias must be [C] with C=16", "(17,)")),
+    ("decode", {"lengths": zeros(B, dtype=INT)}, TypeError, ("lengths must be torch.int32", "torch.int64")),
+    ("decode", {"query_mask": zeros(B, M)}, TypeError, ("query_mask must be torch.bool", "float32")),
+    ("decode", {"query_mask": zeros(B, N, dtype=torch.bool)}, ValueError, ("query_mask must be [B, O] with B=2, O=7", "(2, 3)")),
+    ("decode", {"method": "fused"}, ValueError, ("method must be 'absorbed', 'projected' or None", "'fused'")),
+    ("decode", {"method": "absorbed", "key": zeros(B, 2, N, 2), "value": zeros(B, 2, N, 3)}, ValueError, ("method='absorbed' cannot serve this call", "several heads", "H=2")),
+    ("decode", {"method": "absorbed", "queries": zeros(B, M, 1023), "w_q": zeros(4, 1023), "b_q": zeros(4, dtype=F16), "key": zeros(B, 1, N, 4, dtype=F16)}, ValueError, ("more than 1024 channels", "1040 and 5")),
+    ("decode", {"eps": -1.0}, ValueError, ("eps must be a finite number, at least 0", "-1.0")),
+    ("decode", {"scale": math.nan}, ValueError, ("scale must be a finite number", "nan")),
+    ("decode", {"dropout_p": 1.0}, ValueError, ("dropout_p must be in [0, 1)", "1.0")),
+    ("pack", {"constants": -1}, ValueError, ("constants must be a number of channels, at least 0", "-1")),
+    ("pack", {"constants": 2.0}, ValueError, ("constants must be a number of channels, at least 0", "2.0")),
+    ("pack", {"content": zeros(B, M, 1023), "constants": 2}, ValueError, ("constants must leave at most 1024 channels in all", "2 after 1023")),
 ]  # fmt: skip
 
 
@@ -259,7 +300,8 @@ def test_explain_refuses_with_the_same_sentence(entry: str, changes: dict[str, A
     """Every argument that the call refuses; backends that refuse are what an explanation lists."""
     with pytest.raises((TypeError, ValueError)) as called:
         ENTRY[entry](**changes)
-    for name in ("shared_kv_attention", "pack_inputs", "attention", "input_cross_attention", "rotary_embedding"):
+    names = "shared_kv_attention pack_inputs attention input_cross_attention output_cross_attention rotary_embedding"
+    for name in names.split():
         monkeypatch.setattr(pk, name, partial(pk.explain, name))
     if str(called.value).startswith("no backend can serve"):
         explanation = ENTRY[entry](**changes)

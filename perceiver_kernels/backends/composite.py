@@ -14,10 +14,10 @@ from perceiver_kernels.layouts import heads_inside_rows
 
 def pack_inputs_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, *, normalize: bool,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     packed, rstd = reference.pack_inputs(
-        content, positions, fourier, key_mask=key_mask, normalize=normalize, eps=eps, dtype=dtype
+        content, positions, fourier, key_mask=key_mask, normalize=normalize, eps=eps, constants=constants, dtype=dtype
     )
     return packed, rstd if normalize else rstd.new_empty(0)
 

@@ -22,13 +22,11 @@ from perceiver_kernels.problem import (
     CrossAttentionProblem,
     check_device,
     check_eps,
-    check_floating,
     check_probability,
     check_scale,
-    check_shape,
     check_tensor,
+    check_vectors,
     needs_gradient,
-    pad_channels,
 )
 
 Method = Literal["absorbed", "projected"]
@@ -59,16 +57,10 @@ class Projections:
     norm_bias: Tensor | None
 
     def check(self, H: int, d_qk: int, d_v: int, C: int, q: Tensor) -> None:
-        for name, tensor, axis, size in (
-            ("b_k", self.b_k, "H*d_qk", H * d_qk), ("b_v", self.b_v, "H*d_v", H * d_v),
+        check_vectors(
+            "q", q, ("b_k", self.b_k, "H*d_qk", H * d_qk), ("b_v", self.b_v, "H*d_v", H * d_v),
             ("norm_weight", self.norm_weight, "C", C), ("norm_bias", self.norm_bias, "C", C),
-        ):  # fmt: skip
-            if tensor is not None:
-                check_tensor(name, tensor)
-                check_floating(name, tensor)
-                check_device(name, tensor, "q", q)
-                if axis != "C" or tensor.shape != (pad_channels(size),):
-                    check_shape(name, tensor, axis, (size,))
+        )  # fmt: skip
 
 
 def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -> InputArray | PackedInputs:
@@ -80,7 +72,8 @@ def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) 
     return InputArray.tokens(inputs, key_mask=key_mask, lengths=lengths)
 
 
-def _requires_gradient(source: InputArray | PackedInputs) -> bool:
+def requires_gradient(source: InputArray | PackedInputs) -> bool:
+    """Whether anything that tokens are made of wants a gradient."""
     if isinstance(source, PackedInputs):
         return needs_gradient(source.data)
     positions = source.positions if isinstance(source.positions, Tensor) else None
@@ -105,7 +98,7 @@ def describe(
         dtype = autocast_dtype(q) or q.dtype
     problem = CrossAttentionProblem.of(
         q, weights.w_k, weights.w_v, B=B, M=M, C=source.channels, dtype=dtype, packed=isinstance(source, PackedInputs),
-        inputs_need_grad=_requires_gradient(source),
+        inputs_need_grad=requires_gradient(source),
     )  # fmt: skip
     weights.check(problem.H, problem.d_qk, problem.d_v, problem.C, q)
     return problem, source

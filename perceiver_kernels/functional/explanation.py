@@ -12,17 +12,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_kernels import plan as planning
-from perceiver_kernels.cost import Cost, absorbed_cost, problem_pack_cost, projected_cost, rotary_cost, shared_kv_cost
+from perceiver_kernels.cost import (
+    Cost,
+    absorbed_cost,
+    attention_cost,
+    output_absorbed_cost,
+    output_projected_cost,
+    problem_pack_cost,
+    projected_cost,
+    rotary_cost,
+    shared_kv_cost,
+)
 from perceiver_kernels.device import device_facts
 from perceiver_kernels.dispatch import candidates, load, refusals
-from perceiver_kernels.functional import chunked, cross_attention, rotary
+from perceiver_kernels.functional import chunked, cross_attention, output_attention, rotary
 from perceiver_kernels.functional.attention import attention, resolve_attention, resolve_shared_kv, shared_kv_attention
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
 from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.layouts import used_strides
 from perceiver_kernels.masks import Masks, check_starts
-from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, pad_channels
+from perceiver_kernels.problem import MAX_CHANNELS, AttentionProblem, Problem, SharedKVProblem, pad_channels
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,7 @@ def _explain_pack(*, backend: str | None, **arguments: Any) -> Explanation:
 
 
 def _explain_attention_problem(p: AttentionProblem, device: torch.device, backend: str | None) -> Explanation:
-    width = p.d_qk + p.d_v
-    cost = Cost(
-        2.0 * p.B * p.H * p.Lq * p.Lk * width, float(p.B * p.H * (p.Lq + p.Lk) * width * p.dtype.itemsize)
-    )
+    cost = attention_cost(p.B, p.H, p.Lq, p.Lk, p.d_qk, p.d_v, p.dtype.itemsize)
     return _explain(p, cost, device, backend, planning.plan_attention(p, device_facts(device)))
 
 
@@ -144,12 +151,32 @@ def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explan
     return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, tuple(parts))
 
 
+def _explain_output_attention(*, backend: str | None, **arguments: Any) -> Explanation:
+    call = output_attention.resolve(**arguments)
+    p, source, device, absorbed = call.problem, call.source, call.key.device, call.method == "absorbed"
+    parts = []
+    if isinstance(source, InputArray) and p.C <= MAX_CHANNELS:
+        packed = {"content": cross_attention.on_device(source, device), "dtype": p.dtype, "constants": call.constants}
+        parts.append(_explain_pack(backend=backend, normalize=call.normalize, eps=call.eps, **packed))
+    attending = AttentionProblem(
+        B=p.B, H=p.H, H_kv=p.H, Lq=p.O, Lk=p.N, Lk_first=p.N, d_qk=p.channels if absorbed else p.d_qk,
+        d_v=p.C_out if absorbed else p.d_v, dtype=p.dtype, device_type=p.device_type, key_mask=call.key_mask is not None,
+        lengths=call.lengths is not None, query_mask=call.query_mask is not None, dropout=call.dropout_p > 0,
+        needs_grad=p.needs_grad or p.queries_need_grad,
+    )  # fmt: skip
+    parts.append(_explain_attention_problem(attending, device, backend))
+    facts, cost = device_facts(device), (output_absorbed_cost if absorbed else output_projected_cost)(p)
+    seconds, plan = cost.seconds(facts, p.dtype), planning.plan_output_cross_attention(p, facts)
+    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, tuple(parts))
+
+
 _EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {
     attention: _explain_attention,
     pack_inputs: _explain_pack,
     rotary.rotary_embedding: _explain_rotary,
     shared_kv_attention: _explain_shared_kv,
     cross_attention.input_cross_attention: _explain_cross_attention,
+    output_attention.output_cross_attention: _explain_output_attention,
 }
 
 
@@ -169,8 +196,8 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     """What ``function(*args, **kwargs)`` would do: backend, plan, predicted FLOPs, bytes and time, and who refused and why.
 
     Args:
-        function: ``attention``, ``pack_inputs``, ``rotary_embedding``, ``shared_kv_attention`` or ``input_cross_attention``, or
-            its name.
+        function: ``attention``, ``pack_inputs``, ``rotary_embedding``, ``shared_kv_attention``, ``input_cross_attention`` or
+            ``output_cross_attention``, or its name.
         *args, **kwargs: those of the call. Nothing is computed; tensors are only described.
 
     Raises:

@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels import reference
+from perceiver_kernels.absorption import pad_to
 from perceiver_kernels.dispatch import load, select
 from perceiver_kernels.functional.common import autocast_dtype, float_dtype, visible
 from perceiver_kernels.inputs import InputArray, PackedInputs, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.positions import FourierPositions, check_coordinates, grid_coordinates
-from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, shape_of
+from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, pad_channels, shape_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def _joined(part: TokenSlice, seen: Tensor | None) -> TokenSlice:
 def resolve(
     content: Tensor | InputArray, positions: Tensor | FourierPositions | None = None, *, coordinates: Tensor | None = None,
     key_mask: Tensor | None = None, lengths: Tensor | None = None, normalize: bool = True, eps: float = 1e-5,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, constants: int = 0,
 ) -> Packing:  # fmt: skip
     """Check every argument of pack_inputs and decide what is packed."""
     check_eps(eps)
@@ -79,11 +81,22 @@ def resolve(
             raise ValueError("coordinates must come with FourierPositions as positions")
         dtype = dtype or autocast_dtype(content) or content.dtype
         part = TokenSlice(content.flatten(1, -2), positions, fourier)
-    problem = PackProblem.of(part.content, part.positions, part.fourier, key_mask, lengths, normalize, dtype)
+    problem = PackProblem.of(part.content, part.positions, part.fourier, key_mask, lengths, normalize, dtype, constants)
     if needs_gradient(part.positions):
         part = _joined(part, visible(key_mask, lengths, problem.M))
-        problem = PackProblem.of(part.content, None, None, key_mask, lengths, normalize, dtype)
+        problem = PackProblem.of(part.content, None, None, key_mask, lengths, normalize, dtype, constants)
     return Packing(problem, part, key_mask, lengths)
+
+
+def normalise_wide(source: InputArray, seen: Tensor | None, normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    """Tokens of more channels than are packed, [B, M, C_padded] in ``dtype``: for layers that project them at any width."""
+    part = source.slice(dtype=float_dtype(source, dtype))
+    rows = part.content if part.positions is None else _joined(part, seen).content
+    if seen is not None:
+        rows = torch.where(seen[..., None], rows, 0.0)
+    if normalize:
+        rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
+    return pad_to(rows.to(dtype), pad_channels(rows.shape[-1]))
 
 
 def is_packed_already(content: Tensor, problem: PackProblem) -> bool:
@@ -92,7 +105,7 @@ def is_packed_already(content: Tensor, problem: PackProblem) -> bool:
         not problem.normalize
         and not problem.masked
         and problem.C_positions == 0
-        and problem.C_padded == problem.C
+        and problem.C_padded == problem.C  # no constants either
         and problem.dtype == content.dtype
         and content.stride(-1) == 1
         and content.stride(1) % 8 == 0
@@ -109,6 +122,7 @@ def pack_inputs(
     normalize: bool = True,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    constants: int = 0,
     backend: str | None = None,
 ) -> PackedInputs:
     """Inputs as every cross-attention of a model reads them: ``x_hat = (x - mean) / sqrt(var + eps)``, padded and cast.
@@ -127,10 +141,12 @@ def pack_inputs(
         normalize: False packs x itself; where nothing has to be computed the result is a view of ``content``.
         eps: added to the variance.
         dtype: of the result; None is autocast's where autocast is on, else content's.
+        constants: channels of ones after the C real ones, in which ``output_cross_attention`` carries the biases of its
+            scores: 2 (one is enough in float32 and float64). Layers that read the tokens as inputs do not see them.
         backend: a backend's name; it never falls back.
 
     Returns:
-        PackedInputs with data ``[B, M, C_padded]``, C_padded = C rounded up to 16.
+        PackedInputs with data ``[B, M, C_padded]``, C_padded = C + constants rounded up to 16.
 
     Raises:
         TypeError: integer content (InputArray takes uint8). ValueError: shapes, devices, more than 1024 channels.
@@ -139,7 +155,7 @@ def pack_inputs(
     """
     packing = resolve(
         content, positions, coordinates=coordinates, key_mask=key_mask, lengths=lengths, normalize=normalize, eps=eps,
-        dtype=dtype,
+        dtype=dtype, constants=constants,
     )  # fmt: skip
     problem, part = packing.problem, packing.part
     if is_packed_already(part.content, problem):
@@ -149,11 +165,12 @@ def pack_inputs(
     module = load(problem.OP, name)
     if module.COMPOSITE:
         data, _ = module.pack_inputs(
-            part.content, part.positions, part.fourier, key_mask=seen, normalize=normalize, eps=eps, dtype=problem.dtype
-        )
+            part.content, part.positions, part.fourier, key_mask=seen, normalize=normalize, eps=eps, dtype=problem.dtype,
+            constants=constants,
+        )  # fmt: skip
         data = data.contiguous()
     else:
         data, _ = pack_op.pack_inputs(
-            part.content, part.positions, part.fourier, seen, normalize, eps, problem.dtype, name
+            part.content, part.positions, part.fourier, seen, normalize, eps, problem.dtype, name, constants
         )
-    return PackedInputs(data, problem.C, normalize, packing.key_mask, packing.lengths)
+    return PackedInputs(data, problem.C, normalize, packing.key_mask, packing.lengths, constants)

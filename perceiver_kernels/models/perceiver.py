@@ -18,7 +18,7 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock, Linear
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.blocks import GELU
-from perceiver_kernels.nn.checks import check_count, check_input_dim, check_inputs, check_widths
+from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_widths
 from perceiver_kernels.problem import check_eps, check_probability
 
 
@@ -278,7 +278,7 @@ class Perceiver(nn.Module):
         self, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
     ) -> Tensor | InputArray | PackedInputs:
         """Check the channels and pack, unless the cross-attends are to pack chunk by chunk."""
-        check_inputs(inputs, self.config.input_dim)
+        check_array("inputs", inputs, "B, M, C", "input_dim", self.config.input_dim)
         if isinstance(inputs, PackedInputs) or self.config.chunk_size is not None:
             return inputs
         device = self.latents.device

@@ -1,9 +1,10 @@
-"""Layers: cross-attention that reads long inputs, latent self-attention, feed-forward, blocks of them, and torch's
-multi-head attention."""
+"""Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, feed-forward,
+blocks of them, and torch's multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, FeedForward, LatentBlock
 from perceiver_kernels.nn.multihead import MultiheadAttention
+from perceiver_kernels.nn.output_attention import OutputCrossAttention
 from perceiver_kernels.nn.positions import LearnedPositions
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "OutputCrossAttention",
     "SelfAttention",
 ]

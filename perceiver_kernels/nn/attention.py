@@ -14,7 +14,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.checks import check_count, check_input_dim, check_inputs, check_sequence, check_widths
+from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.problem import check_eps, check_probability, pad_channels
 
@@ -144,7 +144,7 @@ class CrossAttention(nn.Module):
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
         check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
-        check_inputs(inputs, self.input_dim)
+        check_array("inputs", inputs, "B, M, C", "input_dim", self.input_dim)
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)

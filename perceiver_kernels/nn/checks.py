@@ -43,12 +43,12 @@ def check_sequence(name: str, x: Tensor, axes: str, channels: int, weight: Tenso
         raise TypeError(f"{name} must have the parameters' dtype {weight.dtype} unless autocast is on, got {x.dtype}")
 
 
-def check_inputs(inputs: Tensor | InputArray | PackedInputs, input_dim: int) -> None:
-    """An input array of ``input_dim`` channels, in any of its three forms."""
-    if not isinstance(inputs, (Tensor, InputArray, PackedInputs)):
-        raise TypeError(f"inputs must be a Tensor, InputArray or PackedInputs, got {type(inputs).__name__}")
-    if isinstance(inputs, Tensor) and inputs.ndim != 3:
-        raise ValueError(f"inputs must be [B, M, C] with C={input_dim}, got {tuple(inputs.shape)}")
-    channels = inputs.shape[-1] if isinstance(inputs, Tensor) else inputs.channels
-    if channels != input_dim:
-        raise ValueError(f"inputs must have input_dim={input_dim} channels, content and positions together, got {channels}")
+def check_array(name: str, array: Tensor | InputArray | PackedInputs, axes: str, width: str, channels: int) -> None:
+    """An array of ``channels`` channels, which the layer calls ``width``, in any of its three forms."""
+    if not isinstance(array, (Tensor, InputArray, PackedInputs)):
+        raise TypeError(f"{name} must be a Tensor, InputArray or PackedInputs, got {type(array).__name__}")
+    if isinstance(array, Tensor) and array.ndim != 3:
+        raise ValueError(f"{name} must be [{axes}] with C={channels}, got {tuple(array.shape)}")
+    found = array.shape[-1] if isinstance(array, Tensor) else array.channels
+    if found != channels:
+        raise ValueError(f"{name} must have {width}={channels} channels, content and positions together, got {found}")

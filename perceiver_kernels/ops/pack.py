@@ -15,21 +15,21 @@ from perceiver_kernels.problem import pad_channels
 
 def _pack_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
-    dtype: torch.dtype, backend: str,
+    dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return load("pack_inputs", backend).pack_inputs_forward(
-        content, positions, fourier, key_mask, normalize=normalize, eps=eps, dtype=dtype
+        content, positions, fourier, key_mask, normalize=normalize, eps=eps, dtype=dtype, constants=constants
     )
 
 
 def _pack_forward_fake(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
-    dtype: torch.dtype, backend: str,
+    dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     channels = content.shape[2]
     if positions is not None:
         channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
-    packed = content.new_empty((*content.shape[:2], pad_channels(channels)), dtype=dtype)
+    packed = content.new_empty((*content.shape[:2], pad_channels(channels + constants)), dtype=dtype)
     wide = torch.promote_types(content.dtype, torch.float32)
     rstd = content.new_empty(content.shape[:2] if normalize else (0,), dtype=wide)
     return packed, rstd
@@ -54,7 +54,7 @@ def _pack_backward_fake(
 PACK_FORWARD = define(
     "pack_inputs_forward",
     "(Tensor content, Tensor? positions, Tensor? fourier, Tensor? key_mask, bool normalize, float eps, ScalarType dtype, "
-    "str backend) -> (Tensor, Tensor)",
+    "str backend, int constants=0) -> (Tensor, Tensor)",
     _pack_forward,
     _pack_forward_fake,
 )
@@ -68,7 +68,7 @@ PACK_BACKWARD = define(
 
 
 def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) -> tuple[Any, ...]:
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if dpacked is None or not ctx.needs_input_grad[0]:
         return (None, *nothing)
     packed, rstd, hidden = ctx.saved_tensors
@@ -79,7 +79,7 @@ def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) ->
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    content, positions, fourier, key_mask, normalize, _, _, backend = inputs
+    content, positions, fourier, key_mask, normalize, _, _, backend, _ = inputs
     packed, rstd = output
     channels = content.shape[2]
     if positions is not None:
@@ -130,10 +130,10 @@ class _PackFunctorch(Function):
 
 def pack_inputs(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
-    dtype: torch.dtype, backend: str,
+    dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Differentiable pack on a kernel backend; see functional.pack_inputs."""
-    inputs = (content, positions, fourier, key_mask, normalize, eps, dtype, backend)
+    inputs = (content, positions, fourier, key_mask, normalize, eps, dtype, backend, constants)
     if transforms_active():
         return _PackFunctorch.apply(*inputs)
     if torch.is_grad_enabled() and content.requires_grad:

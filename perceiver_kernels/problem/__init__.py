@@ -20,19 +20,23 @@ from perceiver_kernels.problem.checks import (
     check_key_visibility,
     check_like,
     check_probability,
+    check_query_mask,
     check_rank,
     check_scale,
     check_shape,
     check_tensor,
+    check_vectors,
     constant,
     needs_gradient,
     pad_channels,
     shape_of,
 )
 from perceiver_kernels.problem.inputs import CrossAttentionProblem, PackProblem, SharedKVProblem
+from perceiver_kernels.problem.outputs import OutputCrossAttentionProblem
 from perceiver_kernels.problem.rotary import RotaryProblem
 
-PROBLEMS = {cls.OP: cls for cls in (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem, RotaryProblem)}
+_ALL = (PackProblem, SharedKVProblem, AttentionProblem, CrossAttentionProblem, OutputCrossAttentionProblem, RotaryProblem)
+PROBLEMS = {cls.OP: cls for cls in _ALL}
 for _problem in PROBLEMS.values():
     _problem.FIELDS = tuple(field.name for field in fields(_problem))
 
@@ -42,6 +46,7 @@ __all__ = [
     "CrossAttentionProblem",
     "FLOATS",
     "MAX_CHANNELS",
+    "OutputCrossAttentionProblem",
     "PROBLEMS",
     "PackProblem",
     "Problem",
@@ -53,10 +58,12 @@ __all__ = [
     "check_key_visibility",
     "check_like",
     "check_probability",
+    "check_query_mask",
     "check_rank",
     "check_scale",
     "check_shape",
     "check_tensor",
+    "check_vectors",
     "constant",
     "needs_gradient",
     "pad_channels",

@@ -16,6 +16,7 @@ from perceiver_kernels.problem.checks import (
     check_key_visibility,
     check_like,
     check_probability,
+    check_query_mask,
     check_rank,
     check_scale,
     check_shape,
@@ -117,12 +118,7 @@ def _check_masks(masks: Masks, B: int, H: int, Lq: int, Lk: int, query: Tensor, 
     if masks.attn_mask is not None and masks.causal != "none":
         raise ValueError("attn_mask excludes is_causal: fold them into one mask")
     check_key_visibility(masks.key_mask, masks.lengths, B, Lk, query.device)
-    if masks.query_mask is not None:
-        check_tensor("query_mask", masks.query_mask)
-        if masks.query_mask.dtype != torch.bool:
-            raise TypeError(f"query_mask must be torch.bool (True = the query sees keys), got {masks.query_mask.dtype}")
-        check_shape("query_mask", masks.query_mask, "B, Lq", (B, Lq))
-        check_device("query_mask", masks.query_mask, "query", query)
+    check_query_mask(masks.query_mask, "B, Lq", B, Lq, "query", query)
     if masks.attn_mask is not None:
         mask = masks.attn_mask
         check_tensor("attn_mask", mask)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceiver_kernels.checks import is_integer
+
 MAX_CHANNELS = 1024
 CHANNEL_MULTIPLE = 16
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,6 +74,13 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
 
 
+def check_constants(constants: int, channels: int) -> None:
+    if not is_integer(constants) or constants < 0:
+        raise ValueError(f"constants must be a number of channels, at least 0, got {constants!r}")
+    if channels + constants > MAX_CHANNELS:
+        raise ValueError(f"constants must leave at most {MAX_CHANNELS} channels in all, got {constants} after {channels}")
+
+
 def check_scale(scale: float | None) -> None:
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
@@ -108,6 +117,37 @@ def check_key_visibility(key_mask: Tensor | None, lengths: Tensor | None, B: int
         check_shape("lengths", lengths, "B", (B,))
         if lengths.device != device:
             raise ValueError(f"lengths must be on {device}, got {lengths.device}")
+
+
+def check_query_mask(mask: Tensor | None, axes: str, B: int, length: int, name: str, query: Tensor) -> None:
+    """A query mask is bool [B, length], on the device of the tensor ``query`` that is called ``name``."""
+    if mask is None:
+        return
+    check_tensor("query_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"query_mask must be torch.bool (True = the query sees keys), got {mask.dtype}")
+    check_shape("query_mask", mask, axes, (B, length))
+    check_device("query_mask", mask, name, query)
+
+
+def check_vectors(name: str, other: Tensor, *vectors: tuple[str, Tensor | None, str, int]) -> None:
+    """Biases and norms: (name, tensor or None, axis, size), on the device of the tensor ``other`` that is called ``name``.
+
+    Along C they may come with zeros up to C_padded.
+    """
+    for vector_name, vector, axis, size in vectors:
+        if vector is not None:
+            check_tensor(vector_name, vector)
+            check_floating(vector_name, vector)
+            check_device(vector_name, vector, name, other)
+            if axis != "C" or vector.shape != (pad_channels(size),):
+                check_shape(vector_name, vector, axis, (size,))
+
+
+def check_projection(name: str, weight: Tensor, axes: str, rows: int, C: int) -> None:
+    """A weight of [rows, C] that may come with zero columns up to C_padded."""
+    if shape_of(weight) != (rows, pad_channels(C)):
+        check_shape(name, weight, axes, (rows, C))
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -12,11 +12,13 @@ from perceiver_kernels.problem.base import Problem
 from perceiver_kernels.problem.checks import (
     FLOATS,
     MAX_CHANNELS,
+    check_constants,
     check_device,
     check_floating,
     check_key_visibility,
     check_like,
     check_probability,
+    check_projection,
     check_rank,
     check_scale,
     check_shape,
@@ -48,6 +50,7 @@ class PackProblem(Problem):
     normalize: bool
     masked: bool
     needs_grad: bool
+    constants: int = 0
 
     @property
     def C(self) -> int:
@@ -55,7 +58,7 @@ class PackProblem(Problem):
 
     @property
     def C_padded(self) -> int:
-        return pad_channels(self.C)
+        return pad_channels(self.C + self.constants)
 
     @classmethod
     def of(
@@ -67,6 +70,7 @@ class PackProblem(Problem):
         lengths: Tensor | None,
         normalize: bool,
         dtype: torch.dtype | None,
+        constants: int = 0,
     ) -> PackProblem:
         """Check the tensors of one pack: content [B, M, C_content], positions [M, P] or [B, M, P], fourier [3, F]."""
         check_tensor("content", content)
@@ -88,6 +92,7 @@ class PackProblem(Problem):
         channels = C_content + C_positions
         if not 1 <= channels <= MAX_CHANNELS:
             raise ValueError(f"content and positions must have 1 to {MAX_CHANNELS} channels together, got {channels}")
+        check_constants(constants, channels)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         check_key_visibility(key_mask, lengths, B, M, content.device)
@@ -96,6 +101,7 @@ class PackProblem(Problem):
             dtype=dtype or content.dtype, device_type=content.device.type, fourier=fourier is not None,
             positions_batched=batched, normalize=normalize,
             masked=key_mask is not None or lengths is not None, needs_grad=needs_gradient(content, positions),
+            constants=constants,
         )  # fmt: skip
 
 
@@ -179,13 +185,10 @@ class CrossAttentionProblem(Problem):
             raise ValueError(f"q must be [B, H, N, d_qk] with B={B} or 1, H and d_qk at least 1, got {shape_of(q)}")
         if not 1 <= C <= MAX_CHANNELS:
             raise ValueError(f"inputs must have 1 to {MAX_CHANNELS} channels, got C={C}")
-        # Weights may come with zero columns up to C_padded.
-        if shape_of(w_k) != (H * d_qk, pad_channels(C)):
-            check_shape("w_k", w_k, "H*d_qk, C", (H * d_qk, C))
+        check_projection("w_k", w_k, "H*d_qk, C", H * d_qk, C)
         if w_v.shape[0] % H or not w_v.shape[0]:
             raise ValueError(f"w_v must be [H*d_v, C] with H={H}, d_v at least 1, got {shape_of(w_v)}")
-        if w_v.shape[1] != pad_channels(C):
-            check_shape("w_v", w_v, "H*d_v, C", (w_v.shape[0], C))
+        check_projection("w_v", w_v, "H*d_v, C", w_v.shape[0], C)
         return cls(
             B=B, H=H, N=N, M=M, C=C, d_qk=d_qk, d_v=w_v.shape[0] // H, dtype=dtype,
             device_type=q.device.type, packed=packed, needs_grad=needs_gradient(q, w_k, w_v), inputs_need_grad=inputs_need_grad,

@@ -7,6 +7,7 @@ fp32 or wider. Autograd of these functions defines every gradient, of any order.
 from perceiver_kernels.reference.attention import (
     attention,
     input_cross_attention,
+    output_cross_attention,
     shared_kv_attention,
     visible_keys,
     visible_pairs,
@@ -22,6 +23,7 @@ __all__ = [
     "fourier_features",
     "input_cross_attention",
     "layer_norm",
+    "output_cross_attention",
     "pack_inputs",
     "philox",
     "rotary_embedding",

@@ -234,6 +234,60 @@ def input_cross_attention(
     )[0]
 
 
+def output_cross_attention(
+    queries: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_o: Tensor,
+    *,
+    b_q: Tensor | None = None,
+    b_o: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """Projections of normalised output queries attend to keys and values of latents, as the textbook writes it.
+
+    q_i = W_q layer_norm(y_i) + b_q,   out = W_o attention(q, k, v) + b_o
+
+    Args:
+        queries: float [B or 1, O, C].
+        key, value: float [B, H, N, d_qk] and [B, H, N, d_v].
+        w_q, w_o: float [H * d_qk, C] and [C_out, H * d_v], heads outermost.
+        b_q, b_o: float [H * d_qk] and [C_out], or None.
+        norm_weight, norm_bias: float [C], LayerNorm's affine part, or None.
+        normalize: whether queries pass through LayerNorm at all.
+        eps: added to the variance.
+        scale: 1 / sqrt(d_qk) when None.
+        key_mask, lengths, query_mask: visible_pairs. Hidden keys, values and queries are never read, whatever they hold.
+        dropout_p, dropout_seed: dropout_keep, with rows r = h * O + i; a seed is drawn when None.
+
+    Returns:
+        [B, O, C_out] in queries' dtype. A query without a visible key gives b_o.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 3.2.
+    """
+    B, H = key.shape[:2]
+    queries = queries.expand(B, -1, -1)
+    if query_mask is not None:
+        queries = queries.masked_fill(~query_mask[..., None], 0)
+    y = layer_norm(queries, norm_weight, norm_bias, eps) if normalize else queries
+    query = linear(y, w_q, b_q).unflatten(-1, (H, -1)).transpose(1, 2)
+    out, _ = attention(
+        query, key, value, key_mask=key_mask, lengths=lengths, query_mask=query_mask, scale=scale, dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )  # fmt: skip
+    return linear(out.transpose(1, 2).flatten(2), w_o, b_o)
+
+
 def _for_heads_of(query: Tensor, shared: Tensor) -> Tensor:
     """Keys or values, each head repeated for the consecutive query heads that share it; a single one broadcasts."""
     if query.ndim < 3 or shared.ndim < 3 or shared.shape[-3] <= 1:

@@ -78,11 +78,12 @@ def pack_inputs(
     normalize: bool = True,
     eps: float = 1e-5,
     channels_multiple: int = 16,
+    constants: int = 0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Content and positions side by side, normalised without affine part, padded with zero channels and cast.
 
-    x = [content | positions];   packed = [(x - mean) * rstd | 0],   mean and rstd over the C real channels
+    x = [content | positions];   packed = [(x - mean) * rstd | 1 | 0],   mean and rstd over the C real channels
 
     Args:
         content: float [B, M, C_content]; C_content may be 0.
@@ -92,7 +93,8 @@ def pack_inputs(
         key_mask: bool [B, M], True = visible. Other tokens become zeros, whatever they hold; so does rstd.
         normalize: whether to normalise; False only concatenates, pads and casts.
         eps: added to the variance.
-        channels_multiple: C_padded is C rounded up to it.
+        channels_multiple: C_padded is C + constants rounded up to it.
+        constants: channels of ones after the C real ones.
         dtype: of packed; content's when None.
 
     Returns:
@@ -119,6 +121,8 @@ def pack_inputs(
     if normalize:
         x, rstd = _standardize(x, eps)
         rstd = rstd[..., 0] if hidden is None else rstd.masked_fill(hidden, 0)[..., 0]
+    if constants:
+        x = pad(x, (0, constants), value=1.0)
     if hidden is not None:
         x = x.masked_fill(hidden, 0)
     return pad(x, (0, -x.shape[-1] % channels_multiple)).to(dtype or content.dtype), rstd

@@ -201,7 +201,7 @@ def compile_attention(
 
 def compile_pack(
     C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", normalize: bool = True,
-    masked: bool = False,
+    masked: bool = False, constants: int = 0,
 ) -> list[Resources]:  # fmt: skip
     """Every launch of pack_inputs, forward and backward; positions: "none", "shared", "batched" or "fourier"."""
     B, M = 8, 1024
@@ -213,7 +213,9 @@ def compile_pack(
     key_mask = torch.ones(B, M, dtype=torch.bool) if masked else None
     channels = C_content + (0 if given is None else given.shape[-1] if table is None else table.shape[-1])
     with offline(facts) as launches:
-        packed, rstd = pack.pack_inputs_forward(content, given, table, key_mask, normalize=normalize, eps=1e-5, dtype=dtype)
+        packed, rstd = pack.pack_inputs_forward(
+            content, given, table, key_mask, normalize=normalize, eps=1e-5, dtype=dtype, constants=constants
+        )
         pack.pack_inputs_backward(
             packed, packed, rstd, content_channels=C_content, channels=channels, normalize=normalize, dtype=dtype
         )

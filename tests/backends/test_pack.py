@@ -99,8 +99,9 @@ def call_of(
 def skip_if_refused(target: Target, call: Call, *, needs_grad: bool) -> None:
     content = call.content.detach().requires_grad_(needs_grad)
     problem = PackProblem.of(
-        content, call.positions, call.fourier, call.key_mask, None, call.options["normalize"], call.options["dtype"]
-    )
+        content, call.positions, call.fourier, call.key_mask, None, call.options["normalize"], call.options["dtype"],
+        call.options.get("constants", 0),
+    )  # fmt: skip
     if reasons := target.refusals(problem):
         pytest.skip(f"{target.backend}: {'; '.join(reasons)}")
 
@@ -110,8 +111,11 @@ def function_of(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     if module.COMPOSITE:
         return module.pack_inputs
 
-    def run(content: Tensor, positions: Any, fourier: Any, *, key_mask: Any, normalize: bool, eps: float, dtype: Any) -> Any:
-        return op.pack_inputs(content, positions, fourier, key_mask, normalize, eps, dtype, target.backend)
+    def run(
+        content: Tensor, positions: Any, fourier: Any, *, key_mask: Any, normalize: bool, eps: float, dtype: Any,
+        constants: int = 0,
+    ) -> Any:  # fmt: skip
+        return op.pack_inputs(content, positions, fourier, key_mask, normalize, eps, dtype, target.backend, constants)
 
     return run
 
@@ -133,8 +137,9 @@ def check(target: Target, call: Call, *, needs_grad: bool = True) -> dict[str, T
     if needs_grad and target.is_kernel:
         eager["dcontent"] = eager_backward(call, eager)
     oracle = results(reference.pack_inputs, call.wide(), needs_grad)
-    assert actual["packed"].shape[-1] == pad_channels(call.channels)
-    assert not actual["packed"][..., call.channels :].any()
+    constants = call.options.get("constants", 0)
+    assert actual["packed"].shape[-1] == pad_channels(call.channels + constants)
+    assert not actual["packed"][..., call.channels + constants :].any()
     for name, value in actual.items():
         terms = gradient_terms(call, oracle) if name == "dcontent" else None
         assert_as_accurate(value, eager[name], oracle[name], f"{target} {name}", terms=terms)
@@ -173,6 +178,18 @@ def test_positions(target: Target, positions: str, normalize: bool, masked: bool
     found = check(target, call_of(target, 3, 13, 4, positions, normalize=normalize, masked=masked))
     if masked:
         assert not any(found[name][-1].any() for name in found if found[name].numel())
+
+
+@pytest.mark.parametrize("constants", [1, 2])
+@pytest.mark.parametrize(("C", "positions"), [(14, "none"), (15, "none"), (16, "none"), (65, "shared"), (4, "fourier")])
+def test_ones_follow_the_channels(target: Target, C: int, positions: str, constants: int) -> None:
+    """They are no part of the statistics, have no gradient, and hidden tokens have none of them."""
+    call = call_of(target, 2, 7, C, positions, masked=True)
+    call.options["constants"] = constants
+    missing = pad_channels(call.channels + constants) - call.dpacked.shape[-1]
+    call.dpacked = torch.nn.functional.pad(call.dpacked, (0, missing), value=3.0)
+    ones = check(target, call)["packed"][..., call.channels : call.channels + constants]
+    assert torch.equal(ones, call.key_mask[..., None].to(ones).expand_as(ones))
 
 
 @pytest.mark.parametrize("positions", ["none", "shared", "fourier"])

@@ -25,6 +25,8 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 BYTES = pk.InputArray.image(ones(B, 3, 2, 4, dtype=torch.uint8), pk.FourierPositions(2, (2.0, 4.0)))
 MASK = torch.ones(B, M, dtype=torch.bool)
 CROSS = (ones(B, H, N, 4), ones(B, M, C), ones(8, C), ones(6, C))
+DECODE = (ones(B, M, C), ones(B, 1, N, 4), ones(B, 1, N, 6), ones(4, C), ones(5, 6))
+HEADS = (ones(1, M, C), ones(B, H, N, 4), ones(B, H, N, 6), ones(8, C), ones(5, 12))
 ATTENTION = {"absorbed": "shared_kv_attention", "projected": "attention"}
 CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "attention": (pk.attention, (ones(B, H, N, 4), ones(B, H, M, 4), ones(B, H, M, 6)), {}),
@@ -49,6 +51,10 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "cross, chunked": (pk.input_cross_attention, CROSS, {"chunk_size": 4}),
     "cross, bytes": (pk.input_cross_attention, (CROSS[0], BYTES, ones(8, 13), ones(6, 13)), {}),
     "cross, bytes in chunks": (pk.input_cross_attention, (CROSS[0], BYTES, ones(8, 13), ones(6, 13)), {"chunk_size": 4}),
+    "decode, absorbed": (pk.output_cross_attention, DECODE, {"method": "absorbed", "b_q": ones(4), "dropout_p": 0.5}),
+    "decode, projected": (pk.output_cross_attention, DECODE, {"method": "projected", "query_mask": MASK}),
+    "decode, heads": (pk.output_cross_attention, HEADS, {"lengths": ones(B, dtype=torch.int32)}),
+    "decode, packed": (pk.output_cross_attention, (pk.PackedInputs(ones(B, M, 32), C, True), *DECODE[1:]), {}),
 }  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def pack_cases(target: Target) -> dict[str, tuple[Any, ...]]:
         "raw, no padding": (randn(target, B, M, 16), None, None, None, False, *end),
         "cast": (content, None, None, None, True, 1e-5, torch.float16, target.backend),
         "empty": (content[:, :0], None, None, None, True, *end),
+        "ones": (randn(target, B, M, 15), None, None, mask, True, *end, 2),
     }
 
 
@@ -196,7 +197,7 @@ OPERATORS = {
     "shared_kv_attention_backward_add": (shared_op.BACKWARD_ADD, backward_add_cases, ("both", "dq", "dx")),
     "shared_kv_attention_delta": (shared_op.DELTA, delta_cases, ("all", "alone", "permuted", "no rows")),
     "pack_inputs_forward": (pack_op.PACK_FORWARD, pack_cases, (
-        "plain", "permuted", "positions", "fourier", "raw", "raw, no padding", "cast", "empty",
+        "plain", "permuted", "positions", "fourier", "raw", "raw, no padding", "cast", "empty", "ones",
     )),
     "pack_inputs_backward": (pack_op.PACK_BACKWARD, pack_backward_cases, (
         "normalized", "all channels", "raw", "raw, all channels", "cast", "permuted",

@@ -200,13 +200,13 @@ class TestFunctorch:
         content, mask = randn(target, V, B, M, 5), randn(target, B, M) > 0
 
         def packed(content: Tensor) -> Tensor:
-            return pack_op.pack_inputs(content, None, None, mask, True, 1e-5, torch.float32, target.backend)[0]
+            return pack_op.pack_inputs(content, None, None, mask, True, 1e-5, torch.float32, target.backend, constants=2)[0]
 
         def total(function: Callable[[Tensor], Tensor], content: Tensor) -> Tensor:
             return (function(content) * torch.arange(16, device=content.device)).sin().sum()
 
         def expected(content: Tensor) -> Tensor:
-            return reference.pack_inputs(content, key_mask=mask)[0]
+            return reference.pack_inputs(content, key_mask=mask, constants=2)[0]
 
         close(torch.func.vmap(packed)(content), torch.stack([expected(c) for c in content]))
         each = torch.func.vmap(torch.func.grad(partial(total, packed)))(content)

@@ -40,6 +40,8 @@ def reasons_against(problem: PackProblem) -> list[str]:
         reasons.append("cuda packs without gradient to the content")
     if problem.C > MAX_CHANNELS:
         reasons.append(f"cuda packs up to {MAX_CHANNELS} channels, got {problem.C}")
+    if problem.constants:
+        reasons.append("cuda packs no constant channels")
     return reasons
 
 
@@ -126,6 +128,7 @@ def pack_inputs_forward(
     normalize: bool,
     eps: float,
     dtype: torch.dtype,
+    constants: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Normalised, joined, padded, cast: packed = pad((x - mean(x)) * rstd), x = content ++ positions in fp32.
 
@@ -137,6 +140,7 @@ def pack_inputs_forward(
         normalize: False only joins, pads and casts.
         eps: added to the variance.
         dtype: of the result: bf16, fp16 or fp32.
+        constants: 0; this kernel writes no channels of ones.
 
     Returns:
         packed ``[B, M, C_padded]`` and rstd fp32 ``[B, M]``, or ``[0]`` without normalisation.
@@ -144,7 +148,7 @@ def pack_inputs_forward(
     Raises:
         RuntimeError: the library refused or the launch failed; the message says why.
     """
-    assert fourier is None, "reasons_against refuses Fourier features"
+    assert fourier is None and not constants, "reasons_against refuses Fourier features and constant channels"
     B, M, C_content = content.shape
     if positions is not None and positions.dtype not in ELEMENT_TYPES:
         positions = positions.float()

@@ -24,7 +24,7 @@ def reasons_against(problem: PackProblem) -> list[str]:
 
 def pack_inputs_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, *, normalize: bool,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(packed [B, M, C_padded], rstd fp32 [B, M], or [0] without normalisation)."""
     B, M, C_content = content.shape
@@ -32,13 +32,14 @@ def pack_inputs_forward(
     if positions is not None:
         C += positions.shape[-1] if fourier is None else fourier.shape[-1]
         positions = unit_stride(positions)
-    packed = torch.empty(B, M, pad_channels(C), dtype=dtype, device=content.device)
+    packed = torch.empty(B, M, pad_channels(C + constants), dtype=dtype, device=content.device)
     rstd = torch.empty((B, M) if normalize else (0,), dtype=torch.float32, device=content.device)
     if B * M == 0:
         return packed, rstd
     fourier, key_mask = contiguous(fourier, key_mask)
     batched = positions is not None and positions.ndim == 3
-    plan = plan_pack(B, M, pad_channels(C), shared=positions is not None and not batched, device=device_facts(content.device))
+    shared = positions is not None and not batched
+    plan = plan_pack(B, M, packed.shape[-1], shared=shared, device=device_facts(content.device))
     with torch.cuda.device_of(content):
         launch(
             _pack_fwd_kernel, ceil_div(M, plan.block_m) * ceil_div(B, plan.batch_per_program),
@@ -46,7 +47,7 @@ def pack_inputs_forward(
             plan.batch_per_program, *content.stride(), positions.stride(0) if batched else 0,
             0 if positions is None else positions.stride(-2), PIECES=plan.pieces, BLOCK_M=plan.block_m,
             POSITIONS=positions is not None, FOURIER=fourier is not None, BATCHED=batched, NORMALIZE=normalize,
-            MASKED=key_mask is not None, num_warps=plan.num_warps,
+            MASKED=key_mask is not None, CONSTANTS=constants, num_warps=plan.num_warps,
         )  # fmt: skip
     return packed, rstd
 

@@ -125,7 +125,7 @@ def _pack_fwd_kernel(
     content, positions, table, key_mask, packed, rstd, B, M, C_content, C, C_padded, eps, batch_per_program,
     stride_c_b, stride_c_m, stride_c_c, stride_p_b, stride_p_m,
     PIECES: tl.constexpr, BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, FOURIER: tl.constexpr, BATCHED: tl.constexpr,
-    NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE: tl.constexpr, MASKED: tl.constexpr, CONSTANTS: tl.constexpr,
 ):  # fmt: skip
     token_blocks = tl.cdiv(M, BLOCK_M)
     o_m = (tl.program_id(0) % token_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,8 +154,13 @@ def _pack_fwd_kernel(
             scale = tl.where(visible, row_rstd, 0.0)
             tl.store(rstd + i_b * M + o_m, scale, mask=m_m)
         for i in tl.static_range(len(PIECES)):
-            # Selected, not multiplied by 0: what a hidden token holds, NaN too, goes no further.
-            tile = tl.where(visible[:, None], x[i] * scale[:, None], 0.0) if MASKED else x[i] * scale[:, None]
+            tile = x[i] * scale[:, None]
+            if CONSTANTS > 0:
+                o_c = piece_columns(PIECES, i)
+                tile = tl.where(((o_c >= C) & (o_c < C + CONSTANTS))[None, :], 1.0, tile)
+            if MASKED:
+                # Selected, not multiplied by 0: what a hidden token holds, NaN too, goes no further.
+                tile = tl.where(visible[:, None], tile, 0.0)
             _store_vectors(
                 packed + i_b * M * C_padded, tile, o_m, m_m, C_padded, piece_start(PIECES, i), BLOCK_M, PIECES[i]
             )

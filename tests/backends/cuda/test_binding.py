@@ -232,6 +232,7 @@ class TestPlan:
             ({"device_type": "cpu"}, "cuda takes CUDA tensors, got cpu"),
             ({"content_dtype": torch.float64}, "got float64"),
             ({"C_content": 1000, "C_positions": 30}, "up to 1024 channels, got 1030"),
+            ({"constants": 2}, "no constant channels"),
         ],
     )
     def test_refusals_are_sentences(self, changes, reason):
