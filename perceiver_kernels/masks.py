@@ -36,6 +36,13 @@ class Masks:
     causal: Causal = "none"
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but ``causal``, in the order of the fields."""
+        return (
+            self.key_mask, self.lengths, self.query_mask, self.attn_mask, self.cu_seqlens_q, self.cu_seqlens_k
+        )  # fmt: skip
+
+    @property
     def packed(self) -> bool:
         """Whether batch axis 1 holds sequences of different lengths, one after the other."""
         return self.cu_seqlens_q is not None
@@ -67,3 +74,4 @@ def check_starts(masks: Masks, Lq: int, Lk: int) -> None:
 
 
 NO_MASKS = Masks()
+CAUSAL_MASKS = {alignment: Masks(causal=alignment) for alignment in ALIGNMENTS}

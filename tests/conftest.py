@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from perceiver_kernels.plan import attention as attention_planning
+from perceiver_kernels.plan import shared_kv as shared_kv_planning
+from perceiver_kernels.plan import splits
 from perceiver_kernels.testing import poisoned_memory
 from perceiver_kernels.testing.targets import machine, targets
 
@@ -73,3 +77,23 @@ def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN (the largest integer) until it is written."""
     with poisoned_memory():
         yield
+
+
+def _forget_plans() -> None:
+    attention_planning.plan_attention.cache_clear()
+    shared_kv_planning._plan_sizes.cache_clear()
+    if repetition := sys.modules.get("perceiver_kernels.backends.triton.repetition"):
+        repetition.forget()
+
+
+@pytest.fixture
+def weights_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """A function that sets the wide kernels' budget for their workspace of weights; calls are planned anew."""
+
+    def set_budget(budget: int) -> None:
+        monkeypatch.setattr(splits, "WEIGHTS_BYTES", budget)
+        _forget_plans()
+
+    yield set_budget
+    monkeypatch.undo()
+    _forget_plans()

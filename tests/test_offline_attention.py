@@ -43,7 +43,7 @@ def stack_budget(launch: Resources, dtype: torch.dtype, crowded: bool) -> int:
     """Bytes a thread may spill: dk and dv fill the registers of a warp group, and masks or dropout come on top."""
     if dtype == torch.float32:
         # Exact products are computed in registers.
-        return 384 if launch.kernel == "_wide_weights_fwd_kernel" else 8
+        return 384 if launch.kernel == "_wide_weights_fwd_kernel" else 16
     if launch.kernel == "_attention_bwd_dkv_kernel":
         return 256 if crowded else 80
     if launch.kernel == "_wide_values_kernel":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,22 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+# cuDNN is not among them: with masks, d_qk unlike d_v or short sides it gave NaN and wrong gradients, refused at its
+# execution, and read addresses that are not its own, after which the process has no GPU (torch 2.11, H100, bf16).
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _kernels(query: Tensor, mask: Tensor | None, *others: Tensor) -> AbstractContextManager[None]:
+    """torch's implementations that are right for a call; torch takes the first that serves it."""
+    if not query.is_cuda:
+        return nullcontext()
+    # The memory-efficient kernel keeps what its backward reads only if another tensor than the mask needs a gradient
+    # (pytorch#148476), and takes no mask of another dtype: torch's definition serves there.
+    for_mask_alone = needs_gradient(mask) and not needs_gradient(query, *others)
+    other_dtype = mask is not None and mask.dtype not in (torch.bool, query.dtype)
+    return sdpa_kernel(SDPBackend.MATH if for_mask_alone or other_dtype else _KERNELS)
+
+
 def attention(
     query: Tensor,
     keys: tuple[Tensor, ...],
@@ -66,10 +82,7 @@ def attention(
         query = torch.where(masks.query_mask[:, None, :, None], query, 0.0)
     mask, is_causal = _torch_mask(masks, query.shape[2], key.shape[2], query)
     grouped = key.shape[1] not in (1, query.shape[1])
-    # The memory-efficient kernel keeps what its backward reads only if another tensor than the mask needs a gradient
-    # (pytorch#148476): torch's definition serves where none does.
-    for_mask_alone = query.is_cuda and needs_gradient(mask) and not needs_gradient(query, key, value)
-    with sdpa_kernel(SDPBackend.MATH) if for_mask_alone else nullcontext():
+    with _kernels(query, mask, key, value):
         out = F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
         )
@@ -109,7 +122,8 @@ def shared_kv_attention(
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if q.is_cuda:
         q, x = _aligned(q), _aligned(x)
-    z = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
+    with _kernels(q, mask, x):
+        z = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
     rho = torch.ones(q.shape[:2], device=q.device, dtype=torch.float32)
     if key_mask is not None:
         rho = rho * key_mask.any(-1, keepdim=True)

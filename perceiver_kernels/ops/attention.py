@@ -12,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from perceiver_kernels.dispatch import load
 from perceiver_kernels.layouts import empty_heads
 from perceiver_kernels.masks import NO_MASKS, Masks
-from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
+from perceiver_kernels.ops.boundary import BatchFold, define, is_plain_call, refuse_double_backward, transforms_active
+from perceiver_kernels.problem import needs_gradient
 
 _OPTIONS = (
     "Tensor? key_mask, Tensor? lengths, Tensor? query_mask, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -21,9 +22,7 @@ _OPTIONS = (
 
 
 def _flat(masks: Masks) -> tuple[Any, ...]:
-    return (
-        masks.key_mask, masks.lengths, masks.query_mask, masks.attn_mask, masks.cu_seqlens_q, masks.cu_seqlens_k, masks.causal
-    )  # fmt: skip
+    return (*masks.tensors, masks.causal)
 
 
 def _forward(
@@ -139,9 +138,14 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tup
     parts = [
         refuse_double_backward(part, *sources) if needed else None
         for gradient, wanted in ((dk, needs[1 : 1 + segments]), (dv, needs[1 + segments : 1 + 2 * segments]))
-        for part, needed in zip(gradient.split(lengths, 2) if any(wanted) else [None] * segments, wanted, strict=True)
+        for part, needed in zip(_split(gradient, lengths) if any(wanted) else [None] * segments, wanted, strict=True)
     ]
     return (*(None,) * 7, dq, *parts, *nothing)
+
+
+def _split(gradient: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """The segments of a gradient of keys or values."""
+    return (gradient,) if len(lengths) == 1 else gradient.split(lengths, 2)
 
 
 def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +210,14 @@ def attention(
     A batch of 1 beside a larger one is expanded here, so that autograd sums its gradient.
     """
     B = max(query.shape[0], keys[0].shape[0])
-    expanded = [t if t.shape[0] == B else t.expand(B, -1, -1, -1) for t in (query, *keys, *values)]
+    if query.shape[0] != B or keys[0].shape[0] != B:
+        query, *rest = [t if t.shape[0] == B else t.expand(B, -1, -1, -1) for t in (query, *keys, *values)]
+        keys, values = tuple(rest[: len(keys)]), tuple(rest[len(keys) :])
+    if not needs_gradient(query, *keys, *values) and is_plain_call((query, keys, values, masks.tensors)):
+        out, lse, _ = load("attention", backend).attention_forward(
+            query, keys, values, masks, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed
+        )
+        return out, lse
     *flat, causal = _flat(masks)
-    out, lse, _ = _apply(*flat, dropout_seed, *expanded, causal, scale, dropout_p, backend, len(keys))
+    out, lse, _ = _apply(*flat, dropout_seed, query, *keys, *values, causal, scale, dropout_p, backend, len(keys))
     return out, lse

@@ -203,21 +203,29 @@ class Sample:
 _WIDTHS = (1, 7, 16, 32, 48, 64, 64, 96, 128, 160, 200, 256)
 
 
-def generated(count: int, dtypes: tuple[torch.dtype, ...], longest: int, heads: int) -> list[Sample]:
-    """``count`` calls of all regimes, masks, widths and dtypes, up to ``longest`` tokens and ``heads`` key heads."""
+def generated(
+    count: int, dtypes: tuple[torch.dtype, ...], longest: int, heads: int, *, sizes_each: int = 1
+) -> list[Sample]:
+    """``count`` calls of all regimes, masks, widths and dtypes, up to ``longest`` tokens and ``heads`` key heads.
+
+    ``sizes_each`` in a row differ in sizes alone: kernels are compiled anew for widths, masks and dtypes.
+    """
     draw = random.Random(count)
     samples = []
     for index in range(count):
+        if index % sizes_each == 0:
+            kind = index // sizes_each
+            mask, dtype = MASK_KINDS[kind % len(MASK_KINDS)], dtypes[kind % len(dtypes)]
+            d_qk = draw.choice(_WIDTHS)
+            d_v = draw.choice([d_qk, d_qk, draw.choice(_WIDTHS)])
+            two_segments = draw.random() < 0.15 and not mask.startswith("packed")
+            dropout_p = draw.choice([0.0, 0.0, 0.0, 0.3])
         short, long = draw.randint(1, 70), draw.randint(1, longest)
         Lq, Lk = draw.choice([(short, long), (long, short), (long, long), (short, short)])
-        mask = MASK_KINDS[index % len(MASK_KINDS)]
         H_kv = draw.randint(1, heads)
         H = H_kv * draw.choice([1, 1, 2, 4])
-        d_qk = draw.choice(_WIDTHS)
-        d_v = draw.choice([d_qk, d_qk, draw.choice(_WIDTHS)])
         B = 1 if mask.startswith("packed") else draw.choice([1, 2, 3])
-        segments = draw.randint(0, Lk) if draw.random() < 0.15 and not mask.startswith("packed") else 0
-        dropout_p = draw.choice([0.0, 0.0, 0.0, 0.3])
+        segments = draw.randint(0, Lk) if two_segments else 0
         case = AttentionCase(f"sample-{index}", B, H, Lq, Lk, d_qk, d_v)
-        samples.append(Sample(case, H_kv, mask, dropout_p, segments, dtypes[index % len(dtypes)]))
+        samples.append(Sample(case, H_kv, mask, dropout_p, segments, dtype))
     return samples

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from perceiver_kernels import plan as planning
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.testing import LAYOUTS, AttentionCase
 from perceiver_kernels.testing.attention import attention_call, masks_of
@@ -30,12 +29,9 @@ def wanted(target: Target) -> bool:
 
 
 @pytest.fixture(params=[1])
-def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def workspace(request: pytest.FixtureRequest, weights_bytes: Callable[[int], None]) -> None:
     """The workspace holds no more than these bytes, or the weights of one tile of queries or keys."""
-    monkeypatch.setattr(planning.splits, "WEIGHTS_BYTES", request.param)
-    planning.plan_attention.cache_clear()
-    yield
-    planning.plan_attention.cache_clear()
+    weights_bytes(request.param)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 30], ids=["a tile a chunk", "one chunk"], indirect=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor
 from perceiver_kernels import reference
 from perceiver_kernels.backends import composite
 from perceiver_kernels.dispatch import load
-from perceiver_kernels.plan import shared_kv as planning
 from perceiver_kernels.testing import assert_as_accurate, same_bits, shared_kv_gradient_terms
 from perceiver_kernels.testing.targets import Target
 
@@ -190,18 +189,10 @@ def test_number_of_splits_does_not_matter(target: Target, splits: int) -> None:
     judge(target, dict(zip(names, (*saved, dq, dx), strict=True)), q, x, dz, kwargs)
 
 
-@pytest.fixture
-def small_workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The wide kernels' weights workspace holds one key tile: every tile is a chunk of its own."""
-    monkeypatch.setattr(planning.splits, "WEIGHTS_BYTES", 1)
-    planning._plan_sizes.cache_clear()
-    yield
-    planning._plan_sizes.cache_clear()
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_wide_rows_in_many_chunks(target: Target, small_workspace: None, p: float, masked: bool) -> None:
+def test_wide_rows_in_many_chunks(target: Target, weights_bytes: Callable[[int], None], p: float, masked: bool) -> None:
+    weights_bytes(1)  # every key tile is a chunk of its own
     module, C = module_of(target), 352
     if not target.is_kernel:
         pytest.skip("only kernels keep weights in a workspace")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 
 from perceiver_kernels.backends.triton import pack, shared_kv, wide_shared_kv
 from perceiver_kernels.device import H200
-from perceiver_kernels.plan import shared_kv as planning
 from perceiver_kernels.testing import ENCODE, EncodeCase, gapped_rows, misaligned, nan_tail, same_bits
 from perceiver_kernels.testing.targets import Target, one_for_each_width, sized
 from tests.backends import test_pack as pack_bodies
@@ -101,17 +100,15 @@ def test_inputs_that_tma_cannot_read_take_pointers(target: Target, case: EncodeC
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
-def test_wide_passes_with_different_key_tiles(target: Target, monkeypatch: pytest.MonkeyPatch, tma: bool) -> None:
+def test_wide_passes_with_different_key_tiles(target: Target, weights_bytes: Callable[[int], None], tma: bool) -> None:
     """The forward's key tile is wider than the backward's: several of each, in several chunks."""
     case = replace(bodies.WIDE, B=2, M=700, N=32)
-    monkeypatch.setattr(planning.splits, "WEIGHTS_BYTES", case.B * case.R * 256 * 2)
-    planning._plan_sizes.cache_clear()
+    weights_bytes(case.B * case.R * 256 * 2)
     call = bodies.call_of(case, target)
     sizes = shared_kv._plan(call.q, call.x).wide
     assert sizes.weights.columns != sizes.weights_backward.columns
     assert max(sizes.chunk, sizes.chunk_dq, sizes.chunk_dx) < case.M
     bodies.check(target, call if tma else replace(call, x=call.x[:1].expand_as(call.x)))
-    planning._plan_sizes.cache_clear()
 
 
 @pytest.mark.parametrize("positions", pack_bodies.POSITIONS)

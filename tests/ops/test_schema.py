@@ -216,7 +216,7 @@ def skip_composites(target: Target, name: str) -> None:
 def test_opcheck(target: Target, name: str, case: str) -> None:
     skip_composites(target, name)
     operator, cases, _ = OPERATORS[name]
-    opcheck(operator, cases(target)[case])
+    opcheck(operator.overload, cases(target)[case])
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -237,7 +237,7 @@ def test_fakes_of_fp64_are_fp64_too(name: str) -> None:
     """Statistics are as wide as what they are of; only the specification takes fp64."""
     target = Target(OP, "reference", "cpu", torch.float64)
     operator, cases, _ = OPERATORS[name]
-    opcheck(operator, cases(target)["plain"])
+    opcheck(operator.overload, cases(target)["plain"])
 
 
 def test_every_operator_is_covered() -> None:

@@ -103,7 +103,7 @@ def test_second_derivative_is_refused_with_a_way_out(target: Target, of: str, in
 def test_gradients_are_computed_only_where_they_are_needed(target: Target) -> None:
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is shared_op.BACKWARD:
+            if func is shared_op.BACKWARD.overload:
                 needs.append(args[12:14])
             return func(*args, **(kwargs or {}))
 
@@ -236,11 +236,11 @@ class TestCheckpoint:
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                calls.extend([func] if func is shared_op.FORWARD else [])
+                calls.extend([func] if func is shared_op.FORWARD.overload else [])
                 return func(*args, **(kwargs or {}))
 
         def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            saved = keep and operator is shared_op.FORWARD
+            saved = keep and operator is shared_op.FORWARD.overload
             return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
         q, x = randn(target, B, R, C).requires_grad_(), randn(target, B, M, C).requires_grad_()

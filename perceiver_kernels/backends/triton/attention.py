@@ -21,6 +21,7 @@ from perceiver_kernels.backends.triton.attention_small_kernels import _attention
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, unit_stride
 from perceiver_kernels.backends.triton.launch import launch
+from perceiver_kernels.backends.triton.repetition import repeated
 from perceiver_kernels.layouts import empty_heads
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, Resident
@@ -43,6 +44,17 @@ def attention_forward(
     dropout_seed: Tensor | None, plan: AttentionPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, statistics): statistics [2, B, H, Lq] are the row maximum and log l under an additive mask, else empty."""
+    tensors = (query, *keys, *values, *masks.tensors, dropout_seed)
+    return repeated(
+        "attention_forward", (len(keys), masks.causal, scale, dropout_p, plan), tensors,
+        lambda: _forward(query, keys, values, masks, scale, dropout_p, dropout_seed, plan),
+    )  # fmt: skip
+
+
+def _forward(
+    query: Tensor, keys: Tensors, values: Tensors, masks: Masks, scale: float, dropout_p: float, dropout_seed: Tensor | None,
+    plan: AttentionPlan | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, Lq, _ = query.shape
     d_v, additive = values[0].shape[3], masks.attn_mask is not None and masks.attn_mask.dtype != torch.bool
     out = empty_heads(query, B, H, Lq, d_v)
@@ -109,6 +121,21 @@ def attention_backward(
     needs_dkv: bool = True, plan: AttentionPlan | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv], dk and dv over the keys of all segments; what is not needed may be empty."""
+    tensors = (dout, dlse, out, lse, statistics, query, *keys, *values, *masks.tensors, dropout_seed)
+    return repeated(
+        "attention_backward", (len(keys), masks.causal, scale, dropout_p, needs_dq, needs_dkv, plan), tensors,
+        lambda: _backward(
+            dout, dlse, out, lse, statistics, query, keys, values, masks, scale, dropout_p, dropout_seed, needs_dq, needs_dkv,
+            plan,
+        ),
+    )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: Tensors,
+    values: Tensors, masks: Masks, scale: float, dropout_p: float, dropout_seed: Tensor | None, needs_dq: bool,
+    needs_dkv: bool, plan: AttentionPlan | None,
+) -> list[Tensor]:  # fmt: skip
     Lk = sum(key.shape[2] for key in keys)
     dq = empty_heads(query, *query.shape)
     dk, dv = (

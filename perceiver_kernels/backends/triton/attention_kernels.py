@@ -42,6 +42,7 @@ from perceiver_kernels.backends.triton.primitives import (
     accumulate,
     dot_transposed,
     dropout_factors,
+    loop_indices,
     row_dots,
     store_rows,
     zero_rows,
@@ -231,8 +232,9 @@ def _attention_bwd_dkv_kernel(
     acc_k = zero_rows(BLOCK_KV, PIECES_QK)
     acc_v = zero_rows(BLOCK_KV, PIECES_V)
     for t in tl.range(0, tiles * G, num_stages=STAGES):
-        i_h = i_kv * G + t // tiles
-        i_row = row_begin + (t % tiles) * BLOCK_Q
+        i_g, i_tile = loop_indices(t, tiles)
+        i_h = i_kv * G + i_g
+        i_row = row_begin + i_tile * BLOCK_Q
         o_rows = i_row + tl.arange(0, BLOCK_Q)
         m_rows = o_rows < row_end
         window = row_windows(masks, i_b, o_rows, m_rows, Lq, Lk, causal_shift, HIDES)

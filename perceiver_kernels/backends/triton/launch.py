@@ -7,6 +7,9 @@ in place of tensors.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +38,81 @@ _CAPACITY = 4096
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
+class Launch(NamedTuple):
+    """A launch as it was asked for: arguments and constants in the kernel's order, with tensors and descriptors in them."""
+
+    kernel: Any
+    programs: int
+    arguments: list[Any]
+
+
+class DirectLauncher(NamedTuple):
+    """Triton's launcher of a compiled kernel: ``start`` takes three grid sizes, stream, function, ``settings``, arguments.
+
+    In the place of a descriptor it takes an encoded one, its shape and its strides.
+    """
+
+    start: Callable[..., None]
+    settings: tuple[Any, ...]
+    metadata: list[Any]
+
+    @classmethod
+    def of(cls, kernel: Any) -> DirectLauncher | None:
+        """The launcher of ``kernel``; None if it wants memory of its own."""
+        run = kernel.run
+        if run.global_scratch_size or run.profile_scratch_size:
+            return None
+        start, metadata = run.launch, []
+        if closure := getattr(start, "__closure__", None):
+            # A wrapper that encodes the descriptors of every launch.
+            names = dict(zip(start.__code__.co_freevars, (cell.cell_contents for cell in closure), strict=True))
+            start, metadata = names["launcher"], names["tensordesc_meta"]
+        settings = (run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata, None, None, None)
+        return cls(start, settings, metadata)
+
+    def encoder(self, index: int, descriptor: Descriptor) -> Callable[[int], Any]:
+        """A function from an address to what ``start`` takes for the kernel's descriptor ``index``."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        metadata = self.metadata[index]
+        return lambda address: make_tensordesc_arg(descriptor._replace(base=_Address(address)), metadata)[0]
+
+
+class _Address(NamedTuple):
+    """What a descriptor asks of a tensor."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        return self.value
+
+
+_observed = threading.local()
+
+
+@contextmanager
+def observed_launches(launches: list[Launch]) -> Iterator[None]:
+    """Add every launch of this thread to ``launches``."""
+    outer = getattr(_observed, "launches", None)
+    _observed.launches = launches
+    try:
+        yield
+    finally:
+        _observed.launches = outer
+
+
+def can_launch_directly() -> bool:
+    """Whether launches may go past Triton's own path, which calls the hooks of profilers."""
+    return _DIRECT and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
 def launch(function: Any, programs: int, *args: Any, **options: Any) -> None:
     """Run ``function`` with ``programs`` programs: ``args`` in its order, then constants and launch options by name.
 
     Tensors may be on a CPU, where the interpreter, or an offline compiler, takes Triton's own path.
     """
     tensor = _a_tensor(args)
-    hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
-    if hooks or not (_DIRECT and tensor.is_cuda):
+    if not (tensor.is_cuda and can_launch_directly()):
         _launch_as_triton(function, programs, args, options)
         return
     device = torch.cuda.current_device()
@@ -54,11 +124,20 @@ def launch(function: Any, programs: int, *args: Any, **options: Any) -> None:
     if kernel is None:
         if len(_compiled) >= _CAPACITY:
             _compiled.clear()
-        _compiled[found] = _launch_as_triton(function, programs, args, options)
+        kernel = _compiled[found] = _launch_as_triton(function, programs, args, options)
+        _tell_observer(function, kernel, programs, args, options)
         return
+    _tell_observer(function, kernel, programs, args, options)
     given += [options[name] for name in function.arg_names[len(args) :]]
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel.run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *given)
+
+
+def _tell_observer(function: Any, kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    launches = getattr(_observed, "launches", None)
+    if launches is not None:
+        constants = [options[name] for name in function.arg_names[len(args) :]]
+        launches.append(Launch(kernel, programs, [*args, *constants]))
 
 
 def _a_tensor(args: tuple[Any, ...]) -> Tensor:

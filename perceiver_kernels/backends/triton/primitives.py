@@ -29,6 +29,18 @@ def piece_columns(PIECES: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
+def loop_indices(t, inner):
+    """(t // inner, t % inner), for the index of a loop over ``inner`` steps of something, of which there may be none.
+
+    A pipelined loop divides before it has looked whether it runs. From a division by ``inner`` LLVM concludes that it is not 0,
+    so that the loop does run, and starts loads that nothing waits for: they land in shared memory that serves another purpose
+    by then (Triton 3.6).
+    """
+    some = tl.maximum(inner, 1)
+    return t // some, t % some
+
+
+@triton.jit
 def _zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
@@ -168,12 +180,25 @@ def dot_transposed(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. In fp32 the product is summed by itself first: one chain of additions through all tiles of a loop would round
+    thousands of times at the size of the whole sum.
+    """
+    if a.dtype == tl.float32:
+        # Triton makes one chain of a product and an addition, but not of this.
+        acc = tl.fma(acc, 1.0, tl.dot(a, b, input_precision=PRECISION))
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def accumulate(weights, b, acc, PRECISION: tl.constexpr):
     """acc + weights b, piece by piece: [ROWS, K] x [K, C] -> [ROWS, C]."""
     LAST: tl.constexpr = len(b) - 1
     pieces = ()
     for i in tl.static_range(len(b)):
-        pieces = (tl.dot(weights, b[LAST - i], acc[LAST - i], input_precision=PRECISION),) + pieces
+        pieces = (add_product(weights, b[LAST - i], acc[LAST - i], PRECISION),) + pieces
     return pieces
 
 

@@ -23,6 +23,7 @@ from perceiver_kernels.backends.triton.describe import (
 )
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.primitives import LOG2_E
+from perceiver_kernels.backends.triton.repetition import repeated
 from perceiver_kernels.backends.triton.shared_kv_kernels import (
     _shared_kv_bwd_dq_kernel,
     _shared_kv_bwd_dx_kernel,
@@ -63,6 +64,20 @@ def shared_kv_attention_forward(
     out_dtype: torch.dtype | None = None, plan: SharedKVPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(z, lse, rho), continued from the ``state`` of earlier keys where one is given."""
+    # Without dropout nothing depends on where the keys lie among all of them: chunks are calls alike.
+    offset = key_offset if dropout_p > 0.0 else 0
+    tensors = (q, x, key_mask, lengths, dropout_seed, *(state or (None, None, None)))
+    return repeated(
+        "shared_kv_attention_forward", (scale, dropout_p, offset, out_dtype, plan), tensors,
+        lambda: _forward(q, x, key_mask, lengths, scale, dropout_p, dropout_seed, offset, state, out_dtype, plan),
+    )  # fmt: skip
+
+
+def _forward(
+    q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, scale: float, dropout_p: float,
+    dropout_seed: Tensor | None, key_offset: int, state: tuple[Tensor, Tensor, Tensor] | None, out_dtype: torch.dtype | None,
+    plan: SharedKVPlan | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, R, C = q.shape
     M, dtype = x.shape[1], out_dtype or q.dtype
     if B * R == 0 or M == 0:
@@ -126,6 +141,22 @@ def shared_kv_attention_backward(
 
     dq is added to ``dq_sum`` (fp32 [B, R, C], contiguous) in place where one is given, and that tensor is returned for it.
     """
+    offset = key_offset if dropout_p > 0.0 else 0
+    tensors = (dz, delta, drho, q, x, lse, key_mask, lengths, dropout_seed, dq_sum)
+    return repeated(
+        "shared_kv_attention_backward", (scale, dropout_p, offset, needs_dq, needs_dx, plan), tensors,
+        lambda: _backward(
+            dz, delta, drho, q, x, lse, key_mask, lengths, scale, dropout_p, dropout_seed, offset, needs_dq, needs_dx, dq_sum,
+            plan,
+        ),
+    )  # fmt: skip
+
+
+def _backward(
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, scale: float, dropout_p: float, dropout_seed: Tensor | None, key_offset: int, needs_dq: bool,
+    needs_dx: bool, dq_sum: Tensor | None, plan: SharedKVPlan | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     B, R, C = q.shape
     if B * R == 0 or x.shape[1] == 0:
         dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum

@@ -23,7 +23,7 @@ from perceiver_kernels.backends.triton.attention_steps import (
     row_windows,
     window_bounds,
 )
-from perceiver_kernels.backends.triton.primitives import dropout_factors
+from perceiver_kernels.backends.triton.primitives import add_product, dropout_factors, loop_indices
 from perceiver_kernels.backends.triton.wide_kernels import load_tile, product_of_rows, tile_position
 
 
@@ -124,8 +124,9 @@ def _wide_attention_products_kernel(
     end = tl.minimum(begin + rows_per_slice, row_end - row_start)
     steps = tl.maximum(tl.cdiv(end - begin, BLOCK_K), 0)
     for t in tl.range(0, steps * G, num_stages=STAGES):
-        lead = (i_b, i_kv * G + t // steps)
-        r = begin + (t % steps) * BLOCK_K
+        i_g, i_step = loop_indices(t, steps)
+        lead = (i_b, i_kv * G + i_g)
+        r = begin + i_step * BLOCK_K
         o_rows = r + tl.arange(0, BLOCK_K)
         m_rows = o_rows < end
         m_read = m_rows
@@ -133,7 +134,7 @@ def _wide_attention_products_kernel(
             m_read = m_rows & (tl.load(masks[2] + i_b.to(tl.int64) * Lq + row_start + o_rows, mask=m_rows, other=0) != 0)
         w = load_tile(weights, lead, first_row + r, key_w, m_rows, key_tiles * BLOCK_KV, stride_w, BLOCK_K, BLOCK_KV, TMA)
         b_rows = load_tile(rows, lead, row_start + r, column, m_read, d, stride_rows, BLOCK_K, BLOCK_COL, TMA_ROWS)
-        acc = tl.dot(w.T, b_rows, acc, input_precision=PRECISION)
+        acc = add_product(w.T, b_rows, acc, PRECISION)
     # Formed again: kept through the loop, the addresses of odd widths spill a kilobyte a thread.
     p, m_part = _part_places(
         part, (i_b, i_kv, i_s), key_start + key_w, column, part_start, Lk, d, stride_part, BLOCK_KV, BLOCK_COL

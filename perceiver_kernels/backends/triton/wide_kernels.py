@@ -28,7 +28,7 @@ from perceiver_kernels.backends.triton.attention_steps import (
     store_row_state,
     window_bounds,
 )
-from perceiver_kernels.backends.triton.primitives import LOG2_E, dropout_factors
+from perceiver_kernels.backends.triton.primitives import LOG2_E, add_product, dropout_factors
 
 _LOG2_E = tl.constexpr(LOG2_E)
 # Tiles whose maximum lies further below the row's, in powers of two, count as if it lay there: a million such weights add less
@@ -62,7 +62,7 @@ def product_of_rows(
     for c in tl.range(0, d, BLOCK_C, num_stages=STAGES):
         tile_a = load_tile(a, lead_a, row_a, c, m_a, d, stride_a, ROWS_A, BLOCK_C, TMA)
         tile_b = load_tile(b, lead_b, row_b, c, m_b, d, stride_b, ROWS_B, BLOCK_C, TMA)
-        s = tl.dot(tile_a, tile_b.T, s, input_precision=PRECISION)
+        s = add_product(tile_a, tile_b.T, s, PRECISION)
     return s
 
 
@@ -218,7 +218,7 @@ def _wide_values_kernel(
                 b_m = tl.maximum(b_m, safe - _NEGLIGIBLE / OCTAVES)
                 acc = acc * tl.exp2((reference - b_m) * OCTAVES)[:, None]
                 reference = b_m
-        acc = tl.dot(w, b_v, acc, input_precision=PRECISION)
+        acc = add_product(w, b_v, acc, PRECISION)
     o_columns = i_column * BLOCK_COL + tl.arange(0, BLOCK_COL)
     if SOFTMAX:
         # After the loop, which so has fewer registers to keep.

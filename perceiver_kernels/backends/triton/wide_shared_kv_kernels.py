@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perceiver_kernels.backends.triton.primitives import LOG2_E, dropout_factors, row_statistics, split_rows, visible_keys
+from perceiver_kernels.backends.triton.primitives import (
+    LOG2_E,
+    add_product,
+    dropout_factors,
+    row_statistics,
+    split_rows,
+    visible_keys,
+)
 from perceiver_kernels.backends.triton.wide_kernels import load_tile, product_of_rows, tile_position
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -77,7 +84,7 @@ def _add_transposed_product(
         m_rows = r + tl.arange(0, BLOCK_K) < R
         w = load_tile(weights, lead, row_w + r, key_w, m_rows, keys_w, stride_w, BLOCK_K, BLOCK_KV, TMA)
         b_rows = load_tile(rows, lead, r, column, m_rows, C, stride_rows, BLOCK_K, BLOCK_COL, TMA)
-        acc = tl.dot(w.T, b_rows, acc, input_precision=PRECISION)
+        acc = add_product(w.T, b_rows, acc, PRECISION)
     return acc
 
 

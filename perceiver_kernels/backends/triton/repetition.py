@@ -1,0 +1,327 @@
+"""Calling a backend function again for less: its allocations and launches are recorded once, and then repeated.
+
+Planning, descriptors and the arguments of a launch follow from the shapes, strides, types and alignment of the tensors and from
+a call's numbers. Calls alike in those differ in addresses only. The first of them runs as it is written, under an observer of
+everything that torch is asked for. Where that was nothing but fresh memory, views and kernels of ours, the calls after it
+allocate the same memory in the same order, for as long as it is used, and start the same kernels with new addresses. On the
+host that takes a tenth of the time. Any other operation, and calls with many launches (long ones, whose host time is hidden),
+leave a call as it is written for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perceiver_kernels.backends.triton.launch import (
+    Descriptor,
+    DirectLauncher,
+    Launch,
+    can_launch_directly,
+    observed_launches,
+)
+
+Result = TypeVar("Result")
+
+MOST_LAUNCHES = 16
+_CAPACITY = 4096
+_ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+}  # fmt: skip
+
+_repeatable: dict[tuple[Any, ...], _Recorded | None] = {}
+
+
+def repeated(
+    name: str, numbers: tuple[Any, ...], tensors: tuple[Tensor | None, ...], run: Callable[[], Result]
+) -> Result:
+    """``run()``, which launches kernels, or the repetition of an earlier call alike.
+
+    Args:
+        name: of the calling function.
+        numbers: everything beside the tensors that the call depends on.
+        tensors: every tensor that it reads, on one device; None has its place, but not the first.
+    """
+    first = tensors[0]
+    if first is None or not first.is_cuda or not can_launch_directly():
+        return run()
+    device = torch._C._cuda_getDevice()
+    if first.get_device() != device:
+        return run()
+    key: list[Any] = [name, numbers, device, torch.get_float32_matmul_precision()]
+    addresses: list[int] = []
+    starts = set()
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            addresses.append(0)
+            continue
+        address = tensor.data_ptr()
+        key += (tensor.shape, tensor.stride(), tensor.dtype, address % 16)
+        addresses.append(address)
+        if address in starts and address:
+            # Tensors that share memory are not told apart by their addresses: which ones do is part of the key.
+            key.append(addresses.index(address))
+        starts.add(address)
+    found = tuple(key)
+    recorded = _repeatable.get(found, _NEVER)
+    if recorded is None:
+        return run()
+    if recorded is not _NEVER:
+        return recorded.repeat(tensors, addresses)
+    if len(_repeatable) >= _CAPACITY:
+        _repeatable.clear()
+    result, _repeatable[found] = _observe(run, tensors, device)
+    return result
+
+
+def forget() -> None:
+    """Drop all recordings: whoever changes how calls are planned calls this."""
+    _repeatable.clear()
+
+
+class _Observer(TorchDispatchMode):
+    """Sees what torch does while a call runs: fresh memory is kept in order, views are nothing, anything else spoils it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[Tensor] = []
+        self.launches: list[Launch] = []
+        self.plain = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            if len(self.launches) <= MOST_LAUNCHES:
+                self.memory.append(result)
+            else:
+                self.memory.clear()
+        elif not func.is_view:
+            self.plain = False
+        return result
+
+
+def _observe(
+    run: Callable[[], Result], tensors: tuple[Tensor | None, ...], device: int
+) -> tuple[Result, _Recorded | None]:
+    observer = _Observer()
+    with observer, observed_launches(observer.launches):
+        result = run()
+    if not (observer.plain and 0 < len(observer.launches) <= MOST_LAUNCHES):
+        return result, None
+    try:
+        return result, _Recorder(observer, tensors, device).recorded(result)
+    except _NotRepeatable:
+        return result, None
+
+
+class _NotRepeatable(Exception):
+    """A call did something that its repetition could not do."""
+
+
+class _Place(NamedTuple):
+    """Bytes behind the start of an input or of fresh memory; ``base`` counts the inputs first."""
+
+    base: int
+    offset: int
+
+
+def _filled(value: Any, addresses: list[int]) -> Any:
+    """A nested argument with addresses in their places."""
+    if type(value) is _Place:
+        return addresses[value.base] + value.offset
+    return tuple([_filled(each, addresses) for each in value]) if type(value) is tuple else value
+
+
+def _places(value: Any) -> list[_Place]:
+    if type(value) is _Place:
+        return [value]
+    return [place for each in value for place in _places(each)] if type(value) is tuple else []
+
+
+@dataclass
+class _Launch:
+    """One launch: what its launcher takes, and the memory that it is the first or the last to use.
+
+    Where addresses go: plain ones (index, base, offset), nested ones (index, argument), and those of TMA descriptors (index,
+    base, offset, what makes a descriptor of an address, the descriptors made so far).
+    """
+
+    start: Callable[..., None]
+    programs: int
+    function: Any
+    settings: tuple[Any, ...]
+    arguments: list[Any]
+    plain: list[tuple[int, int, int]] = field(default_factory=list)
+    nested: list[tuple[int, Any]] = field(default_factory=list)
+    described: list[tuple[int, int, int, Callable[[int], Any], dict[int, Any]]] = field(default_factory=list)
+    allocate: list[int] = field(default_factory=list)
+    release: list[int] = field(default_factory=list)
+
+    def bases(self) -> set[int]:
+        """Inputs and fresh memory that it reads or writes."""
+        inside = {place.base for _, value in self.nested for place in _places(value)}
+        return inside | {entry[1] for entry in (*self.plain, *self.described)}
+
+
+class _Fresh(NamedTuple):
+    """Memory as torch.empty_strided allocates it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_MOST_DESCRIPTORS = 256
+
+
+@dataclass
+class _Recorded:
+    """What a call does, without its addresses.
+
+    ``outputs`` are inputs and fresh memory by their base, -1 for None; ``pack`` makes the result of them.
+    """
+
+    device: torch.device
+    inputs: int
+    memory: list[_Fresh]
+    launches: list[_Launch]
+    outputs: list[int]
+    unused: list[int]
+    pack: Callable[[list[Any]], Any]
+
+    def repeat(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> Any:
+        """Allocate, launch, release; the result as the call's."""
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        nothing = len(self.memory)
+        held: list[Tensor | None] = [*tensors, *(None,) * (nothing + 1)]
+        addresses = addresses + [0] * nothing
+        for launch in self.launches:
+            if launch.allocate:
+                self._allocate(launch.allocate, held, addresses)
+            arguments = launch.arguments.copy()
+            for i, base, offset in launch.plain:
+                arguments[i] = addresses[base] + offset
+            for i, base, offset, encode, known in launch.described:
+                address = addresses[base] + offset
+                if (found := known.get(address)) is None:
+                    if len(known) >= _MOST_DESCRIPTORS:
+                        known.clear()
+                    found = known[address] = encode(address)
+                arguments[i] = found
+            for i, value in launch.nested:
+                arguments[i] = _filled(value, addresses)
+            launch.start(launch.programs, 1, 1, stream, launch.function, *launch.settings, *arguments)
+            for base in launch.release:
+                held[base] = None
+        if self.unused:
+            self._allocate(self.unused, held, addresses)
+        return self.pack([held[base] for base in self.outputs])
+
+    def _allocate(self, which: list[int], held: list[Tensor | None], addresses: list[int]) -> None:
+        for base in which:
+            shape, stride, dtype = self.memory[base - self.inputs]
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+            held[base], addresses[base] = tensor, tensor.data_ptr()
+
+
+_NEVER = _Recorded(torch.device("cpu"), 0, [], [], [], [], list)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """From the first element to the end of the last one."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class _Recorder:
+    """Finds the place of every address that a call used."""
+
+    def __init__(self, observer: _Observer, tensors: tuple[Tensor | None, ...], device: int) -> None:
+        self.observer, self.tensors = observer, tensors
+        self.device = torch.device("cuda", device)
+        self.inputs = len(tensors)
+        self.memory = [_Fresh(tuple(t.shape), t.stride(), t.dtype) for t in observer.memory]
+
+    def recorded(self, result: Any) -> _Recorded:
+        launches = [self._launch(each) for each in self.observer.launches]
+        single = isinstance(result, Tensor)
+        outputs = [self._output(each) for each in ([result] if single else result)]
+        used: dict[int, list[_Launch]] = {}
+        for launch in launches:
+            for base in launch.bases():
+                if base >= self.inputs:
+                    used.setdefault(base, []).append(launch)
+        for base, users in used.items():
+            users[0].allocate.append(base)
+            if base not in outputs:
+                users[-1].release.append(base)
+        unused = [base for base in outputs if base >= self.inputs and base not in used]
+        pack: Callable[[list[Any]], Any] = (lambda tensors: tensors[0]) if single else type(result)
+        return _Recorded(self.device, self.inputs, self.memory, launches, outputs, unused, pack)
+
+    def _place(self, tensor: Tensor) -> _Place | int:
+        address = tensor.data_ptr()
+        if address == 0:
+            return 0
+        exact = [i for i, t in enumerate(self.tensors) if t is not None and t.data_ptr() == address]
+        if exact:
+            return _Place(exact[0], 0)
+        around = [
+            (base, t.data_ptr())
+            for base, t in enumerate((*self.tensors, *self.observer.memory))
+            if t is not None and t.data_ptr() <= address < t.data_ptr() + _bytes(t)
+        ]
+        if len(around) != 1:
+            raise _NotRepeatable
+        return _Place(around[0][0], address - around[0][1])
+
+    def _launch(self, launch: Launch) -> _Launch:
+        launcher = DirectLauncher.of(launch.kernel)
+        if launcher is None:
+            raise _NotRepeatable
+        made = _Launch(launcher.start, launch.programs, launch.kernel.function, launcher.settings, [])
+        for value in launch.arguments:
+            i = len(made.arguments)
+            if type(value) is Descriptor:
+                place = self._place(value.base)
+                if type(place) is not _Place:
+                    raise _NotRepeatable
+                made.described.append((i, *place, launcher.encoder(len(made.described), value), {}))
+                made.arguments += [None, *value.shape, *value.strides]
+                continue
+            found = self._argument(value)
+            if type(found) is _Place:
+                made.plain.append((i, *found))
+            elif _places(found):
+                made.nested.append((i, found))
+            made.arguments.append(found)
+        return made
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._place(value)
+        return tuple(map(self._argument, value)) if type(value) is tuple else value
+
+    def _output(self, result: Any) -> int:
+        """The input, or fresh memory as a whole, that a result is."""
+        if result is None:
+            return -1
+        for base, tensor in enumerate(self.tensors):
+            if result is tensor:
+                return base
+        for i, tensor in enumerate(self.observer.memory):
+            same_memory = tensor.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+            whole = result.storage_offset() == 0 and result.numel() == tensor.numel() and result.dtype == tensor.dtype
+            if same_memory and whole and (tensor.numel() > 0 or tensor.shape == result.shape):
+                self.memory[i] = _Fresh(tuple(result.shape), result.stride(), result.dtype)
+                return self.inputs + i
+        raise _NotRepeatable
