@@ -36,6 +36,8 @@ class DeviceFacts:
 
 # 788 TFLOP/s (8192^3 bf16 product, random data) and 4.3 TB/s (8.6 GB copy) were measured on an H200.
 H200 = DeviceFacts("NVIDIA H200", "cuda", (9, 0), 132, 232_448, 60 << 20, 788e12, 4.3e12)
+# The same on an H100 SXM: 785 TFLOP/s and 3.0 TB/s.
+H100 = DeviceFacts("NVIDIA H100", "cuda", (9, 0), 132, 232_448, 50 << 20, 785e12, 3.0e12)
 # 0.8 of the published peaks of an A100-SXM4-80GB: 312 TFLOP/s and 2.04 TB/s.
 A100 = DeviceFacts("NVIDIA A100", "cuda", (8, 0), 108, 166_912, 40 << 20, 250e12, 1.7e12)
 # Two desktop cores with AVX2: a scale, so that plans can be compared on a machine without GPU.
@@ -48,8 +50,9 @@ _cuda_facts: dict[int, DeviceFacts] = {}
 
 def _query_cuda(index: int) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
-    if "H200" in properties.name:
-        return H200
+    for known in (H200, H100):
+        if known.name in properties.name and properties.multi_processor_count == known.sm_count:
+            return known
     capability = (properties.major, properties.minor)
     clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
     flops = _MATMUL_FLOPS_PER_CLOCK.get(properties.major, 1024) * properties.multi_processor_count * clock

@@ -57,6 +57,11 @@ def _kernels(query: Tensor, mask: Tensor | None, *others: Tensor) -> AbstractCon
     return sdpa_kernel(SDPBackend.MATH if for_mask_alone or other_dtype else _KERNELS)
 
 
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """torch's flash kernel gives NaN for other scales (torch 2.11): the sign, or the zero, moves into the queries."""
+    return (query, scale) if scale > 0.0 else (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+
+
 def attention(
     query: Tensor,
     keys: tuple[Tensor, ...],
@@ -81,6 +86,11 @@ def attention(
     if masks.query_mask is not None:
         query = torch.where(masks.query_mask[:, None, :, None], query, 0.0)
     mask, is_causal = _torch_mask(masks, query.shape[2], key.shape[2], query)
+    if query.is_cuda:
+        query, scale = _positive_scale(query, query.shape[-1] ** -0.5 if scale is None else scale)
+        if mask is not None and mask.shape[-1] != key.shape[2]:
+            # The memory-efficient kernel wants the keys of a mask side by side.
+            mask = mask.expand(*mask.shape[:-1], key.shape[2]).contiguous()
     grouped = key.shape[1] not in (1, query.shape[1])
     with _kernels(query, mask, key, value):
         out = F.scaled_dot_product_attention(
@@ -121,7 +131,8 @@ def shared_kv_attention(
         key_mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if q.is_cuda:
-        q, x = _aligned(q), _aligned(x)
+        q, scale = _positive_scale(_aligned(q), scale)
+        x = _aligned(x)
     with _kernels(q, mask, x):
         z = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
     rho = torch.ones(q.shape[:2], device=q.device, dtype=torch.float32)

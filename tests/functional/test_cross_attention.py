@@ -193,9 +193,10 @@ def test_latents_shared_by_the_batch(target: Target, method: str) -> None:
     layer.tensors["q"] = broadcast(layer.tensors["q"].expand(B, -1, -1, -1))
     stretched = check(layer, target, method=method)
     assert same_bits(found["out"], stretched["out"])
+    # Both are sums over the tokens too, in orders of their own.
     eps = torch.finfo(target.dtype).eps
     expected = stretched["dq"].double().sum(0, keepdim=True)
-    assert (found["dq"].double() - expected).abs().max() <= 4 * eps * stretched["dq"].double().abs().sum(0).max()
+    assert (found["dq"].double() - expected).abs().max() <= 16 * eps * stretched["dq"].double().abs().sum(0).max()
 
 
 @pytest.mark.parametrize("kind", ["all", "key_mask", "lengths"])

@@ -218,7 +218,7 @@ def test_queries_packed_once_serve_every_layer(target: Target, method: str, kind
 def test_packed_queries_are_inputs_too(target: Target, method: str) -> None:
     """Optical flow decodes the array that it encodes: channels of ones are not seen by a layer that reads inputs."""
     x = torch.randn(B, 70, C, generator=torch.Generator().manual_seed(2)).to(target.device)
-    q, w_k, w_v = (torch.randn(size, device=target.device) for size in ((1, 1, 4, 8), (8, C), (6, C)))
+    q, w_k, w_v = (torch.randn(size, device=target.device) / size[-1] ** 0.5 for size in ((1, 1, 4, 8), (8, C), (6, C)))
     outs = [
         pk.input_cross_attention(q, pk.pack_inputs(x, constants=constants), w_k, w_v, method=method, backend=target.backend)
         for constants in (0, 2)

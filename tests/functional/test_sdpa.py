@@ -37,7 +37,7 @@ def standard(d_v: int = D_V) -> list[Tensor]:
 
 
 def results(function: Any, tensors: list[Tensor], target: Target, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
-    """The output and every gradient, of an additive mask too, on values that ``target``'s dtype can hold."""
+    """The output and every gradient, on values that ``target``'s dtype can hold; kernels have none of an additive mask."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.to(target.device, target.dtype).to(dtype).detach().requires_grad_()
@@ -45,8 +45,9 @@ def results(function: Any, tensors: list[Tensor], target: Target, dtype: torch.d
     leaves = dict(zip(("query", "key", "value"), map(leaf, tensors), strict=True))
     mask = options.pop("attn_mask", None)
     if type(mask) is Tensor:
-        mask = leaf(mask) if mask.is_floating_point() else mask.to(target.device)
-        leaves |= {"attn_mask": mask} if mask.is_floating_point() else {}
+        learned = mask.is_floating_point() and not target.is_kernel
+        mask = leaf(mask).requires_grad_(learned) if mask.is_floating_point() else mask.to(target.device)
+        leaves |= {"attn_mask": mask} if learned else {}
     out = function(*(leaves[name] for name in ("query", "key", "value")), attn_mask=mask, **options)
     upstream = rand(*out.shape, seed=9).to(target.device, target.dtype).to(out.dtype)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream)

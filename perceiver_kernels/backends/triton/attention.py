@@ -251,8 +251,8 @@ def _launch_small_backward(
     key, value = call.keys[0], call.values[0]
     dk, dv = dkv or (dq, dq)
     launch(
-        _attention_small_bwd_kernel, ceil_div(B * H, tile.problems), call.query, key, value, saved.out, saved.dout, saved.dlse,
-        saved.lse, saved.statistics, dq, dk, dv, *call.common,
-        *strides_of(call.query, key, value, saved.out, saved.dout, dq, dk, dv), call.stride_mask,
+        _attention_small_bwd_kernel, ceil_div(B * H, tile.problems), call.query, key, value, saved.dout, saved.dlse,
+        dq, dk, dv, *call.common,
+        *strides_of(call.query, key, value, saved.dout, dq, dk, dv), call.stride_mask,
         HAS_DLSE=saved.dlse is not None, NEEDS_DKV=dkv is not None, **call.small_options(tile),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 One program per PROBLEMS neighbouring heads, those of a batch entry first, which lie side by side in memory: a program for each
 would start four times as often for the same bytes. Queries are EACH_Q rows a problem, keys EACH_KV; products are batched over
 the problems (matrix instructions take 16 rows, so that most of them is padding), and no number of one problem meets another's.
-The backward has dq, dk and dv at once and computes delta itself.
+The backward has dq, dk and dv at once. It computes the weights and delta anew from the scores: lse and out, which are rounded,
+would say them less exactly.
 
 FLOPs: as attention_kernels.py's, times EACH_Q EACH_KV / (Lq Lk). Device memory: every operand and result once, no partials,
 which is the time it takes (3 queries, 13 keys, 64 channels: 4 KB and 10 KFLOP a head). Arguments in tuples are those of
@@ -16,12 +17,10 @@ import triton
 import triton.language as tl
 
 from perceiver_kernels.backends.triton.attention_steps import (
-    attention_weights,
     attn_mask_kind,
     exponent_factor,
     has_key_mask,
     has_lengths,
-    load_row_state,
     mask_scores,
     row_windows,
     rows_to_read,
@@ -29,7 +28,7 @@ from perceiver_kernels.backends.triton.attention_steps import (
     store_result,
     windowed,
 )
-from perceiver_kernels.backends.triton.primitives import dropout_factors, load_rows, row_dots, store_rows
+from perceiver_kernels.backends.triton.primitives import dropout_factors, load_rows, store_rows
 
 
 @triton.jit
@@ -140,8 +139,8 @@ def _attention_small_fwd_kernel(
 
 @triton.jit
 def _attention_small_bwd_kernel(
-    q, k, v, out, dout, dlse, lse, statistics, dq, dk, dv, masks, dropout, scale, causal_shift, sizes,
-    stride_q, stride_k, stride_v, stride_out, stride_dout, stride_dq, stride_dk, stride_dv, stride_mask,
+    q, k, v, dout, dlse, dq, dk, dv, masks, dropout, scale, causal_shift, sizes,
+    stride_q, stride_k, stride_v, stride_dout, stride_dq, stride_dk, stride_dv, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, PROBLEMS: tl.constexpr, EACH_Q: tl.constexpr, EACH_KV: tl.constexpr,
     HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr, NEEDS_DKV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,11 +150,6 @@ def _attention_small_bwd_kernel(
     window = row_windows(masks, rows[0], rows[2], m_rows, Lq, Lk, causal_shift, HIDES)
     m_read = rows_to_read(window, m_rows, HIDES)
     b_do = load_rows(dout, 1, _offsets(rows, stride_dout), m_read, d_v, PIECES_V)
-    b_delta = row_dots(load_rows(out, 1, _offsets(rows, stride_out), m_read, d_v, PIECES_V), b_do)
-    o_lse = (rows[0] * H + rows[1]).to(tl.int64) * Lq + rows[2]
-    if HAS_DLSE:
-        b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
-    shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
     b_q = load_rows(q, 1, _offsets(rows, stride_q), m_read, d_qk, PIECES_QK)
     b_k = load_rows(k, 1, _offsets(keys, stride_k), m_keys, d_qk, PIECES_QK)
     b_v = load_rows(v, 1, _offsets(keys, stride_v), m_keys, d_v, PIECES_V)
@@ -163,12 +157,19 @@ def _attention_small_bwd_kernel(
         _scores(b_q, b_k, PROBLEMS, PRECISION), masks, stride_mask, rows, o_keys, window, m_rows, Lk, scale, HIDES
     )  # [PROBLEMS EACH_Q, EACH_KV]
     dp = _scores(b_do, b_v, PROBLEMS, PRECISION)
-    p = attention_weights(s, shift[:, None], log_l[:, None], exponent_factor(scale, HIDES), HIDES)
+    m_i, l_i = tl.full([PROBLEMS * EACH_Q], -float("inf"), tl.float32), tl.zeros([PROBLEMS * EACH_Q], tl.float32)
+    p, _, _, l_i = softmax_weights(m_i, l_i, s, exponent_factor(scale, HIDES), HIDES)
+    # Rows past the end have no maximum: their p is no number.
+    p = tl.where(m_rows[:, None], p / tl.where(l_i == 0.0, 1.0, l_i)[:, None], 0.0)
     kept = p
     if DROPOUT:
         o_weights = (rows[1] * Lq + rows[2])[:, None]
         factors = dropout_factors(*dropout, rows[0][:, None], o_weights, o_keys[None, :])
         dp, kept = dp * factors, p * factors
+    b_delta = tl.sum(p * dp, 1)
+    if HAS_DLSE:
+        o_lse = (rows[0] * H + rows[1]).to(tl.int64) * Lq + rows[2]
+        b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
     ds = (p * (dp - b_delta[:, None])).to(b_k[0].dtype)
     scales_q = tl.full([PROBLEMS * EACH_Q], 1.0, tl.float32) * scale
     acc = _rows_of(ds, b_k, PROBLEMS, False, PRECISION)
