@@ -25,3 +25,12 @@ def empty_heads(like: Tensor, B: int, H: int, L: int, d: int, dtype: torch.dtype
     if heads_inside_rows(like):
         return torch.empty(B, L, H, d, dtype=dtype, device=like.device).transpose(1, 2)
     return torch.empty(B, H, L, d, dtype=dtype, device=like.device)
+
+
+def result_dtype(dtype: torch.dtype, dropout_p: float) -> torch.dtype:
+    """The dtype of attention's result as the backward reads it: wide under dropout.
+
+    The backward subtracts dout . out from every score's gradient. A row that sees one key, whose scaled weight rounds, should
+    come to 0 there, and would come to the rounding of ``out``.
+    """
+    return torch.promote_types(dtype, torch.float32) if dropout_p > 0.0 else dtype

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from perceiver_kernels.dispatch import load
-from perceiver_kernels.layouts import empty_heads
+from perceiver_kernels.layouts import empty_heads, result_dtype
 from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.ops.boundary import BatchFold, define, is_plain_call, refuse_double_backward, transforms_active
 from perceiver_kernels.problem import needs_gradient
@@ -43,7 +43,7 @@ def _forward_fake(
     B, H, Lq, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    out = empty_heads(query, B, H, Lq, values[0].shape[3])
+    out = empty_heads(query, B, H, Lq, values[0].shape[3], result_dtype(query.dtype, options[-2]))
     return out, query.new_empty((B, H, Lq), dtype=wide), query.new_empty((2, B, H, Lq) if additive else (0,), dtype=wide)
 
 
@@ -74,6 +74,7 @@ def _backward_fake(
     return [dq, dk, dv]
 
 
+# (out, lse, statistics); out is fp32 under dropout, see layouts.result_dtype.
 FORWARD = define(
     "attention_forward",
     f"(Tensor query, Tensor[] keys, Tensor[] values, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
@@ -128,7 +129,7 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tup
         return (*(None,) * len(tensors), *nothing)
     sources = [t for t in (dout, dlse, query, *keys, *values) if t is not None]
     needs = ctx.needs_input_grad[7:]
-    dout = torch.zeros_like(out) if dout is None else dout
+    dout = torch.zeros_like(out, dtype=query.dtype) if dout is None else dout.to(query.dtype)
     dq, dk, dv = BACKWARD(
         dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend,
         needs[0], any(needs[1 : 1 + 2 * segments]),
@@ -217,7 +218,7 @@ def attention(
         out, lse, _ = load("attention", backend).attention_forward(
             query, keys, values, masks, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed
         )
-        return out, lse
+        return out.to(query.dtype), lse
     *flat, causal = _flat(masks)
     out, lse, _ = _apply(*flat, dropout_seed, query, *keys, *values, causal, scale, dropout_p, backend, len(keys))
-    return out, lse
+    return out.to(query.dtype), lse

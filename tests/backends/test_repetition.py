@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import perceiver_kernels as pk
 from perceiver_kernels.testing import same_bits
@@ -55,7 +56,7 @@ def record(run: Callable[[], Any], tensors: tuple[Tensor | None, ...], monkeypat
 
 def told(kernel: Any, *arguments: Any) -> None:
     """What launch() tells of a launch."""
-    launching._observed.launches.append(launching.Launch(kernel, 3, list(arguments)))
+    launching._observed.observe(launching.Launch(kernel, 3, list(arguments)))
 
 
 def addresses(*tensors: Tensor) -> list[int]:
@@ -127,6 +128,24 @@ class TestRecording:
             recorded.repeat((tensor,), addresses(tensor))
         assert made == addresses(x, other)
         assert kernel.arguments[1][:-2] == (("map", other.data_ptr()), 4, 8, 8, 1) and kernel.arguments[1][-1] == "constant"
+
+    def test_memory_that_was_given_back_is_not_held_by_the_observer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first call needs no more memory than the call as written, and what reuses an address is what it is."""
+        x, kernel = torch.zeros(4), _Kernel()
+        held: list[StorageWeakRef] = []
+
+        def run() -> Tensor:
+            early = torch.empty(1 << 20)
+            held.append(StorageWeakRef(early.untyped_storage()))
+            told(kernel, x, early)
+            del early
+            held.append(held[0].expired())  # type: ignore[arg-type]
+            out = torch.empty(1 << 20)
+            told(kernel, x, out)
+            return out
+
+        recorded = record(run, (x,), monkeypatch)
+        assert held[1] is True and [launch.allocate for launch in recorded.launches] == [[1], [2]]
 
     @pytest.mark.parametrize("what", ["copies", "fills", "a foreign tensor", "part of its memory", "no launch", "many"])
     def test_what_cannot_be_repeated(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:

@@ -22,7 +22,7 @@ from perceiver_kernels.backends.triton.combine import head_products, merge_split
 from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, unit_stride
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.repetition import repeated
-from perceiver_kernels.layouts import empty_heads
+from perceiver_kernels.layouts import empty_heads, result_dtype
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, Resident
 from perceiver_kernels.problem import AttentionProblem
@@ -57,7 +57,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, Lq, _ = query.shape
     d_v, additive = values[0].shape[3], masks.attn_mask is not None and masks.attn_mask.dtype != torch.bool
-    out = empty_heads(query, B, H, Lq, d_v)
+    out = empty_heads(query, B, H, Lq, d_v, result_dtype(query.dtype, dropout_p))
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, B, H, Lq) if additive else (0,), dtype=torch.float32, device=query.device)
     if out.numel() == 0 or sum(key.shape[2] for key in keys) == 0:

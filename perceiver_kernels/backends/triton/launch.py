@@ -91,14 +91,14 @@ _observed = threading.local()
 
 
 @contextmanager
-def observed_launches(launches: list[Launch]) -> Iterator[None]:
-    """Add every launch of this thread to ``launches``."""
-    outer = getattr(_observed, "launches", None)
-    _observed.launches = launches
+def observed_launches(observe: Callable[[Launch], None]) -> Iterator[None]:
+    """Call ``observe`` with every launch of this thread, before it starts."""
+    outer = getattr(_observed, "observe", None)
+    _observed.observe = observe
     try:
         yield
     finally:
-        _observed.launches = outer
+        _observed.observe = outer
 
 
 def can_launch_directly() -> bool:
@@ -134,10 +134,10 @@ def launch(function: Any, programs: int, *args: Any, **options: Any) -> None:
 
 
 def _tell_observer(function: Any, kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    launches = getattr(_observed, "launches", None)
-    if launches is not None:
+    observe = getattr(_observed, "observe", None)
+    if observe is not None:
         constants = [options[name] for name in function.arg_names[len(args) :]]
-        launches.append(Launch(kernel, programs, [*args, *constants]))
+        observe(Launch(kernel, programs, [*args, *constants]))
 
 
 def _a_tensor(args: tuple[Any, ...]) -> Tensor:

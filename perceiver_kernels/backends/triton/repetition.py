@@ -10,12 +10,14 @@ leave a call as it is written for good.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver_kernels.backends.triton.launch import (
@@ -86,43 +88,29 @@ def forget() -> None:
     _repeatable.clear()
 
 
-class _Observer(TorchDispatchMode):
-    """Sees what torch does while a call runs: fresh memory is kept in order, views are nothing, anything else spoils it."""
+def _observe(
+    run: Callable[[], Result], tensors: tuple[Tensor | None, ...], device: int
+) -> tuple[Result, _Recorded | None]:
+    recorder = _Recorder(tensors, device)
+    with _Observer(recorder), observed_launches(recorder.launch):
+        result = run()
+    return result, recorder.recorded(result)
 
-    def __init__(self) -> None:
+
+class _Observer(TorchDispatchMode):
+    """Sees what torch does while a call runs: fresh memory is noted, views are nothing, anything else spoils the recording."""
+
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self.memory: list[Tensor] = []
-        self.launches: list[Launch] = []
-        self.plain = True
+        self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
-            if len(self.launches) <= MOST_LAUNCHES:
-                self.memory.append(result)
-            else:
-                self.memory.clear()
+            self.recorder.allocated(result)
         elif not func.is_view:
-            self.plain = False
+            self.recorder.repeatable = False
         return result
-
-
-def _observe(
-    run: Callable[[], Result], tensors: tuple[Tensor | None, ...], device: int
-) -> tuple[Result, _Recorded | None]:
-    observer = _Observer()
-    with observer, observed_launches(observer.launches):
-        result = run()
-    if not (observer.plain and 0 < len(observer.launches) <= MOST_LAUNCHES):
-        return result, None
-    try:
-        return result, _Recorder(observer, tensors, device).recorded(result)
-    except _NotRepeatable:
-        return result, None
-
-
-class _NotRepeatable(Exception):
-    """A call did something that its repetition could not do."""
 
 
 class _Place(NamedTuple):
@@ -242,63 +230,95 @@ def _bytes(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-class _Recorder:
-    """Finds the place of every address that a call used."""
+class _Allocation(NamedTuple):
+    """Fresh memory as long as somebody holds it."""
 
-    def __init__(self, observer: _Observer, tensors: tuple[Tensor | None, ...], device: int) -> None:
-        self.observer, self.tensors = observer, tensors
+    storage: StorageWeakRef
+    address: int
+    end: int
+
+
+class _Recorder:
+    """Notes what a call allocates and launches, and finds the place of every address that it uses."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], device: int) -> None:
+        self.tensors = tensors
         self.device = torch.device("cuda", device)
         self.inputs = len(tensors)
-        self.memory = [_Fresh(tuple(t.shape), t.stride(), t.dtype) for t in observer.memory]
+        self.memory: list[_Fresh] = []
+        self.allocations: list[_Allocation] = []
+        self.launches: list[_Launch] = []
+        self.repeatable = True
 
-    def recorded(self, result: Any) -> _Recorded:
-        launches = [self._launch(each) for each in self.observer.launches]
+    def allocated(self, tensor: Tensor) -> None:
+        """Note fresh memory."""
+        self.memory.append(_Fresh(tuple(tensor.shape), tensor.stride(), tensor.dtype))
+        address = tensor.data_ptr()
+        self.allocations.append(_Allocation(StorageWeakRef(tensor.untyped_storage()), address, address + _bytes(tensor)))
+
+    def launch(self, launch: Launch) -> None:
+        """Note a launch, while the memory that it uses is held."""
+        if self.repeatable and len(self.launches) < MOST_LAUNCHES:
+            made = self._launch(launch)
+            self.repeatable = made is not None
+            self.launches += [made] if made is not None else []
+        else:
+            self.repeatable = False
+
+    def recorded(self, result: Any) -> _Recorded | None:
+        """What was noted of a call that gave ``result``; None if it cannot be repeated."""
         single = isinstance(result, Tensor)
         outputs = [self._output(each) for each in ([result] if single else result)]
+        if not (self.repeatable and self.launches) or None in outputs:
+            return None
+        bases = [base for base in outputs if base is not None]
         used: dict[int, list[_Launch]] = {}
-        for launch in launches:
+        for launch in self.launches:
             for base in launch.bases():
                 if base >= self.inputs:
                     used.setdefault(base, []).append(launch)
         for base, users in used.items():
             users[0].allocate.append(base)
-            if base not in outputs:
+            if base not in bases:
                 users[-1].release.append(base)
-        unused = [base for base in outputs if base >= self.inputs and base not in used]
+        unused = [base for base in bases if base >= self.inputs and base not in used]
         pack: Callable[[list[Any]], Any] = (lambda tensors: tensors[0]) if single else type(result)
-        return _Recorded(self.device, self.inputs, self.memory, launches, outputs, unused, pack)
+        return _Recorded(self.device, self.inputs, self.memory, self.launches, bases, unused, pack)
 
-    def _place(self, tensor: Tensor) -> _Place | int:
+    def _place(self, tensor: Tensor) -> _Place | int | None:
         address = tensor.data_ptr()
         if address == 0:
             return 0
-        exact = [i for i, t in enumerate(self.tensors) if t is not None and t.data_ptr() == address]
-        if exact:
-            return _Place(exact[0], 0)
-        around = [
-            (base, t.data_ptr())
-            for base, t in enumerate((*self.tensors, *self.observer.memory))
-            if t is not None and t.data_ptr() <= address < t.data_ptr() + _bytes(t)
+        starts = [(base, t.data_ptr(), t) for base, t in enumerate(self.tensors) if t is not None]
+        for base, start, _ in starts:
+            if start == address:
+                return _Place(base, 0)
+        around = [(base, start) for base, start, t in starts if start <= address < start + _bytes(t)]
+        around += [
+            (self.inputs + i, each.address)
+            for i, each in enumerate(self.allocations)
+            if each.address <= address < each.end and not each.storage.expired()
         ]
-        if len(around) != 1:
-            raise _NotRepeatable
-        return _Place(around[0][0], address - around[0][1])
+        return _Place(around[0][0], address - around[0][1]) if len(around) == 1 else None
 
-    def _launch(self, launch: Launch) -> _Launch:
+    def _launch(self, launch: Launch) -> _Launch | None:
         launcher = DirectLauncher.of(launch.kernel)
         if launcher is None:
-            raise _NotRepeatable
+            return None
         made = _Launch(launcher.start, launch.programs, launch.kernel.function, launcher.settings, [])
         for value in launch.arguments:
             i = len(made.arguments)
             if type(value) is Descriptor:
                 place = self._place(value.base)
                 if type(place) is not _Place:
-                    raise _NotRepeatable
+                    return None
                 made.described.append((i, *place, launcher.encoder(len(made.described), value), {}))
                 made.arguments += [None, *value.shape, *value.strides]
                 continue
-            found = self._argument(value)
+            try:
+                found = self._argument(value)
+            except LookupError:
+                return None
             if type(found) is _Place:
                 made.plain.append((i, *found))
             elif _places(found):
@@ -308,20 +328,24 @@ class _Recorder:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._place(value)
+            place = self._place(value)
+            if place is None:
+                raise LookupError("memory of unknown origin")
+            return place
         return tuple(map(self._argument, value)) if type(value) is tuple else value
 
-    def _output(self, result: Any) -> int:
-        """The input, or fresh memory as a whole, that a result is."""
+    def _output(self, result: Any) -> int | None:
+        """The input, or fresh memory as a whole, that a result is; -1 for None."""
         if result is None:
             return -1
         for base, tensor in enumerate(self.tensors):
             if result is tensor:
                 return base
-        for i, tensor in enumerate(self.observer.memory):
-            same_memory = tensor.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-            whole = result.storage_offset() == 0 and result.numel() == tensor.numel() and result.dtype == tensor.dtype
-            if same_memory and whole and (tensor.numel() > 0 or tensor.shape == result.shape):
+        start = result.untyped_storage().data_ptr()
+        for i, (each, fresh) in enumerate(zip(self.allocations, self.memory, strict=True)):
+            whole = result.storage_offset() == 0 and result.numel() == math.prod(fresh.shape) and result.dtype == fresh.dtype
+            same = each.address == start and not each.storage.expired()
+            if whole and same and (result.numel() > 0 or fresh.shape == result.shape):
                 self.memory[i] = _Fresh(tuple(result.shape), result.stride(), result.dtype)
                 return self.inputs + i
-        raise _NotRepeatable
+        return None
