@@ -6,6 +6,7 @@ Times behind the tables are medians on an H200 (bf16, torch 2.11, triton 3.6) at
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,32 +208,34 @@ class AttentionTile:
         return min((device.smem_bytes + _SHARED_SYSTEM) // shared, max(1, 65_536 // registers))
 
 
-# (widest head, fewest keys, block_q, block_kv, warps, stages), first fit wins. Past the widest the wide kernels compute.
-_AttentionTable = dict[AttentionKind, tuple[tuple[int, int, int, int, int, int], ...]]
+# (widest head, fewest keys, most queries (0: any), block_q, block_kv, warps, stages): the first fit wins that pads the keys by
+# no more than a twelfth, or else the one that pads least. Past the widest the wide kernels compute.
+_AttentionTable = dict[AttentionKind, tuple[tuple[int, int, int, int, int, int, int], ...]]
 _ATTENTION_HOPPER: _AttentionTable = {
     "forward": (
-        (64, 4096, 64, 128, 4, 3), (64, 0, 64, 64, 4, 3), (128, 4096, 128, 64, 8, 3), (128, 0, 64, 64, 4, 3),
-        (192, 0, 64, 64, 4, 2), (256, 0, 128, 64, 8, 2),
+        (64, 4096, 64, 64, 128, 4, 2), (64, 4096, 0, 64, 128, 4, 3), (64, 0, 0, 64, 128, 4, 2), (64, 0, 0, 64, 64, 4, 3),
+        (128, 4096, 0, 128, 64, 8, 3), (128, 0, 0, 128, 128, 8, 2), (128, 0, 0, 64, 64, 4, 3),
+        (192, 0, 0, 64, 64, 4, 2), (256, 0, 0, 128, 64, 8, 2),
     ),
-    "dq": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2), (192, 0, 64, 32, 4, 2)),
-    "dkv": ((64, 0, 32, 128, 4, 4), (128, 0, 64, 64, 4, 2), (192, 0, 32, 64, 4, 2)),
-    "decode_forward": ((64, 0, 64, 128, 4, 3), (128, 0, 64, 64, 4, 2)),
-    "decode_dq": ((64, 0, 64, 128, 4, 2), (128, 0, 64, 64, 4, 2)),
-    "encode_backward": ((64, 0, 64, 64, 4, 3), (128, 0, 64, 64, 4, 2)),
+    "dq": ((64, 0, 0, 64, 64, 4, 3), (128, 0, 0, 64, 32, 4, 3), (192, 0, 0, 64, 32, 4, 3)),
+    "dkv": ((64, 0, 1024, 64, 64, 4, 3), (64, 0, 0, 32, 128, 4, 4), (128, 0, 0, 64, 64, 4, 2), (192, 0, 0, 32, 128, 8, 2)),
+    "decode_forward": ((64, 0, 0, 64, 128, 4, 3), (128, 0, 0, 64, 64, 4, 2)),
+    "decode_dq": ((64, 0, 0, 64, 64, 4, 2), (128, 0, 0, 64, 64, 4, 2)),
+    "encode_backward": ((64, 0, 0, 64, 64, 4, 3), (128, 0, 0, 64, 64, 4, 2)),
 }  # fmt: skip
 _ATTENTION_AMPERE: _AttentionTable = {
-    "forward": ((64, 0, 128, 64, 4, 2), (128, 0, 64, 64, 4, 2), (256, 0, 64, 32, 8, 1)),
-    "dq": ((64, 0, 64, 64, 4, 2), (128, 0, 64, 32, 4, 2), (256, 0, 32, 32, 8, 1)),
-    "dkv": ((64, 0, 64, 64, 4, 2), (128, 0, 32, 64, 4, 2), (256, 0, 32, 32, 8, 1)),
-    "decode_forward": ((64, 0, 64, 64, 4, 2),),
-    "decode_dq": ((64, 0, 64, 64, 4, 2),),
-    "encode_backward": ((64, 0, 64, 32, 4, 2),),
+    "forward": ((64, 0, 0, 128, 64, 4, 2), (128, 0, 0, 64, 64, 4, 2), (256, 0, 0, 64, 32, 8, 1)),
+    "dq": ((64, 0, 0, 64, 64, 4, 2), (128, 0, 0, 64, 32, 4, 2), (256, 0, 0, 32, 32, 8, 1)),
+    "dkv": ((64, 0, 0, 64, 64, 4, 2), (128, 0, 0, 32, 64, 4, 2), (256, 0, 0, 32, 32, 8, 1)),
+    "decode_forward": ((64, 0, 0, 64, 64, 4, 2),),
+    "decode_dq": ((64, 0, 0, 64, 64, 4, 2),),
+    "encode_backward": ((64, 0, 0, 64, 32, 4, 2),),
 }
 # Exact fp32 products live in registers: kernels unrolled over blocks that stay, and wider accumulators, spill kilobytes.
 _ATTENTION_FLOAT32: _AttentionTable = {
-    "forward": ((64, 0, 32, 32, 8, 2),),
-    "dq": ((64, 0, 32, 32, 8, 2),),
-    "dkv": ((64, 0, 32, 32, 4, 2),),
+    "forward": ((64, 0, 0, 32, 32, 8, 2),),
+    "dq": ((64, 0, 0, 32, 32, 8, 2),),
+    "dkv": ((64, 0, 0, 32, 32, 4, 2),),
     "decode_forward": (),
     "decode_dq": (),
     "encode_backward": (),
@@ -240,17 +243,24 @@ _ATTENTION_FLOAT32: _AttentionTable = {
 
 
 def attention_tile(
-    kind: AttentionKind, d_qk: int, d_v: int, keys: int, itemsize: int, device: DeviceFacts
+    kind: AttentionKind, d_qk: int, d_v: int, queries: int, keys: int, itemsize: int, device: DeviceFacts
 ) -> AttentionTile | None:
     """The tile for heads of widths ``d_qk`` and ``d_v`` (any), or None where no full-width accumulator fits."""
     pieces_qk, pieces_v = (column_pieces(width + -width % 16) for width in (d_qk, d_v))
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     table = (_ATTENTION_HOPPER if hopper else _ATTENTION_AMPERE) if itemsize == 2 else _ATTENTION_FLOAT32
-    for widest, fewest_keys, *shape in table[kind]:
+    best, least = None, math.inf
+    for widest, fewest_keys, most_queries, *shape in table[kind]:
         tile = AttentionTile(pieces_qk, pieces_v, *shape)
-        if max(tile.columns) <= widest and keys >= fewest_keys and tile.programs_per_sm(kind, itemsize, device, keys) > 0:
+        if max(tile.columns) > widest or keys < fewest_keys or queries > (most_queries or queries):
+            continue
+        padding = -keys % tile.block_kv
+        if padding >= least or tile.programs_per_sm(kind, itemsize, device, keys) == 0:
+            continue
+        if padding <= keys / 12:
             return tile
-    return None
+        best, least = tile, padding
+    return best
 
 
 @dataclass(frozen=True)

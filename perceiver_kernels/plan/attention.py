@@ -159,7 +159,7 @@ def _resident(kind: AttentionKind, p: AttentionProblem, device: DeviceFacts) -> 
     """
     encode = kind == "encode_backward"
     keys = 0 if encode else p.Lk
-    tile = attention_tile(kind, p.d_qk, p.d_v, keys, p.dtype.itemsize, device)
+    tile = attention_tile(kind, p.d_qk, p.d_v, p.Lq, keys, p.dtype.itemsize, device)
     if tile is None or p.segments > 1 or p.packed or (p.dropout and not encode):
         return None
     if encode and (p.Lq > tile.block_q or p.H_kv != p.H):
@@ -213,7 +213,7 @@ def plan_attention(problem: AttentionProblem, device: DeviceFacts) -> AttentionP
     """Tiles and parts of one attention, a pure function."""
     p, itemsize = problem, problem.dtype.itemsize
     kinds: tuple[AttentionKind, ...] = ("forward", "dq", "dkv")
-    forward, dq, dkv = (attention_tile(kind, p.d_qk, p.d_v, p.Lk, itemsize, device) for kind in kinds)
+    forward, dq, dkv = (attention_tile(kind, p.d_qk, p.d_v, p.Lq, p.Lk, itemsize, device) for kind in kinds)
     return AttentionPlan(
         regime=_regime(p.Lq, p.Lk), forward=forward, forward_splits=_key_splits("forward", p, forward, device),
         dq=dq, dq_splits=_key_splits("dq", p, dq, device), dkv=dkv, dkv_slices=_query_slices(p, dkv, device),
