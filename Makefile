@@ -58,9 +58,9 @@ run: $(VENV)/.cli
 
 # Triton's interpreter is chosen when kernels are imported: its tests are a process of their own.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests --ignore tests/interpreter --numprocesses auto --timeout 1200 $(ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/interpreter --numprocesses auto --dist worksteal --timeout 1200 $(ARGS)
 	@if $(GPU); then echo "== a GPU ran the Triton kernels: not running them in the interpreter"; \
-	else set -x; TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter --numprocesses auto --timeout 1200 $(ARGS); fi
+	else set -x; TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter --numprocesses auto --dist worksteal --timeout 1200 $(ARGS); fi
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ PASS_TITLES = {
 ATTENTION_TITLES = {"forward": "forward", "backward": "backward"}
 """Of attention over given keys and values, whose backward starts from a saved forward."""
 ATTENTION_PARTS = ("decode", "process", "encode-kv")
+HOST_PEERS = ("flash", "cudnn", "efficient")
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NOT_MEASURED = "_Not measured yet: `make gpu-bench` on a GPU fills this in._"
 
@@ -101,6 +102,20 @@ def attention(results: Results) -> list[str]:
     return [*where, "", *_markdown(header, table)] if table else []
 
 
+def host(results: Results) -> list[str]:
+    """What the host takes to enqueue one eager call, in microseconds, beside torch's own attention."""
+    rows = [row for row in _rows(results, "process") if row.get("host_us") is not None]
+    names = [name for name in ("ours", *HOST_PEERS) if any(row["implementation"] == name for row in rows)]
+    cells = {(row["case"], row["pass"], row["implementation"]): f"{row['host_us']:.0f}" for row in rows}
+    calls = dict.fromkeys((row["case"], row["pass"]) for row in rows)
+    table = [
+        [case, ATTENTION_TITLES[which], *(cells.get((case, which, name), "-") for name in names)]
+        for case, which in calls
+    ]
+    where = _where(results["process"] | {"ceilings": None}) if table else ""
+    return [where, "", *_markdown(["case", "pass", *names], table)] if table else []
+
+
 def summary(results: Results) -> list[str]:
     """Return the short table that a benchmark run prints last, as aligned text."""
     rows = [row for part in ("kernels", "layers", "ten-million") for row in _rows(results, part)]
@@ -118,6 +133,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "memory": memory,
     "large": large,
     "attention": attention,
+    "host": host,
 }
 
 

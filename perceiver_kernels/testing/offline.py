@@ -89,7 +89,7 @@ def _machine_code(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", file.name]]
+        commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", "-ndf", file.name]]
         usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
@@ -195,7 +195,8 @@ def compile_attention(
     }
     with offline(facts) as launches:
         out, lse, statistics = attention.attention_forward(query, keys, values, masks, **options)
-        attention.attention_backward(out, None, out, lse, statistics, query, keys, values, masks, **options)
+        dout = torch.empty_like(out, dtype=dtype)
+        attention.attention_backward(dout, None, out, lse, statistics, query, keys, values, masks, **options)
     return launches
 
 
