@@ -102,8 +102,11 @@ def test_every_tile(device: str, channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "sizes"),
-    [*((channels, (3, 77, 5001)) for channels in (128, 272, 336, 768)), *((272, sizes) for sizes in ((1, 1, 1), (32, 64, 128))),
-     (768, (1, 1, 1))], ids=str,
+    [
+        *((channels, (3, 77, 5001)) for channels in (128, 272, 336, 768)),
+        *((272, sizes) for sizes in ((1, 1, 1), (32, 64, 128))), (768, (1, 1, 1)),
+    ],
+    ids=str,
 )
 def test_sizes_that_compile_differently(channels: int, sizes: tuple[int, int, int]) -> None:
     """A size of 1 becomes a constant, and ptxas orders a loop of known length otherwise."""
@@ -126,7 +129,10 @@ def test_float16_is_as_bfloat16(channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "flag"),
-    [*((channels, flag) for channels in (272, 512) for flag in ("masked", "lengths", "dropout")), (128, "dropout"), (336, "masked")],
+    [
+        *((channels, flag) for channels in (272, 512) for flag in ("masked", "lengths", "dropout")),
+        (128, "dropout"), (336, "masked"),
+    ],
 )
 def test_masks_and_dropout(channels: int, flag: str) -> None:
     launches = compile_shared_kv(channels, torch.bfloat16, H200, **{flag: True})

@@ -6,7 +6,6 @@ serve it says itself (reasons_against); such a combination is skipped with its s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +58,11 @@ def wanted(target: Target) -> bool:
 def skip_if_refused(target: Target, call: AttentionCall) -> None:
     if reasons := target.refusals(call.problem()):
         pytest.skip(f"{target.backend}: {'; '.join(reasons)}")
+
+
+def skip_if_atomic(target: Target) -> None:
+    if machine() == "gpu" and target.backend == "sdpa":
+        pytest.skip("torch's fused backward adds atomically, deterministic algorithms asked for or not (torch 2.11)")
 
 
 def check(target: Target, call: AttentionCall) -> dict[str, torch.Tensor]:
@@ -163,18 +167,10 @@ def test_queries_shared_by_the_batch_are_not_copied(target: Target, axis: int) -
     assert (dquery.double() - expected).abs().max() <= 4 * eps * found["dquery"].double().abs().sum(axis).max()
 
 
-@pytest.fixture
-def torch_is_deterministic() -> Iterator[None]:
-    """torch's memory-efficient backward adds atomically unless it is told not to; kernels never do."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("torch_is_deterministic")
 @pytest.mark.parametrize("kind", ["none", "key_mask", "lengths", "causal"])
 @pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.name)
 def test_fresh_memory_and_repetition_change_no_bit(target: Target, case: AttentionCase, kind: str) -> None:
+    skip_if_atomic(target)
     call = attention_call(case, target, masks=masks_of(kind, case))
     skip_if_refused(target, call)
     function = function_of(target)
@@ -186,11 +182,11 @@ def test_fresh_memory_and_repetition_change_no_bit(target: Target, case: Attenti
         assert [name for name in first if not same_bits(first[name], other[name])] == []
 
 
-@pytest.mark.usefixtures("torch_is_deterministic")
 @pytest.mark.parametrize("kind", ["key_mask", "lengths", "query_mask"])
 @pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.name)
 def test_what_hidden_tokens_hold_changes_no_bit(target: Target, case: AttentionCase, kind: str) -> None:
     """0 * NaN is NaN: a hidden value must be left out, not weighted with 0."""
+    skip_if_atomic(target)
     call = attention_call(case, target, masks=masks_of(kind, case))
     skip_if_refused(target, call)
     masks = call.masks

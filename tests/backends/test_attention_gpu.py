@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import perceiver_kernels as pk
+from perceiver_kernels.masks import Masks
 from perceiver_kernels.testing import DECODE, ENCODE_KV, PROCESS, AttentionCase
+from perceiver_kernels.testing.attention import attention_call, check_attention, masks_of
 from perceiver_kernels.testing.targets import Target
 
 pytestmark = pytest.mark.gpu
@@ -51,3 +53,14 @@ def test_a_hundred_runs_give_the_same_bits(target: Target, case: AttentionCase) 
         different += torch.stack([(a != b).any() for a, b in zip(first, run(), strict=True)])
     assert all(torch.isfinite(tensor).all() for tensor in first)
     assert different.tolist() == [0, 0, 0, 0], "out, dquery, dkey, dvalue differed in so many runs"
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["none", "key_mask", "lengths", "query_mask"])
+@pytest.mark.parametrize(("d_qk", "d_v"), [(200, 7), (256, 256), (256, 16), (224, 8), (7, 200), (128, 7), (128, 16), (64, 7)])
+def test_rows_that_tma_cannot_read(target: Target, d_qk: int, d_v: int, kind: str, dropout_p: float) -> None:
+    """Odd widths and hidden keys are read through pointers, by other machine code than the rest."""
+    case = AttentionCase("pointers", B=2, H=2, Lq=150, Lk=200, d_qk=d_qk, d_v=d_v)
+    masks = Masks() if kind == "none" else masks_of(kind, case)
+    options = {"dropout_p": dropout_p, "dropout_seed": torch.tensor([3])} if dropout_p else {}
+    check_attention(target, attention_call(case, target, masks=masks, **options))

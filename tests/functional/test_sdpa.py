@@ -24,8 +24,8 @@ MINUS_INFINITY = float("-inf")
 
 
 def wanted(target: Target) -> bool:
-    """Not torch's fp32 attention on a GPU: its memory-efficient kernel exceeds the rule by up to 7 % (torch 2.11, H200)."""
-    return not (machine() == "gpu" and target.backend == "sdpa" and target.dtype == torch.float32)
+    """On a GPU not torch's fused kernels: in fp32 and bf16 they exceed the rule by 3 to 7 % (torch 2.11)."""
+    return not (machine() == "gpu" and target.backend == "sdpa")
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -194,11 +194,13 @@ def test_a_row_of_the_lowest_number_gives_the_mean(target: Target) -> None:
 @only(torch.bfloat16, torch.float16)
 def test_additive_masks_of_float32_serve_narrower_queries(target: Target) -> None:
     query, key, value = (tensor.to(target.device, target.dtype) for tensor in standard())
-    mask = rand(LQ, LK).float().to(target.device).requires_grad_()
+    mask = rand(LQ, LK).float().to(target.device).requires_grad_(not target.is_kernel)
     with use_backend(target.backend):
         out = scaled_dot_product_attention(query, key, value, mask)
-    (gradient,) = torch.autograd.grad(out.sum(), mask)
-    assert out.dtype == target.dtype and gradient.dtype == torch.float32 and gradient.any()
+    assert out.dtype == target.dtype
+    if not target.is_kernel:
+        (gradient,) = torch.autograd.grad(out.sum(), mask)
+        assert gradient.dtype == torch.float32 and gradient.any()
     oracle = torchs(query.double(), key.double(), value.double(), mask.double())
     assert_as_accurate(out, eager(query, key, value, attn_mask=mask), oracle, "out")
 

@@ -68,8 +68,8 @@ def _forward(
             _launch_small_forward(call, call.plan.small, out, lse, statistics)
         elif call.plan.decode_forward is not None:
             _launch_decode_forward(call, call.plan.decode_forward, out, lse, statistics)
-        elif call.plan.forward is not None:
-            _launch_forward(call, call.plan.forward, out, lse, statistics)
+        elif (tile := call.forward_tile) is not None:
+            _launch_forward(call, tile, out, lse, statistics)
         else:
             wide_attention.forward(call, out, lse, statistics)
     return out, lse, statistics

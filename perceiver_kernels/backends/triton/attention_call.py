@@ -82,6 +82,18 @@ class Call:
         plain = not (self.hides.key_mask or self.hides.lengths) and len(self.keys) == 1
         return self.plan.tma and plain and all(map(can_describe, (*self.keys, *self.values)))
 
+    @property
+    def forward_tile(self) -> AttentionTile | None:
+        """The plan's tile of the forward, or None where the wide kernels compute it.
+
+        On an H100 the tile of heads past 192 gave wrong results where it read keys and values through pointers (200 and 7
+        channels: values came back mixed with keys); other tiles, and this one through TMA, are right. The cause is not known.
+        """
+        tile = self.plan.forward
+        if tile is not None and self.plan.tma and not self.streams_keys_by_tma and max(tile.columns) > 192:
+            return None
+        return tile
+
     def streams_queries_by_tma(self, *tensors: Tensor) -> bool:
         """Whether descriptors read the queries and ``tensors`` like them."""
         return self.plan.tma and not self.hides.query_mask and all(map(can_describe, (self.query, *tensors)))

@@ -30,7 +30,7 @@ from perceiver_kernels.backends.triton.launch import (
 
 Result = TypeVar("Result")
 
-MOST_LAUNCHES = 16
+MOST_LAUNCHES = 1024
 _CAPACITY = 4096
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default,
