@@ -47,7 +47,7 @@ WIDTHS = (
     (261, 261), (322, 322), (704, 704), (32, 160), (32, 96), (512, 512), (96, 96), (48, 48), (160, 160), (256, 64), (1, 33)
 )  # fmt: skip
 # Generated calls, their longest side, their most key heads, calls that share kernels (which only a GPU's must be compiled).
-SAMPLES = {"gpu": (1000, 700, 3, 8), "interpreter": (150, 120, 2, 1), "cpu": (60, 200, 3, 1)}[machine()]
+SAMPLES = {"gpu": (1000, 700, 3, 8), "interpreter": (150, 100, 1, 1), "cpu": (60, 200, 3, 1)}[machine()]
 
 
 def wanted(target: Target) -> bool:

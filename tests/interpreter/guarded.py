@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perceiver_kernels import reference
 from perceiver_kernels.backends.triton import pack, rotary, shared_kv
-from perceiver_kernels.device import CPU, H200
+from perceiver_kernels.device import CPU, H200, device_facts
 from perceiver_kernels.positions import FourierPositions, rotary_tables
 
 PAGE = mmap.PAGESIZE
@@ -161,17 +161,24 @@ PLACES = {
 }  # fmt: skip
 
 
-def main(what: str, where: str, plan: str) -> None:
+def main(what: str, *places: str) -> None:
+    """``what`` is done at each of the places, "where" or "where/plan", which are named on stderr before."""
+    query_device, allocate = device_facts, torch.empty
+    for each in places:
+        print(f"{what} {each}", file=sys.stderr)
+        where, _, plan = each.partition("/")
+        shared_kv.device_facts = pack.device_facts = (lambda device: H200) if plan == "h200" else query_device
+        torch.empty = guarded_empty if where in ("after", "before") else allocate
+        run(what, where)
+
+
+def run(what: str, where: str) -> None:
     place = PLACES[where]
-    if plan == "h200":
-        shared_kv.device_facts = pack.device_facts = lambda device: H200
     if what == "control":
         # One element past the end of a guarded tensor: this process must not survive it.
         tensor = guarded(torch.ones(8))
         ctypes.string_at(tensor.data_ptr() + 32, 4)
         return
-    if where in ("after", "before"):
-        torch.empty = guarded_empty
     sizes = {"M": 70, "R": 9} if where in ("after", "before") else {}
     if what == "pack":
         for kind in ("none", "shared", "batched", "fourier"):
@@ -179,10 +186,10 @@ def main(what: str, where: str, plan: str) -> None:
         return
     if what == "rotary":
         # All heads in one program, in whole vectors; a program for each head, in single elements.
-        for facts, *sizes in ((CPU, 4, 8, 8), (H200, 3, 13, 6)):
+        for facts, *shape in ((CPU, 4, 8, 8), (H200, 3, 13, 6)):
             rotary.device_facts = lambda device, facts=facts: facts
             for interleaved in (False, True):
-                turn(place, *sizes, interleaved)
+                turn(place, *shape, interleaved)
         return
     C, dtype = {"fused": (32, torch.float16), "wide": (352, torch.float16), "float32": (48, torch.float32)}[what]
     # Far strides are the same whatever is masked; what is read beside the tokens is tried on each path.
