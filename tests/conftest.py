@@ -71,6 +71,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skips by reason")
     for reason, count in reasons.most_common():
         terminalreporter.line(f"{count:5d}  {reason}")
+    generated = sum("::test_generated[" in report.nodeid for report in terminalreporter.stats.get("passed", []))
+    if generated:
+        terminalreporter.line(f"{generated:5d}  generated calls of attention passed")
 
 
 @pytest.fixture(autouse=True)

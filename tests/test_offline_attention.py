@@ -13,12 +13,11 @@ import torch
 
 from perceiver_kernels.device import A100, H200
 from perceiver_kernels.testing import AttentionCase
-from perceiver_kernels.testing.targets import machine
+from perceiver_kernels.testing.targets import why_not_offline
 
 pytest.importorskip("triton")
-if machine() != "cpu":
-    reason = {"gpu": "a GPU is here: it compiles and runs the kernels themselves", "interpreter": "nothing is compiled in it"}
-    pytest.skip(reason[machine()], allow_module_level=True)
+if reason := why_not_offline():
+    pytest.skip(reason, allow_module_level=True)
 
 from perceiver_kernels.masks import NO_MASKS  # noqa: E402
 from perceiver_kernels.testing.attention import masks_of  # noqa: E402

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from perceiver_kernels.device import A100, H200, DeviceFacts
-from perceiver_kernels.testing.targets import machine
+from perceiver_kernels.testing.targets import why_not_offline
 from perceiver_kernels.tiles import Kind, fused_tile
 
 pytest.importorskip("triton")
-if machine() != "cpu":
-    reason = {"gpu": "a GPU is here: it compiles and runs the kernels themselves", "interpreter": "nothing is compiled in it"}
-    pytest.skip(reason[machine()], allow_module_level=True)
+if reason := why_not_offline():
+    pytest.skip(reason, allow_module_level=True)
 
 from perceiver_kernels.testing.offline import Resources, compile_pack, compile_shared_kv, offline  # noqa: E402
 

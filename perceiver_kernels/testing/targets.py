@@ -47,6 +47,12 @@ def machine() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
+def why_not_offline() -> str | None:
+    """Why kernels are not compiled for other machines in this process, or None where they are."""
+    reasons = {"gpu": "a GPU is here: it compiles and runs the kernels themselves", "interpreter": "nothing is compiled in it"}
+    return reasons.get(machine())
+
+
 def dtypes() -> tuple[torch.dtype, ...]:
     """Tested dtypes: the interpreter computes bf16 wrongly; on a GPU fp16 has bf16's kernels and a test of its own."""
     half = {"interpreter": (torch.float16,), "gpu": (torch.bfloat16,), "cpu": (torch.float16, torch.bfloat16)}
