@@ -194,7 +194,7 @@ def run(what: str, where: str) -> None:
     C, dtype = {"fused": (32, torch.float16), "wide": (352, torch.float16), "float32": (48, torch.float32)}[what]
     # Far strides are the same whatever is masked; what is read beside the tokens is tried on each path.
     kinds = ("all", "key_mask", "lengths", "dropout") if what == "fused" else ("all", "key_mask")
-    for kind in kinds if sizes else ("all",):
+    for kind in kinds if where == "after" else ("all",):
         attend(place, C, dtype, kind, **sizes)
 
 

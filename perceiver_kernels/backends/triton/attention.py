@@ -181,7 +181,8 @@ def _launch_dq(call: Call, tile: AttentionTile, saved: Saved, dq: Tensor) -> Non
         saved.dout, saved.dlse, saved.lse, saved.statistics, saved.delta, part, *call.common,
         (S, splits.first, splits.length, call.Lk_first),
         *strides_of(call.query, call.keys[0], call.values[0], call.keys[-1], call.values[-1], saved.out, saved.dout), strides,
-        call.stride_mask, SEGMENTS=len(call.keys), HAS_DLSE=saved.dlse is not None, **call.options(tile, tma),
+        call.stride_mask, SEGMENTS=len(call.keys), HAS_DLSE=saved.dlse is not None,
+        FEW_KEYS=any(call.hides[:5]) or call.hides.attn_mask != "none" or call.Lk <= tile.block_kv, **call.options(tile, tma),
     )  # fmt: skip
     if S > 1:
         sum_splits(part, dq)

@@ -24,6 +24,7 @@ import triton.language as tl
 from perceiver_kernels.backends.triton.attention_steps import (
     attention_weights,
     causal,
+    exact_delta,
     exponent_factor,
     has_lengths,
     hide,
@@ -129,9 +130,13 @@ def _attention_bwd_dq_kernel(
     stride_q, stride_k, stride_v, stride_k_second, stride_v_second, stride_out, stride_dout, stride_dq, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FEW_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale sum_j ds_j k_j, ds = p (d dp - delta), dp = dout v^T; delta = dout.out - dlse is stored for dk and dv."""
+    """dq = scale sum_j ds_j k_j, ds = p (d dp - delta), dp = dout v^T; delta = dout.out - dlse is stored for dk and dv.
+
+    With FEW_KEYS, rows all of whose keys lie in one tile have delta = sum_j p_j d_j dp_j instead: where a row sees a few keys the
+    rounding of ``out`` would weigh as much as the gradient.
+    """
     B, H, G, Lq, Lk, d_qk, d_v = sizes
     S = parts[0]
     row_blocks = tl.cdiv(Lq, BLOCK_Q)
@@ -155,10 +160,11 @@ def _attention_bwd_dq_kernel(
     b_q = load_head((q,), i_b, i_h, i_row, m_read, stride_q, d_qk, PIECES_QK, BLOCK_Q, False)
     o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
     b_delta = row_dots(b_o, b_do)
+    b_dlse = b_delta * 0.0
     if HAS_DLSE:
-        b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
-    if i_s == 0:
-        tl.store(delta + o_lse, b_delta, mask=m_rows)
+        b_dlse = tl.load(dlse + o_lse, mask=m_rows, other=0.0)
+        b_delta -= b_dlse
+    one_tile = (S == 1) & (end - begin <= BLOCK_KV)
     shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
     factor = exponent_factor(scale, HIDES)
     acc = zero_rows(BLOCK_Q, PIECES_QK)
@@ -176,8 +182,12 @@ def _attention_bwd_dq_kernel(
         p = attention_weights(s, shift[:, None], log_l[:, None], factor, HIDES)
         if DROPOUT:
             dp *= dropout_factors(*dropout, i_b, (i_h * Lq + o_rows)[:, None], o_keys[None, :])
+        if FEW_KEYS:
+            b_delta = exact_delta(p, dp, b_dlse, b_delta, one_tile)
         ds = p * (dp - b_delta[:, None])
         acc = accumulate(ds.to(b_k[0].dtype), b_k, acc, PRECISION)
+    if i_s == 0:
+        tl.store(delta + o_lse, b_delta, mask=m_rows)
     o_dq = i_b.to(tl.int64) * stride_dq[0] + i_h.to(tl.int64) * stride_dq[1] + i_s.to(tl.int64) * stride_dq[2]
     scales = tl.full([BLOCK_Q], 1.0, tl.float32) * scale
     store_rows(dq + o_dq, stride_dq[3], o_rows, m_rows, d_qk, acc, scales, PIECES_QK)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from perceiver_kernels.backends.triton.attention_steps import (
     attention_weights,
+    exact_delta,
     exponent_factor,
     has_lengths,
     hide,
@@ -133,9 +134,10 @@ def _attention_decode_bwd_dq_kernel(
         b_o = load_head((out, out_1, out_2), i_b, i_h, i_row, m_read, stride_out, d_v, PIECES_V, BLOCK_Q, TMA)
         o_lse = (i_b * H + i_h).to(tl.int64) * Lq + o_rows
         b_delta = row_dots(b_o, b_do)
+        b_dlse = b_delta * 0.0
         if HAS_DLSE:
-            b_delta -= tl.load(dlse + o_lse, mask=m_rows, other=0.0)
-        tl.store(delta + o_lse, b_delta, mask=m_rows)
+            b_dlse = tl.load(dlse + o_lse, mask=m_rows, other=0.0)
+            b_delta -= b_dlse
         shift, log_l = load_row_state(lse, statistics, o_lse, m_rows, tl.cast(B * H, tl.int64) * Lq, HIDES)
         acc = zero_rows(BLOCK_Q, PIECES_QK)
         for j in tl.static_range(BLOCKS):
@@ -148,8 +150,10 @@ def _attention_decode_bwd_dq_kernel(
                 m_rows[:, None], m_keys[None, :], (j * BLOCK_KV, Lk, all_lo, all_hi), scale, BLOCK_KV, HIDES,
             )  # fmt: skip
             p = attention_weights(s, shift[:, None], log_l[:, None], factor, HIDES)
+            b_delta = exact_delta(p, dp, b_dlse, b_delta, BLOCKS == 1)
             ds = p * (dp - b_delta[:, None])
             acc = accumulate(ds.to(b_q[0].dtype), keys[j], acc, PRECISION)
+        tl.store(delta + o_lse, b_delta, mask=m_rows)
         o_dq = i_b.to(tl.int64) * stride_dq[0] + i_h.to(tl.int64) * stride_dq[1]
         store_rows(dq + o_dq, stride_dq[2], o_rows, m_rows, d_qk, acc, scales, PIECES_QK)
 

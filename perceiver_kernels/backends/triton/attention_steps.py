@@ -260,3 +260,11 @@ def load_row_state(lse, statistics, o, m_rows, total_rows, HIDES: tl.constexpr):
 def attention_weights(s, shift, log_l, factor, HIDES: tl.constexpr):
     """Weights from scores and what load_row_state gives."""
     return tl.exp2((s - shift) * factor - log_l) if attn_mask_kind(HIDES) == "additive" else tl.exp2(s * factor - shift)
+
+
+@triton.jit
+def exact_delta(p, dp, dlse, delta, all_keys):
+    """sum_j p_j dp_j - dlse of each row if the tile holds ``all_keys`` of it, else ``delta``."""
+    if all_keys:
+        delta = tl.sum(p * dp, 1) - dlse
+    return delta

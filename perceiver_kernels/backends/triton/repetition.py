@@ -166,7 +166,7 @@ class _Fresh(NamedTuple):
     dtype: torch.dtype
 
 
-_MOST_DESCRIPTORS = 256
+_MOST_DESCRIPTORS = 16
 
 
 @dataclass
