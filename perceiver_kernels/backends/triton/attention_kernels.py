@@ -134,8 +134,8 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dq = scale sum_j ds_j k_j, ds = p (d dp - delta), dp = dout v^T; delta = dout.out - dlse is stored for dk and dv.
 
-    With FEW_KEYS, rows all of whose keys lie in one tile have delta = sum_j p_j d_j dp_j instead: where a row sees a few keys the
-    rounding of ``out`` would weigh as much as the gradient.
+    With FEW_KEYS, rows all of whose keys lie in one tile have delta = sum_j p_j d_j dp_j instead: where a row sees a few
+    keys the rounding of ``out`` would weigh as much as the gradient.
     """
     B, H, G, Lq, Lk, d_qk, d_v = sizes
     S = parts[0]
