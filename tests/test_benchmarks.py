@@ -74,7 +74,7 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     gpu_bench, tables = imported("gpu_bench"), imported("tables")
     for name, case in (("encode", "imagenet"), ("decode", "flow"), ("process", "imagenet"), ("encode-kv", "kv-256x1m-d256")):
         regime = gpu_bench.REGIMES[name]
-        small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled()}, default_cases=(case,))
+        small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled(128)}, default_cases=(case,))
         monkeypatch.setitem(gpu_bench.REGIMES, name, small)
     for name in ("KERNEL_CASES", "LAYER_CASES", "JUDGED_CASES"):
         monkeypatch.setattr(gpu_bench, name, ("imagenet",))
