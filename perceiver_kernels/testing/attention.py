@@ -224,7 +224,7 @@ def generated(
         Lq, Lk = draw.choice([(short, long), (long, short), (long, long), (short, short)])
         H_kv = draw.randint(1, heads)
         H = H_kv * draw.choice([1, 1, 2, 4])
-        B = 1 if mask.startswith("packed") else draw.choice([1, 2, 3])
+        B = 1 if mask.startswith("packed") else draw.randint(1, min(heads + 1, 3))
         segments = draw.randint(0, Lk) if two_segments else 0
         case = AttentionCase(f"sample-{index}", B, H, Lq, Lk, d_qk, d_v)
         samples.append(Sample(case, H_kv, mask, dropout_p, segments, dtype))

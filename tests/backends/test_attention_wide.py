@@ -21,6 +21,7 @@ DECODE = AttentionCase("decode", B=2, H=HEADS, Lq=100, Lk=40, d_qk=272, d_v=304)
 ENCODE = AttentionCase("encode", B=2, H=HEADS, Lq=40, Lk=150, d_qk=288, d_v=272)
 BOTH = (DECODE, ENCODE)
 ODD = (replace(DECODE, name="decode, odd", d_qk=261, d_v=322), replace(ENCODE, name="encode, odd", d_qk=322, d_v=261))
+# In the interpreter each mask takes one of the cases.
 KINDS = ("none", "key_mask", "lengths", "query_mask", "boolean", "additive", "causal", "bottom_right", "packed")
 
 
@@ -45,6 +46,8 @@ def test_chunks(target: Target, workspace: None, case: AttentionCase) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
 def test_masks(target: Target, workspace: None, case: AttentionCase, kind: str) -> None:
+    if machine() == "interpreter" and BOTH[KINDS.index(kind) % 2] is not case:
+        pytest.skip("the other case has this mask in the interpreter")
     case = replace(case, B=1) if kind == "packed" else case
     check(target, attention_call(case, target, masks=masks_of(kind, case)))
 
