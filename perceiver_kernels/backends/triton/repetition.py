@@ -3,9 +3,8 @@
 Planning, descriptors and the arguments of a launch follow from the shapes, strides, types and alignment of the tensors and from
 a call's numbers. Calls alike in those differ in addresses only. The first of them runs as it is written, under an observer of
 everything that torch is asked for. Where that was nothing but fresh memory, views and kernels of ours, the calls after it
-allocate the same memory in the same order, for as long as it is used, and start the same kernels with new addresses. On the
-host that takes a tenth of the time. Any other operation, and calls with many launches (long ones, whose host time is hidden),
-leave a call as it is written for good.
+allocate the same memory in the same order, for as long as it is used, and start the same kernels with new addresses, which
+takes the host a fraction of the time. Any other operation, or more than MOST_LAUNCHES, leaves a call as it is written for good.
 """
 
 from __future__ import annotations
