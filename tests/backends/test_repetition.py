@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -103,11 +104,12 @@ class TestRecording:
 
         def run() -> list[Tensor]:
             told(kernel, x, total)
-            return [total, torch.empty(0)]
+            return [total, torch.empty(0), torch.empty(0)]
 
         other, sums = torch.zeros(4), torch.zeros(2)
-        found, empty = record(run, (x, total), monkeypatch).repeat((other, sums), addresses(other, sums))
-        assert found is sums and empty.shape == (0,)
+        found, *empty = record(run, (x, total), monkeypatch).repeat((other, sums), addresses(other, sums))
+        assert found is sums and all(each.shape == (0,) for each in empty)
+        assert empty[0] is not empty[1], "equal addresses, but not one result"
 
     def test_descriptors_are_made_once_for_each_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[int] = []
@@ -128,6 +130,18 @@ class TestRecording:
             recorded.repeat((tensor,), addresses(tensor))
         assert made == addresses(x, other)
         assert kernel.arguments[1][:-2] == (("map", other.data_ptr()), 4, 8, 8, 1) and kernel.arguments[1][-1] == "constant"
+
+    def test_encoders_of_descriptors_hold_no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.backends.nvidia import driver
+
+        monkeypatch.setattr(driver, "make_tensordesc_arg", lambda described, metadata: [described])
+        x = torch.zeros(4, 8)
+        memory = StorageWeakRef(x.untyped_storage())
+        encode = launching.DirectLauncher(print, (), [None]).encoder(0, descriptor(x, 2, 8))
+        assert encode(x.data_ptr()) == descriptor(x, 2, 8)._replace(base=encode(x.data_ptr()).base)
+        assert encode(48).base.data_ptr() == 48
+        del x
+        assert memory.expired()
 
     def test_memory_that_was_given_back_is_not_held_by_the_observer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The first call needs no more memory than the call as written, and what reuses an address is what it is."""
@@ -217,6 +231,14 @@ class TestCalls:
             function(tensors)
             peaks.append(torch.cuda.max_memory_allocated() - before)
         assert peaks[2] <= peaks[1]
+
+    def test_recordings_hold_no_memory(self) -> None:
+        repetition.forget()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        self.results(self.tensors(0))
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before and repetition._repeatable
 
     def test_graphs_and_streams(self) -> None:
         tensors = [tensor.detach() for tensor in self.tensors(0)]

@@ -75,7 +75,9 @@ class DirectLauncher(NamedTuple):
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
         metadata = self.metadata[index]
-        return lambda address: make_tensordesc_arg(descriptor._replace(base=_Address(address)), metadata)[0]
+        # Not the descriptor itself: its tensor would live as long as the function.
+        of_nothing = descriptor._replace(base=_Address(0))
+        return lambda address: make_tensordesc_arg(of_nothing._replace(base=_Address(address)), metadata)[0]
 
 
 class _Address(NamedTuple):

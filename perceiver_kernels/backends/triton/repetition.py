@@ -340,11 +340,11 @@ class _Recorder:
         for base, tensor in enumerate(self.tensors):
             if result is tensor:
                 return base
-        start = result.untyped_storage().data_ptr()
+        # Not by address: all empty tensors have the same.
+        storage = StorageWeakRef(result.untyped_storage())
         for i, (each, fresh) in enumerate(zip(self.allocations, self.memory, strict=True)):
             whole = result.storage_offset() == 0 and result.numel() == math.prod(fresh.shape) and result.dtype == fresh.dtype
-            same = each.address == start and not each.storage.expired()
-            if whole and same and (result.numel() > 0 or fresh.shape == result.shape):
+            if whole and each.storage == storage:
                 self.memory[i] = _Fresh(tuple(result.shape), result.stride(), result.dtype)
                 return self.inputs + i
         return None
