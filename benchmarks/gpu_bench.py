@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.manual_seed(0)
     context = Context(
-        Path(arguments.output), Console(sys.stdout, plain=True), torch.device("cuda"), torch.bfloat16,
+        Path(arguments.output or _folder(torch.cuda.get_device_name())), Console(sys.stdout, plain=True), torch.device("cuda"), torch.bfloat16,
         time.monotonic() + arguments.budget, arguments.cases, arguments.peers, not arguments.no_compile,
         arguments.seconds,
     )  # fmt: skip
@@ -116,6 +116,12 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if context.failures else 0
 
 
+def _folder(gpu: str) -> Path:
+    """Where results of a GPU lie: "NVIDIA H100 80GB HBM3" in results/h100."""
+    known = [name for name in tables.GPUS if name.upper() in gpu]
+    return tables.RESULTS / (known[0] if known else gpu.replace(" ", "-").lower())
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     def names(text: str) -> tuple[str, ...]:
         return tuple(name for name in text.split(",") if name)
@@ -124,7 +130,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", type=names, default=tuple(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--cases", type=names, help="only these cases")
     parser.add_argument("--peers", type=options.peers, help="only these stock implementations ('none')")
-    parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the JSON files")
+    parser.add_argument(
+        "--output", help="folder for the JSON files (default: benchmarks/results, there the one named for this GPU)"
+    )
     parser.add_argument(
         "--budget", type=float, default=540.0, help="seconds after which no part or case starts"
     )

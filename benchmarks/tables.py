@@ -1,4 +1,4 @@
-"""Tables of README.md from benchmarks/results/*.json; `python benchmarks/tables.py` rewrites them.
+"""Tables of README.md from benchmarks/results/<GPU>/*.json; `python benchmarks/tables.py` rewrites them.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; all between is generated. With
 `--check` nothing is written; the exit code is 1 when a table is not what the JSON gives.
@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+GPUS = ("h200", "h100")
+"""Folders of RESULTS, in the order in which a table takes its figures from them."""
 DOCUMENT = ROOT.parent / "README.md"
 OURS_NAMES = ("ours", "ours-chunked")
 PASS_TITLES = {
@@ -38,9 +40,14 @@ NOT_MEASURED = "_Not measured yet: `make gpu-bench` on a GPU fills this in._"
 Results = dict[str, dict[str, Any]]
 
 
-def load(folder: Path = RESULTS) -> Results:
+def load(folder: Path) -> Results:
     """Return part name -> report, for every JSON file of a folder."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def published(folder: Path = RESULTS) -> Results:
+    """Return part name -> report, of the first of GPUS that a part was measured on."""
+    return {part: report for gpu in reversed(GPUS) for part, report in load(folder / gpu).items()}
 
 
 def rewritten(text: str, results: Results) -> str:
@@ -233,10 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 when a table is out of date"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder for each GPU")
     arguments = parser.parse_args(argv)
     text = DOCUMENT.read_text()
-    new = rewritten(text, load(arguments.results))
+    new = rewritten(text, published(arguments.results))
     if new == text:
         return 0
     print(f"{'out of date' if arguments.check else 'rewritten'}: {DOCUMENT.name}")

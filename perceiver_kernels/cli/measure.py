@@ -2,8 +2,8 @@
 
 Times. On CUDA a sample is the span between two events around the call, with a cold L2: a buffer of twice the
 L2's size is overwritten before each sample, as often as it takes to keep the GPU busy while the host enqueues
-the call. The figure is device time; what the host needs to enqueue the call is reported beside it, as
-`host_us`. On a CPU a sample is perf_counter around the call. Several callables are sampled in turn, so that
+the call; a sample that the GPU began while the host was still enqueuing is taken again. The figure is device
+time; what the host needs to enqueue the call is reported beside it, as `host_us`. On a CPU a sample is perf_counter around the call. Several callables are sampled in turn, so that
 drifting clocks meet all of them alike.
 
 Memory is the peak above what was allocated before the call, in bytes that PyTorch's allocator handed out.
@@ -159,12 +159,16 @@ class _HostClock:
 class _CudaClock:
     # How often the host's share is measured; its median is reported.
     HOST_SAMPLES = 5
+    # Calls that take the host longer than so many flushes take the GPU, or that wait for it, show the host's time.
+    MOST_FLUSHES = 400
+    ATTEMPTS = 4
 
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.scratch = torch.empty(max(size, 2**26), dtype=torch.uint8, device=device)
         self.estimate_s: dict[str, float] = {}
         self.host_us: dict[str, float] = {}
+        self.flushes: dict[str, int] = {}
         self.flush_us = self._measure_flush()
 
     def calibrate(self, name: str, call: Call) -> None:
@@ -177,18 +181,24 @@ class _CudaClock:
             torch.cuda.synchronize()
             whole = time.perf_counter() - start
         self.host_us[name] = 1e6 * statistics.median(hosts)
+        self.flushes[name] = min(1 + int(1.5 * self.host_us[name] / self.flush_us), self.MOST_FLUSHES)
         self.estimate_s[name] = whole
 
     def sample(self, name: str, call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # One flush makes the L2 cold; more keep the GPU busy until the host has enqueued the whole call.
-        for _ in range(1 + min(int(1.5 * self.host_us[name] / self.flush_us), 200)):
-            self.scratch.zero_()
-        begin.record()
-        call()
-        end.record()
-        # Waiting here keeps the flushes of the next sample from piling up behind this one.
-        end.synchronize()
+        for _ in range(self.ATTEMPTS):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # One flush makes the L2 cold; more keep the GPU busy until the host has enqueued the whole call.
+            for _ in range(self.flushes[name]):
+                self.scratch.zero_()
+            begin.record()
+            call()
+            end.record()
+            overtaken = begin.query()
+            # Waiting here keeps the flushes of the next sample from piling up behind this one.
+            end.synchronize()
+            if not overtaken or self.flushes[name] == self.MOST_FLUSHES:
+                break
+            self.flushes[name] = min(2 * self.flushes[name], self.MOST_FLUSHES)
         return begin, end
 
     def milliseconds(self, samples: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:

@@ -45,6 +45,20 @@ class TestTime:
         assert timings["slow"].p20_ms >= 10 and timings["slow"].samples <= 5
 
 
+    @pytest.mark.gpu
+    def test_the_hosts_time_is_not_the_gpus(self) -> None:
+        """Not even where it takes three times as long as when it was measured, as a host with other work does."""
+        x, calls = torch.zeros(1, device="cuda"), iter(range(100))
+
+        def call() -> None:
+            x.zero_()
+            time.sleep(0.001 if next(calls) < 6 else 0.003)
+            x.zero_()
+
+        timing = measure.time_calls({"call": call}, torch.device("cuda"), min_samples=8, max_samples=8)["call"]
+        assert timing.p50_ms < 0.5 and timing.host_us is not None and timing.host_us > 1000
+
+
 class TestMemory:
     def test_peak_counts_temporaries_and_the_result_but_not_what_was_there(self) -> None:
         before = torch.empty(1000)
