@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_bench: PyTorch finds no GPU here", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    output = Path(arguments.output or _folder(torch.cuda.get_device_name()))
     context = Context(
-        Path(arguments.output or _folder(torch.cuda.get_device_name())), Console(sys.stdout, plain=True), torch.device("cuda"), torch.bfloat16,
-        time.monotonic() + arguments.budget, arguments.cases, arguments.peers, not arguments.no_compile,
-        arguments.seconds,
+        output, Console(sys.stdout, plain=True), torch.device("cuda"), torch.bfloat16, time.monotonic() + arguments.budget,
+        arguments.cases, arguments.peers, not arguments.no_compile, arguments.seconds,
     )  # fmt: skip
     for part in arguments.parts:
         if context.out_of_time(part):

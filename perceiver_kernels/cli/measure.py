@@ -1,10 +1,11 @@
 """Times and memory of callables, on a GPU and on a CPU.
 
-Times. On CUDA a sample is the span between two events around the call, with a cold L2: a buffer of twice the
-L2's size is overwritten before each sample, as often as it takes to keep the GPU busy while the host enqueues
-the call; a sample that the GPU began while the host was still enqueuing is taken again. The figure is device
-time; what the host needs to enqueue the call is reported beside it, as `host_us`. On a CPU a sample is perf_counter around the call. Several callables are sampled in turn, so that
-drifting clocks meet all of them alike.
+Times. On CUDA a sample is the span between two events around the call, with a cold L2: a buffer of twice
+the L2's size is overwritten before each sample, as often as it takes to keep the GPU busy while the host
+enqueues the call; a sample that the GPU began while the host was still enqueuing is taken again. The figure
+is device time; what the host needs to enqueue the call is reported beside it, as `host_us`. On a CPU a
+sample is perf_counter around the call. Several callables are sampled in turn, so that drifting clocks meet
+all of them alike.
 
 Memory is the peak above what was allocated before the call, in bytes that PyTorch's allocator handed out.
 """
