@@ -164,6 +164,14 @@ def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, crowded: bo
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
 
 
+def narrow_product_tile(columns: int, device: DeviceFacts) -> ProductTile:
+    """The tile of a 16-bit product of weights and rows of ``columns``: weights are read once where one program has them all."""
+    hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
+    if columns <= 128:
+        return ProductTile(128, 128, 64, 8, 3) if hopper else ProductTile(128, 128, 32, 8, 3)
+    return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)["values"]
+
+
 AttentionKind = Literal["forward", "dq", "dkv", "decode_forward", "decode_dq", "encode_backward"]
 
 
@@ -220,8 +228,8 @@ _ATTENTION_HOPPER: _AttentionTable = {
     ),
     "dq": ((64, 0, 0, 64, 64, 4, 3), (128, 0, 0, 64, 32, 4, 3), (192, 0, 0, 64, 32, 4, 3)),
     "dkv": (
-        (64, 0, 1024, 64, 64, 4, 3), (64, 0, 0, 32, 128, 4, 4), (128, 0, 0, 64, 64, 4, 2), (160, 0, 0, 32, 128, 8, 2),
-        (192, 0, 0, 32, 64, 4, 2),
+        (64, 0, 1024, 64, 64, 4, 3), (64, 0, 0, 32, 128, 4, 4), (128, 0, 0, 64, 64, 4, 2), (160, 0, 1024, 32, 64, 4, 2),
+        (160, 0, 0, 32, 128, 8, 2), (192, 0, 0, 32, 64, 4, 2),
     ),
     "decode_forward": ((64, 0, 0, 64, 128, 4, 3), (128, 0, 0, 64, 64, 4, 2)),
     "decode_dq": ((64, 0, 0, 64, 64, 4, 2), (128, 0, 0, 64, 64, 4, 2)),

@@ -14,14 +14,21 @@ from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import A100, CPU, H200, DeviceFacts, device_facts
 from perceiver_kernels.plan import (
     WidePlan,
+    plan_attention,
     plan_cross_attention,
     plan_output_cross_attention,
     plan_pack,
     plan_rotary,
     plan_shared_kv,
 )
-from perceiver_kernels.problem import CrossAttentionProblem, OutputCrossAttentionProblem, SharedKVProblem, pad_channels
-from perceiver_kernels.testing import ENCODE, EncodeCase
+from perceiver_kernels.problem import (
+    AttentionProblem,
+    CrossAttentionProblem,
+    OutputCrossAttentionProblem,
+    SharedKVProblem,
+    pad_channels,
+)
+from perceiver_kernels.testing import ENCODE, PROCESS, EncodeCase
 from perceiver_kernels.tiles import Kind, Tile, column_pieces, fused_tile
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -269,6 +276,43 @@ def test_method_of_decoders(
     assert plan.method == method and (method == "absorbed") == (plan.absorbed_seconds <= plan.projected_seconds)
     assert all(reason in found for found in plan.against_absorption) if reason else not plan.against_absorption
     assert math.isinf(plan.absorbed_seconds) == (reason is not None)
+
+
+@given(
+    B=st.integers(1, 70), H=st.integers(1, 16), N=st.integers(1, 5000), d=st.integers(1, 256), d_v=st.integers(1, 256),
+    device=st.sampled_from(DEVICES), dtype=DTYPES,
+)  # fmt: skip
+@settings
+def test_ds_is_kept_whole_and_within_its_budget(
+    B: int, H: int, N: int, d: int, d_v: int, device: DeviceFacts, dtype: torch.dtype
+) -> None:
+    problem = AttentionProblem(
+        B=B, H=H, H_kv=H, Lq=N, Lk=N, Lk_first=N, d_qk=d, d_v=d_v, dtype=dtype, device_type="cuda"
+    )  # fmt: skip
+    plan = plan_attention(problem, device)
+    stored = plan.stored
+    assert stored is None or (plan.dkv is not None and d > 64 and dtype.itemsize == 2)
+    skips: tuple[dict[str, Any], ...] = ({"lengths": True}, {"causal": "bottom_right"}, {"packed": True}, {"dropout": True})
+    for skipping in (*skips, {"attn_mask": "boolean"}, {"query_mask": True}, {"segments": 2}):
+        assert plan_attention(dataclasses.replace(problem, **skipping), device).stored is None
+    if stored is not None:
+        blocks = math.ceil(N / plan.dkv.block_kv)
+        assert plan.dkv.block_kv % stored.product.inner == 0 and plan.dkv_slices.total == 1
+        assert stored.slices.total * stored.slices.length >= N > (stored.slices.total - 1) * stored.slices.length
+        assert 1 <= stored.entries <= B
+        rows = math.ceil(N / stored.product.rows) * stored.product.rows
+        assert stored.entries * H * rows * blocks * plan.dkv.block_kv * 2 <= planning.WEIGHTS_BYTES
+
+
+@pytest.mark.parametrize("name", ["imagenet", "language"])
+def test_processing_of_wide_heads_keeps_ds(name: str) -> None:
+    case = PROCESS[name]
+    problem = AttentionProblem(
+        B=case.B, H=case.H, H_kv=case.H, Lq=case.Lq, Lk=case.Lk, Lk_first=case.Lk, d_qk=case.d_qk, d_v=case.d_v,
+        dtype=torch.bfloat16, device_type="cuda",
+    )  # fmt: skip
+    assert plan_attention(problem, H200).stored is not None
+    assert plan_attention(dataclasses.replace(problem, key_mask=True), H200).stored is not None
 
 
 @pytest.mark.parametrize("case", ENCODE.values(), ids=lambda case: case.name)

@@ -1,6 +1,6 @@
 """How a problem is computed: tiles, splits and workspace as frozen results of pure functions of sizes and device facts."""
 
-from perceiver_kernels.plan.attention import AttentionPlan, KeySplits, Resident, Slices, plan_attention
+from perceiver_kernels.plan.attention import AttentionPlan, KeySplits, Resident, Slices, StoredScores, plan_attention
 from perceiver_kernels.plan.cross_attention import CrossAttentionPlan, plan_cross_attention
 from perceiver_kernels.plan.output_attention import OutputCrossAttentionPlan, plan_output_cross_attention
 from perceiver_kernels.plan.pack import PackPlan, plan_pack
@@ -10,6 +10,6 @@ from perceiver_kernels.plan.splits import WEIGHTS_BYTES
 
 __all__ = [
     "WEIGHTS_BYTES", "AttentionPlan", "CrossAttentionPlan", "KeySplits", "OutputCrossAttentionPlan", "PackPlan", "Resident",
-    "RotaryPlan", "SharedKVPlan", "Slices", "WidePlan", "plan_attention", "plan_cross_attention",
+    "RotaryPlan", "SharedKVPlan", "Slices", "StoredScores", "WidePlan", "plan_attention", "plan_cross_attention",
     "plan_output_cross_attention", "plan_pack", "plan_rotary", "plan_shared_kv",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ serve it says itself (reasons_against); such a combination is skipped with its s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import perceiver_kernels as pk
+from perceiver_kernels.device import device_facts
 from perceiver_kernels.masks import Masks
+from perceiver_kernels.plan import plan_attention
 from perceiver_kernels.testing import DECODE, ENCODE_KV, LAYOUTS, PROCESS, AttentionCase, poisoned_memory, same_bits
 from perceiver_kernels.testing.attention import (
     MASK_KINDS,
@@ -110,6 +113,20 @@ def test_masks(target: Target, case: AttentionCase, kind: str) -> None:
     if kind == "query_mask":
         hidden = ~masks.query_mask.to(target.device)[:, None, :, None]  # type: ignore[union-attr]
         assert not found["out"].masked_select(hidden).any() and not found["dquery"].masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("kind", ["none", "key_mask"])
+@pytest.mark.parametrize("entries", [1, 2])
+def test_ds_kept_for_dq(target: Target, weights_bytes: Callable[[int], None], entries: int, kind: str) -> None:
+    """As many keys as queries, wide heads: the kernel of dk and dv leaves ds of some batch entries. Without dk or dv, none."""
+    heads = 180 if machine() == "gpu" else 2  # enough for one entry to fill the device
+    case = AttentionCase("kept", B=2, H=heads, Lq=150, Lk=140, d_qk=80, d_v=48)
+    weights_bytes(entries * case.H * 256 * 192 * 2)
+    call = attention_call(case, target, masks=masks_of(kind, case))
+    if target.backend == "triton" and target.dtype.itemsize == 2:
+        plan = plan_attention(call.problem(), device_facts(torch.device(target.device)))
+        assert plan.stored is not None and plan.stored.entries == entries
+    check(target, call)
 
 
 @pytest.mark.parametrize("masks", [("lengths", "query_mask"), ("key_mask", "additive"), ("lengths", "causal")], ids=str)

@@ -18,13 +18,16 @@ from perceiver_kernels.backends.triton.attention_resident_kernels import (
     _attention_encode_bwd_kernel,
 )
 from perceiver_kernels.backends.triton.attention_small_kernels import _attention_small_bwd_kernel, _attention_small_fwd_kernel
+from perceiver_kernels.backends.triton.attention_steps import Hides
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
-from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, unit_stride
+from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, tile_argument, unit_stride
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.repetition import repeated
+from perceiver_kernels.backends.triton.wide import Span
+from perceiver_kernels.backends.triton.wide_attention import ProductSums
 from perceiver_kernels.layouts import empty_heads, result_dtype
 from perceiver_kernels.masks import Masks
-from perceiver_kernels.plan import AttentionPlan, Resident
+from perceiver_kernels.plan import AttentionPlan, Resident, StoredScores
 from perceiver_kernels.problem import AttentionProblem
 from perceiver_kernels.tiles import AttentionTile, SmallTile
 
@@ -153,6 +156,8 @@ def _backward(
             _launch_small_backward(call, call.plan.small, saved, dq, (dk, dv) if needs_dkv else None)
         elif call.plan.encode_backward is not None and needs_dkv:
             _launch_encode_backward(call, call.plan.encode_backward, saved, dq, dk, dv)
+        elif call.plan.stored is not None and needs_dq and needs_dkv:
+            _stored_backward(call, call.plan.stored, saved, dq, dk, dv)
         elif call.plan.dq is not None and call.plan.dkv is not None:
             # The kernel of dq leaves delta for the one of dk and dv.
             if call.plan.decode_dq is not None:
@@ -204,7 +209,29 @@ def _launch_decode_dq(call: Call, resident: Resident, saved: Saved, dq: Tensor) 
     )  # fmt: skip
 
 
-def _launch_dkv(call: Call, tile: AttentionTile, saved: Saved, dk: Tensor, dv: Tensor) -> None:
+def _stored_backward(call: Call, stored: StoredScores, saved: Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """dk and dv of some of the batch's entries at a time, which leave ds, and dq, its product with the keys."""
+    B, H, _, Lq, Lk, d_qk, _ = call.sizes
+    tile, product = call.plan.dkv, stored.product
+    saved = saved._replace(delta=head_products(saved.dout, saved.out, saved.dlse))
+    rows, columns = (ceil_div(length, size) * size for length, size in ((Lk, tile.block_kv), (Lq, product.rows)))
+    ds = torch.empty(min(B, stored.entries), H, rows, columns, dtype=dq.dtype, device=dq.device)
+    for first in range(0, B, stored.entries):
+        part = slice(first, min(first + stored.entries, B))
+        entries = call.entries(part)
+        of_part = Saved(*(None if t is None else t[part] for t in saved[:4]), saved.statistics, saved.delta[part])
+        _launch_dkv(entries, tile, of_part, dk[part], dv[part], ds)
+        key, hidden = entries.keys[0], entries.masks[0]
+        # dq = (ds^T)^T k is what dk = ds^T q is, with queries for keys and a key mask for a query mask.
+        sums = ProductSums(
+            key, dq[part], (key.shape[0], H, 1, Lk, Lq, d_qk, d_qk), (None, None, hidden, None, None, None),
+            Hides(query_mask=hidden is not None), product, lambda rows, keys: stored.slices, call.plan.tma,
+        )  # fmt: skip
+        sums.add(ds, 0, Span(0, Lk, 0, Lq))
+
+
+def _launch_dkv(call: Call, tile: AttentionTile, saved: Saved, dk: Tensor, dv: Tensor, ds: Tensor | None = None) -> None:
+    """dk and dv, and scale ds [B, H, keys in whole blocks, queries] where one is given."""
     B, H, G, _, Lk, d_qk, d_v = call.sizes
     H_kv, slices = H // G, call.plan.dkv_slices
     tma = call.streams_queries_by_tma(saved.dout)
@@ -219,10 +246,12 @@ def _launch_dkv(call: Call, tile: AttentionTile, saved: Saved, dk: Tensor, dv: T
         *row_arguments(call.query, tile.block_q, tile.pieces_qk, tma),
         *row_arguments(saved.dout, tile.block_q, tile.pieces_v, tma), call.keys[0], call.values[0], call.keys[-1],
         call.values[-1], saved.lse, saved.statistics, saved.delta, *parts,
+        None if ds is None else tile_argument(ds, tile.block_kv, tile.block_q, tma),
         call.masks, call.key_windows, *call.common[1:], (blocks, first_blocks, tile.block_kv, call.Lk_first),
         (slices.total, slices.length),
         *strides_of(call.query, saved.dout, call.keys[0], call.values[0], call.keys[-1], call.values[-1]), *strides,
-        call.stride_mask, SEGMENTS=len(call.keys), **call.options(tile, tma),
+        (0, 0, 0) if ds is None else tuple(ds.stride()[:3]), call.stride_mask, SEGMENTS=len(call.keys), KEEP_DS=ds is not None,
+        **call.options(tile, tma),
     )  # fmt: skip
     if slices.total > 1:
         for part, gradient in zip(parts, (dk, dv), strict=True):

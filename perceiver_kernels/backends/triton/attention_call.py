@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,17 @@ class Call:
         )  # fmt: skip
         self.dropout = dropout_arguments(dropout_p, dropout_seed, 0)[:3]
         self.dropout_p = dropout_p
+
+    def entries(self, part: slice) -> Call:
+        """The call of some of the batch's entries, under no mask but a key mask."""
+        if part == slice(0, self.sizes[0]):
+            return self
+        found = copy.copy(self)
+        found.query = self.query[part]
+        found.keys, found.values = (tuple(t[part] for t in parts) for parts in (self.keys, self.values))
+        found.sizes = (found.query.shape[0], *self.sizes[1:])
+        found.masks = (None if self.masks[0] is None else self.masks[0][part], *self.masks[1:])
+        return found
 
     @property
     def streams_keys_by_tma(self) -> bool:

@@ -194,18 +194,34 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit
+def _keep(target, tile, i_b, i_h, row, column, m_columns, stride, TMA: tl.constexpr):
+    """Store a tile of ds: through a descriptor (TMA), which leaves running products alone, or masked, through a pointer.
+
+    Stored through a pointer on Hopper, ptxas waits for every wgmma of the loop (C7515).
+    """
+    if TMA:
+        target.store([i_b, i_h, row, column], tile.reshape(1, 1, tile.shape[0], tile.shape[1]))
+    else:
+        o_rows, o_columns = row + tl.arange(0, tile.shape[0]), column + tl.arange(0, tile.shape[1])
+        base = target + i_b.to(tl.int64) * stride[0] + i_h.to(tl.int64) * stride[1]
+        tl.store(base + o_rows.to(tl.int64)[:, None] * stride[2] + o_columns[None, :], tile, mask=m_columns[None, :])
+
+
+@triton.jit
 def _attention_bwd_dkv_kernel(
-    q, q_1, q_2, dout, dout_1, dout_2, k, v, k_second, v_second, lse, statistics, delta, dk, dv, masks, key_windows, dropout,
-    scale, causal_shift, sizes,
+    q, q_1, q_2, dout, dout_1, dout_2, k, v, k_second, v_second, lse, statistics, delta, dk, dv, kept_ds, masks, key_windows,
+    dropout, scale, causal_shift, sizes,
     parts, slices, stride_q, stride_dout, stride_k, stride_v, stride_k_second, stride_v_second, stride_dk, stride_dv,
-    stride_mask,
+    stride_ds, stride_mask,
     PIECES_QK: tl.constexpr, PIECES_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, SEGMENTS: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP_DS: tl.constexpr,
 ):  # fmt: skip
     """dk_j = scale sum_i ds_ij q_i and dv_j = sum_i d_ij p_ij dout_i over one slice of the queries.
 
     Scores are [keys, queries]. slices = (S, queries of a slice); a part of the keys is one block; key_windows are, for packed
-    sequences, lo and hi of the queries that see each key.
+    sequences, lo and hi of the queries that see each key. With KEEP_DS scale ds goes to ``kept_ds`` [B, H, keys in whole
+    blocks, queries], from which dq is a product.
     """
     B, H, G, Lq, Lk, d_qk, d_v = sizes
     S, rows_per_slice = slices
@@ -268,6 +284,10 @@ def _attention_bwd_dkv_kernel(
         if DROPOUT:
             factors = dropout_factors(*dropout, i_b, (i_h * Lq + o_rows)[None, :], o_keys[:, None])
             dp, kept = dp * factors, p * factors
+        if KEEP_DS:
+            # Before the products that run on; keys past the end are zeros of any weight, infinity included.
+            b_ds = tl.where(m_store[:, None], (p * (dp - b_delta[None, :]) * scale).to(b_q[0].dtype), 0.0)
+            _keep(kept_ds, b_ds, i_b, i_h, i_block * BLOCK_KV, i_row, m_rows, stride_ds, TMA)
         acc_v = accumulate(kept.to(b_do[0].dtype), b_do, acc_v, PRECISION)
         ds = p * (dp - b_delta[None, :])
         acc_k = accumulate(ds.to(b_q[0].dtype), b_q, acc_k, PRECISION)

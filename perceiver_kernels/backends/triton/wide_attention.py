@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton.attention_call import Call, Saved
+from perceiver_kernels.backends.triton.attention_steps import Hides
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
 from perceiver_kernels.backends.triton.describe import can_describe, ceil_div, describable, tile_argument
 from perceiver_kernels.backends.triton.launch import launch
@@ -24,6 +25,8 @@ from perceiver_kernels.backends.triton.wide_attention_kernels import (
     _wide_attention_products_kernel,
     _wide_attention_weights_bwd_kernel,
 )
+from perceiver_kernels.plan import Slices
+from perceiver_kernels.tiles import ProductTile
 
 
 def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +104,7 @@ def backward(call: Call, saved: Saved, dq: Tensor | None, dkv: tuple[Tensor, Ten
     saved = saved._replace(dout=dout, delta=head_products(dout, saved.out, saved.dlse))
     weights = _workspace(call, query, wide.chunk_backward, tile.rows, 1 if dkv is None else 2)
     second = 0 if dkv is None else weights.shape[2] // 2
-    sums = [] if dkv is None else [_KeySums(call, rows, out) for rows, out in zip((query, dout), dkv, strict=True)]
+    sums = [] if dkv is None else [_key_sums(call, rows, out) for rows, out in zip((query, dout), dkv, strict=True)]
     dq_sum: Tensor | None = None
     for span in _spans(call, wide.chunk_backward):
         _launch_weights_backward(call, saved, query, key, value, weights, second, span)
@@ -153,44 +156,57 @@ def _add_dq(call: Call, weights: Tensor, key: Tensor, dq: Tensor, dq_sum: Tensor
     return None if whole_rows else target
 
 
-class _KeySums:
-    """dk = ds^T q, or dv = weights^T dout, over the chunks of a backward.
+def _key_sums(call: Call, rows: Tensor, out: Tensor) -> ProductSums:
+    B, H_kv, _, d = out.shape
+    wide, G = call.plan.wide, call.sizes[2]
+    return ProductSums(
+        rows, out, call.sizes, call.masks, call.hides, wide.products,
+        lambda rows, keys: wide.row_slices(B * H_kv, rows, keys, d, G), call.plan.tma,
+    )  # fmt: skip
 
-    Chunks of queries add to fp32 sums, one for each slice; a chunk of keys is complete at once.
+
+class ProductSums:
+    """``out`` [B, H_kv, keys, d] = weights^T rows over the chunks of a backward: dk of ds and q, dv of the weights and dout.
+
+    Chunks of rows add to fp32 sums, one for each slice; a chunk of keys is complete at once. dq = ds k is the same of ds^T:
+    what the kernel calls keys are then queries, and rows are keys.
     """
 
-    def __init__(self, call: Call, rows: Tensor, out: Tensor) -> None:
-        self.call, self.rows, self.out = call, rows, out
+    def __init__(
+        self, rows: Tensor, out: Tensor, sizes: tuple[int, ...], masks: tuple[Any, ...], hides: Hides, tile: ProductTile,
+        slices: Callable[[int, int], Slices], tma: bool,
+    ) -> None:  # fmt: skip
+        """``slices`` of numbers of rows and keys; sizes, masks and hides as the kernel takes them."""
+        self.rows, self.out, self.sizes, self.masks, self.hides = rows, out, sizes, masks, hides
+        self.tile, self.slices, self.tma = tile, slices, tma
         self.sums: Tensor | None = None
         self.rows_per_slice = 0
 
     def add(self, weights: Tensor, first_row: int, span: Span) -> None:
-        """Add the products of one chunk."""
-        call, tile = self.call, self.call.plan.wide.products
+        """Add the products of one chunk, whose weights begin in row ``first_row`` of the workspace."""
+        tile, tma = self.tile, self.tma
         B, H_kv, _, d = self.out.shape
-        G = call.sizes[2]
-        whole_keys = span.row_end - span.row_start == call.sizes[3]
+        whole_keys = span.row_end - span.row_start == self.sizes[3]
         part, part_start, direct = self.sums, 0, False
         if part is None:
             keys = span.key_end - span.key_start
-            slices = call.plan.wide.row_slices(B * H_kv, span.row_end - span.row_start, keys, d, G)
+            slices = self.slices(span.row_end - span.row_start, keys)
             self.rows_per_slice, direct = slices.length, slices.total == 1 and whole_keys
             if direct:
                 part = self.out.unsqueeze(2)
             else:
                 part, part_start = _empty_rows(B, H_kv, slices.total, keys, d, device=self.out.device), span.key_start
-        tma = call.plan.tma
         chunk = span.tiled(tile.rows)
-        tma_rows = tma and can_describe(self.rows) and not call.hides.query_mask
+        tma_rows = tma and can_describe(self.rows) and not self.hides.query_mask
         arguments: tuple[Any, ...] = (
             tile_argument(weights, tile.inner, tile.rows, tma), tile_argument(self.rows, tile.inner, tile.columns, tma_rows),
         )  # fmt: skip
         launch(
             _wide_attention_products_kernel, ceil_div(d, tile.columns) * chunk[3] * part.shape[2] * H_kv * B, *arguments, part,
-            call.masks, call.sizes, chunk, (part.shape[2], self.rows_per_slice, part_start), first_row, d,
+            self.masks, self.sizes, chunk, (part.shape[2], self.rows_per_slice, part_start), first_row, d,
             head_strides(weights), head_strides(self.rows), tuple(part.stride()[:4]), BLOCK_KV=tile.rows,
-            BLOCK_COL=tile.columns, BLOCK_K=tile.inner, TMA=tma, TMA_ROWS=tma_rows, HIDES=call.hides, ADD=self.sums is not None,
-            **product_options(tile),
+            BLOCK_COL=tile.columns, BLOCK_K=tile.inner, TMA=tma, TMA_ROWS=tma_rows, HIDES=self.hides,
+            ADD=self.sums is not None, **product_options(tile),
         )  # fmt: skip
         if not whole_keys:
             self.sums = part
@@ -198,6 +214,6 @@ class _KeySums:
             sum_splits(part.flatten(0, 1), self.out[:, :, span.key_start : span.key_end])
 
     def finish(self) -> None:
-        """The sums of chunks of queries, reduced over the slices."""
+        """The sums of chunks of rows, reduced over the slices."""
         if self.sums is not None:
             sum_splits(self.sums.flatten(0, 1), self.out)
