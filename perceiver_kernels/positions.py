@@ -26,10 +26,12 @@ _captured: dict[_Key, Tensor] = {}
 """Those that a CUDA graph reads at every replay: they stay."""
 
 
-def constant(key: Hashable, device: torch.device, build: Callable[[], Sequence[Any]]) -> Tensor:
-    """The fp32 tensor of build() on device, kept: a later call copies nothing and suits a CUDA graph."""
+def constant(
+    key: Hashable, device: torch.device, build: Callable[[], Sequence[Any]], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The tensor of build() on device, kept: a later call copies nothing and suits a CUDA graph."""
     if torch.compiler.is_compiling():
-        return torch.tensor(build(), dtype=torch.float32, device=device)
+        return torch.tensor(build(), dtype=dtype, device=device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     place = (key, device)
@@ -37,7 +39,7 @@ def constant(key: Hashable, device: torch.device, build: Callable[[], Sequence[A
     if constant is None:
         # An inference tensor could never be saved for a later backward pass.
         with torch.inference_mode(False):
-            constant = torch.tensor(build(), dtype=torch.float32, device=device)
+            constant = torch.tensor(build(), dtype=dtype, device=device)
     # A fake tensor must not outlive the mode that made it.
     if type(constant) is Tensor:
         _constants[place] = constant
@@ -150,15 +152,17 @@ def grid_coordinates(
     """
     shape = tuple(shape)
     start, stop = check_range(start, stop, math.prod(shape))
-    index = torch.arange(start, stop, device=device)
-    coordinates = []
-    for axis, size in enumerate(shape):
-        inner = max(math.prod(shape[axis + 1 :]), 1)
-        place = index // inner % max(size, 1)
-        # (2 i - (n - 1)) / (n - 1), one rounding in fp64, so that every device gets the same fp32 values.
-        ticks = (2 * place - (size - 1)).double() / (size - 1) if size != 1 else -torch.ones_like(place)
-        coordinates.append(ticks.float())
-    return torch.stack(coordinates, -1)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    # For each axis: tokens of one step along it, its size, and its last place (1 for an axis of size 1, which puts it at -1).
+    steps, sizes, last = constant(("grid", shape), device, lambda: _grid_rows(shape), torch.float64)
+    index = torch.arange(start, stop, device=device, dtype=torch.float64)[:, None]
+    # (2 i - (n - 1)) / (n - 1), one rounding in fp64, so that every device gets the same fp32 values.
+    return ((2 * (index // steps % sizes) - last) / last).float()
+
+
+def _grid_rows(shape: tuple[int, ...]) -> list[list[int]]:
+    steps = [max(math.prod(shape[axis + 1 :]), 1) for axis in range(len(shape))]
+    return [steps, [max(size, 1) for size in shape], [max(size - 1, 1) for size in shape]]
 
 
 def rotary_tables(
