@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from perceiver_kernels.cli import measure
 from perceiver_kernels.plan import attention as attention_planning
 from perceiver_kernels.plan import shared_kv as shared_kv_planning
 from perceiver_kernels.plan import splits
@@ -86,9 +88,16 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def ceilings() -> Callable[..., dict[str, float]]:
+    """The ceilings of a device, which take four seconds to measure, once for all commands of a process."""
+    return functools.cache(measure.ceilings)
+
+
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(ceilings: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For commands on small inputs, which more threads only slow down."""
+    monkeypatch.setattr(measure, "ceilings", ceilings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

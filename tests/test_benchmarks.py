@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import subprocess
 import sys
@@ -81,8 +80,6 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
     monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
-    # Every part measures the ceilings for four seconds: once is enough here.
-    monkeypatch.setattr(gpu_bench.measure, "ceilings", functools.cache(gpu_bench.measure.ceilings))
     context = gpu_bench.Context(
         tmp_path,
         Console(plain=True),

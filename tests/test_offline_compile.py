@@ -102,7 +102,7 @@ def test_every_tile(device: str, channels: int) -> None:
 @pytest.mark.parametrize(
     ("channels", "sizes"),
     [
-        *((channels, (3, 77, 5001)) for channels in (128, 272, 336, 768)),
+        *((channels, (3, 77, 5001)) for channels in (272, 768)),
         *((272, sizes) for sizes in ((1, 1, 1), (32, 64, 128))), (768, (1, 1, 1)),
     ],
     ids=str,
@@ -138,20 +138,21 @@ def test_masks_and_dropout(channels: int, flag: str) -> None:
     assert broken_limits(launches, "H200", torch.bfloat16, dropout=flag == "dropout") == []
 
 
-@pytest.mark.parametrize("flag", ["masked", "dropout"])
-def test_masks_and_dropout_elsewhere(flag: str) -> None:
-    for device, dtype, channels in (("A100", torch.bfloat16, 128), ("H200", torch.float32, 64)):
-        launches = compile_shared_kv(channels, dtype, DEVICES[device], **{flag: True})
-        assert broken_limits(launches, device, dtype, dropout=flag == "dropout") == []
+@pytest.mark.parametrize(
+    ("device", "dtype", "channels", "flag"),
+    [("A100", torch.bfloat16, 128, "masked"), ("H200", torch.float32, 64, "dropout")], ids=str,
+)  # fmt: skip
+def test_masks_and_dropout_elsewhere(device: str, dtype: torch.dtype, channels: int, flag: str) -> None:
+    launches = compile_shared_kv(channels, dtype, DEVICES[device], **{flag: True})
+    assert broken_limits(launches, device, dtype, dropout=flag == "dropout") == []
 
 
 @pytest.mark.parametrize("positions", ["none", "shared", "batched", "fourier"])
 @pytest.mark.parametrize(("content", "dtype"), [(3, torch.float32), (487, torch.bfloat16), (700, torch.bfloat16)], ids=str)
 def test_pack(content: int, dtype: torch.dtype, positions: str) -> None:
-    for device, facts in DEVICES.items():
-        for constants in (0, 2):
-            launches = compile_pack(content, dtype, facts, positions=positions, masked=True, constants=constants)
-            assert len(names(launches)) == 2 and broken_limits(launches, device, dtype) == []
+    for device, constants in (("A100", 0), ("H200", 2)):
+        launches = compile_pack(content, dtype, DEVICES[device], positions=positions, masked=True, constants=constants)
+        assert len(names(launches)) == 2 and broken_limits(launches, device, dtype) == []
 
 
 def test_only_the_first_grid_dimension_grows_with_the_batch() -> None:

@@ -132,9 +132,7 @@ def run_program(
 
 
 class TestStreams:
-    @pytest.mark.parametrize(
-        "arguments", [["info"], ["info", "--plain"], ["info", "--json", "-"], ["--help"]]
-    )
+    @pytest.mark.parametrize("arguments", [["info"], ["info", "--plain"], ["info", "--json", "-"]])
     def test_a_reader_that_left_ends_the_program_quietly(self, arguments: list[str]) -> None:
         if "--plain" not in arguments:
             pytest.importorskip("rich")
@@ -148,9 +146,7 @@ class TestStreams:
         assert code == 0 and "Traceback" not in told
         assert told == "" or "--json" in arguments
 
-    @pytest.mark.parametrize(
-        "arguments", [["info"], ["info", "--plain"], ["info", "--json", "-"], ["--help"]]
-    )
+    @pytest.mark.parametrize("arguments", [["info"], ["info", "--json", "-"], ["--help"]])
     def test_a_full_disk_is_one_line(self, arguments: list[str]) -> None:
         with open("/dev/full", "w") as full:
             code, told = run_program(arguments, full.fileno())
