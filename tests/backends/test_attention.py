@@ -115,12 +115,11 @@ def test_masks(target: Target, case: AttentionCase, kind: str) -> None:
         assert not found["out"].masked_select(hidden).any() and not found["dquery"].masked_select(hidden).any()
 
 
-@pytest.mark.parametrize("kind", ["none", "key_mask"])
-@pytest.mark.parametrize("entries", [1, 2])
+@pytest.mark.parametrize(("entries", "kind"), [(1, "key_mask"), (2, "none")])
 def test_ds_kept_for_dq(target: Target, weights_bytes: Callable[[int], None], entries: int, kind: str) -> None:
-    """As many keys as queries, wide heads: the kernel of dk and dv leaves ds of some batch entries. Without dk or dv, none."""
+    """As many keys as queries, wide heads: the kernel of dk and dv leaves ds of some batch entries."""
     heads = 180 if machine() == "gpu" else 2  # enough for one entry to fill the device
-    case = AttentionCase("kept", B=2, H=heads, Lq=150, Lk=140, d_qk=80, d_v=48)
+    case = AttentionCase("kept", B=2, H=heads, Lq=150, Lk=140, d_qk=72, d_v=16)
     weights_bytes(entries * case.H * 256 * 192 * 2)
     call = attention_call(case, target, masks=masks_of(kind, case))
     if target.backend == "triton" and target.dtype.itemsize == 2:
@@ -199,8 +198,9 @@ def test_fresh_memory_and_repetition_change_no_bit(target: Target, case: Attenti
     first = attention_results(function, call)
     with poisoned_memory():
         poisoned = attention_results(function, call)
-    again = attention_results(function, call)
-    for other in (poisoned, again):
+    # Programs run one after the other in the interpreter: nothing there could be different the second time.
+    others = [poisoned] if machine() == "interpreter" else [poisoned, attention_results(function, call)]
+    for other in others:
         assert [name for name in first if not same_bits(first[name], other[name])] == []
 
 
