@@ -164,8 +164,8 @@ def wide_tile(kind: WideKind, itemsize: int, device: DeviceFacts, *, crowded: bo
     return (_WIDE_HOPPER if hopper else _WIDE_AMPERE)[kind]
 
 
-def narrow_product_tile(columns: int, device: DeviceFacts) -> ProductTile:
-    """The tile of a 16-bit product of weights and rows of ``columns``: weights are read once where one program has them all."""
+def stored_product_tile(columns: int, device: DeviceFacts) -> ProductTile:
+    """The tile of dq = ds k in 16 bits, keys of ``columns``: ds is read once where one program has all of them."""
     hopper = device.capability >= (9, 0) and device.smem_bytes >= 200_000
     if columns <= 128:
         return ProductTile(128, 128, 64, 8, 3) if hopper else ProductTile(128, 128, 32, 8, 3)

@@ -17,8 +17,8 @@ from perceiver_kernels.tiles import (
     ProductTile,
     SmallTile,
     attention_tile,
-    narrow_product_tile,
     small_tile,
+    stored_product_tile,
     wide_tile,
 )
 
@@ -193,14 +193,13 @@ def _resident(kind: AttentionKind, p: AttentionProblem, device: DeviceFacts) -> 
 def _stored(p: AttentionProblem, dkv: AttentionTile | None, slices: Slices, device: DeviceFacts) -> StoredScores | None:
     """Where the two products that a kernel of dq computes again cost more than ds written and read, 4 bytes an element.
 
-    Narrower heads' do not: 32 x 8 heads of 512 x 512 took 0.165 ms in place of 0.142 with 160 channels (256 x 256), 0.299 in
-    place of 0.292 with 128 (H200). Nor do many keys: 512 x 50,176 x 128, batch 8, took 0.83 in place of 0.70. What masks skip
-    would have to be zeroed; a key mask skips nothing.
+    Those of narrower heads do not, nor those of few queries and many keys, whose dq wants splits. What masks skip would have to
+    be zeroed; a key mask skips nothing.
     """
     skips = p.packed or p.lengths or p.query_mask or p.causal != "none" or p.attn_mask != "none"
     if dkv is None or slices.total > 1 or skips or p.segments > 1 or p.H_kv != p.H or p.dropout or p.dtype.itemsize != 2:
         return None
-    product = narrow_product_tile(p.d_qk, device)
+    product = stored_product_tile(p.d_qk, device)
     # A step of the product must not reach past the blocks that were written.
     if _regime(p.Lq, p.Lk) != "process" or p.d_qk <= 64 or p.Lk < 128 or dkv.block_kv % product.inner:
         return None

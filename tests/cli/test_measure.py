@@ -44,7 +44,6 @@ class TestTime:
         timings = measure.time_calls({"slow": lambda: time.sleep(0.01)}, CPU, seconds=0.05)
         assert timings["slow"].p20_ms >= 10 and timings["slow"].samples <= 5
 
-
     @pytest.mark.gpu
     def test_the_hosts_time_is_not_the_gpus(self) -> None:
         """Not even where it takes three times as long as when it was measured, as a host with other work does."""
