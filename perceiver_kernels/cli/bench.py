@@ -234,12 +234,16 @@ class Bench:
         running = {name: call for name, call in calls.items() if name not in failures}
         timings = measure.time_calls(running, self.device, seconds=self.seconds)
         memory = {name: measure.peak_extra_bytes(call, self.device) for name, call in running.items()}
+        kernels = {
+            name: measure.kernel_times(call, self.device) for name, call in running.items() if name in OWN
+        }
         rows = [
             self._row(
-                work, each, name, timings.get(name), memory.get(name), verdicts.get(name), failures.get(name)
+                work, each, name, timings.get(name), memory.get(name), verdicts.get(name), failures.get(name),
+                kernels.get(name),
             )
             for name in calls
-        ]
+        ]  # fmt: skip
         pass_table.show(self.console, each.title, rows)
 
     def _judge(
@@ -258,7 +262,7 @@ class Bench:
 
     def _row(
         self, work: Subject, each: Pass, name: str, timing: measure.Timing | None, peak: int | None,
-        verdict: Verdict | None, failure: str | None,
+        verdict: Verdict | None, failure: str | None, kernels: list[dict[str, Any]] | None,
     ) -> dict[str, Any]:  # fmt: skip
         case, is_ours = work.case, name in OWN
         count = work.flops(each.name, name)
@@ -277,6 +281,8 @@ class Bench:
         if timing is not None:
             row |= timing.as_dict() | {"peak_extra_bytes": peak, "tflops": count / timing.p50_ms / 1e9}
             row["of_floor"] = row["floor_ms"] / timing.p50_ms
+        if kernels:
+            row["kernels"] = kernels
         return self.report.add(**row)
 
     def _floor_ms(self, work: Subject, which: str) -> float:

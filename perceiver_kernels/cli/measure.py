@@ -216,6 +216,31 @@ class _CudaClock:
         return 1e3 * begin.elapsed_time(end) / 10
 
 
+def kernel_times(call: Call, device: torch.device, *, calls: int = 5) -> list[dict[str, Any]]:
+    """Return what a call's kernels take on a GPU, the longest first; nothing on other devices.
+
+    Each entry holds a kernel's name, its launches in one call and the microseconds of all of them, the mean over
+    `calls` calls one after the other (warm L2), as torch.profiler's record of the device has them.
+    """
+    if device.type != "cuda":
+        return []
+    with (
+        _silent_descriptor(2),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler,
+    ):
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize(device)
+    found: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time)
+    entries = [
+        {"kernel": name, "launches": len(times) / calls, "us": sum(times) / calls} for name, times in found.items()
+    ]
+    return sorted(entries, key=lambda entry: -entry["us"])
+
+
 def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """Return the peak of allocated bytes during a call, above what was allocated before it.
 

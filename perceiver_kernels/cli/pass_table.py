@@ -20,6 +20,8 @@ COLUMNS = (
 )
 SPARE_COLUMNS = ("host us", "p20..p80", "extra memory", "of floor")
 """Left out, in this order, where a line has no room for all."""
+MOST_KERNELS = 6
+"""So many are told by name, the longest first; JSON has all."""
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
@@ -33,6 +35,16 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
             console.line(f"  {row['implementation']} cannot: {row['failure']}")
         elif row.get("inaccurate"):
             console.line(f"  {row['implementation']} is inaccurate: {row['inaccurate']}")
+        if kernels := row.get("kernels"):
+            told = ", ".join(_kernel(entry) for entry in kernels[:MOST_KERNELS])
+            more = f" and {len(kernels) - MOST_KERNELS} more" if len(kernels) > MOST_KERNELS else ""
+            console.line(f"  kernels of {row['implementation']}: {told}{more}")
+
+
+def _kernel(entry: dict[str, Any]) -> str:
+    name = entry["kernel"].strip("_").removesuffix("_kernel").removeprefix("void ")[:40]
+    launches = "" if entry["launches"] == 1 else f" ({entry['launches']:g} launches)"
+    return f"{name} {format_ms(entry['us'] / 1e3)}{launches}"
 
 
 def _is_peer(row: dict[str, Any]) -> bool:

@@ -57,6 +57,16 @@ class TestTime:
         timing = measure.time_calls({"call": call}, torch.device("cuda"), min_samples=8, max_samples=8)["call"]
         assert timing.p50_ms < 0.5 and timing.host_us is not None and timing.host_us > 1000
 
+    @pytest.mark.gpu
+    def test_kernels_of_a_call(self) -> None:
+        a = torch.randn(1024, 1024, device="cuda")
+        entries = measure.kernel_times(lambda: (a @ a).add_(1.0).add_(1.0), torch.device("cuda"))
+        assert sorted(entry["launches"] for entry in entries) == [1, 2]
+        assert all(entry["us"] > 0 for entry in entries)
+
+    def test_no_kernels_without_a_gpu(self) -> None:
+        assert measure.kernel_times(lambda: torch.zeros(1), CPU) == []
+
 
 class TestMemory:
     def test_peak_counts_temporaries_and_the_result_but_not_what_was_there(self) -> None:
