@@ -148,7 +148,7 @@ def ptxas_report(log: Path) -> dict:
             current["spill_bytes"] = int(match.group(1)) + int(match.group(2))
         elif match := usage.search(line):
             current["registers"] = int(match.group(1))
-        elif "ptxas" in line and "warning" in line:
+        elif "ptxas" in line and ("warning" in line or "Performance Loss" in line):
             warnings.append(line.strip())
     spilling = [f"{name} {arch}" for (name, arch), kernel in kernels.items() if kernel["spill_bytes"]]
     return {

@@ -9,7 +9,9 @@
 #include "perceiver/layout.h"
 
 namespace py = pybind11;
+using perceiver::MergeStatesParams;
 using perceiver::PackForwardParams;
+using perceiver::SharedKVForwardParams;
 
 namespace {
 
@@ -17,6 +19,7 @@ template <typename Params>
 void bind_params(py::module_& module, const char* name) {
   py::class_<Params> type(module, name);
   type.def(py::init([] { return Params{}; }));
+  type.def(py::init<const Params&>(), "A copy.");
   perceiver::visit_fields(static_cast<const Params*>(nullptr), [&](const char* field, auto member,
                                                                    std::size_t) {
     using Field = std::remove_reference_t<decltype(std::declval<Params&>().*member)>;
@@ -47,10 +50,15 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Binding of libperceiver_kernels: fills plain parameter structs and enqueues kernels.";
   module.attr("ABI_VERSION") = PK_ABI_VERSION;
   module.def("library_abi_version", &pk_abi_version, "The ABI version of the library that was loaded.");
-  module.def("layout", &perceiver::describe_layout<PackForwardParams>,
-             "The struct layout as this module was compiled.");
-  module.def("library_layout", &pk_layout, "The struct layout as the library was compiled.");
+  module.def("layout", &perceiver::describe_layouts, "The layout of the structs as this module was compiled.");
+  module.def("library_layout", &pk_layout, "The layout of the structs as the library was compiled.");
   bind_params<PackForwardParams>(module, "PackForwardParams");
+  bind_params<SharedKVForwardParams>(module, "SharedKVForwardParams");
+  bind_params<MergeStatesParams>(module, "MergeStatesParams");
   module.def("pack_inputs_fwd", raising(&pk_pack_inputs_fwd), py::arg("params"),
              "Enqueue the forward of pack_inputs. Raises RuntimeError with the library's sentence.");
+  module.def("shared_kv_fwd", raising(&pk_shared_kv_fwd), py::arg("params"),
+             "Enqueue the forward of shared_kv_attention. Raises RuntimeError with the library's sentence.");
+  module.def("merge_states", raising(&pk_merge_states), py::arg("params"),
+             "Enqueue the merge of softmax states. Raises RuntimeError with the library's sentence.");
 }

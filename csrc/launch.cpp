@@ -8,7 +8,9 @@
 #include <string>
 
 #include "kernels/pack_enqueue.h"
+#include "kernels/shared_kv_enqueue.h"
 #include "perceiver/layout.h"
+#include "tensor_map.h"
 
 namespace perceiver {
 namespace {
@@ -96,13 +98,85 @@ cudaError_t enqueue_pack(const PackForwardParams& params) {
   return cudaErrorInvalidValue;
 }
 
+// The rule of SharedKVForwardParams that is broken, or null.
+const char* broken_rule(const SharedKVForwardParams& p, const RowTensor& q, const RowTensor& x, int columns) {
+  if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
+  if (columns == 0) return "channels must be at most 336";
+  if (p.type != static_cast<int32_t>(ElementType::kFloat16) && p.type != static_cast<int32_t>(ElementType::kBFloat16)) {
+    return "type must be 1 (float16) or 2 (bfloat16)";
+  }
+  if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
+    return "z_out_type must be 0 (float32) or type";
+  }
+  if (p.channels % 8 != 0) return "channels must be a multiple of 8";
+  if (p.splits < 1 || p.tokens_per_split < 1 || (p.splits > 1 && p.tokens_per_split % shared_kv_block_kv(columns) != 0)) {
+    return "splits must be positive, and of whole tiles of tokens";
+  }
+  if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
+  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+  if (int64_t{p.batch} * p.splits * ((int64_t{p.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ) > kMostBlocks) {
+    return "there must be fewer than 2^31 blocks";
+  }
+  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
+  if (p.batch == 0 || p.rows == 0) return nullptr;
+  if (p.tokens == 0) return "there must be tokens";
+  if (p.q == nullptr || p.x == nullptr || p.z_out == nullptr || p.lse_out == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode(q) || !can_encode(x)) return "q and x must have a base and pitches of 16 bytes";
+  return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
+}
+
+const char* broken_rule(const MergeStatesParams& p) {
+  if (p.batch < 0 || p.splits < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
+    return "sizes must not be negative, channels a positive multiple of 4";
+  }
+  if (!is_element_type(p.z_type)) return "z_type must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+  if (p.batch == 0 || p.rows == 0) return nullptr;
+  if ((p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
+  if (p.z == nullptr || p.lse == nullptr || p.rho == nullptr ||
+      (p.splits > 0 && (p.z_part == nullptr || p.lse_part == nullptr))) {
+    return "a pointer is null";
+  }
+  if (!is_aligned(p.z) || !is_aligned(p.z_part) || !is_aligned(p.z_state)) return "z must lie on 16 bytes everywhere";
+  return nullptr;
+}
+
+#if PK_HOPPER
+template <int kColumns>
+cudaError_t enqueue_shared_kv(const SharedKVMaps& maps, const SharedKVForwardParams& params) {
+  return params.type == static_cast<int32_t>(ElementType::kFloat16)
+             ? enqueue_shared_kv_fwd<ElementType::kFloat16, kColumns>(maps, params)
+             : enqueue_shared_kv_fwd<ElementType::kBFloat16, kColumns>(maps, params);
+}
+
+cudaError_t enqueue_shared_kv(int columns, const SharedKVMaps& maps, const SharedKVForwardParams& params) {
+  switch (columns) {
+    case 64: return enqueue_shared_kv<64>(maps, params);
+    case 128: return enqueue_shared_kv<128>(maps, params);
+    case 256: return enqueue_shared_kv<256>(maps, params);
+    case 272: return enqueue_shared_kv<272>(maps, params);
+    case 336: return enqueue_shared_kv<336>(maps, params);
+  }
+  return cudaErrorInvalidValue;
+}
+#endif
+
+// The narrowest width that holds the channels; 0 where none does.
+int shared_kv_columns(int channels) {
+  for (const int columns : kSharedKVColumns) {
+    if (channels <= columns) return columns;
+  }
+  return 0;
+}
+
 }  // namespace
 }  // namespace perceiver
 
 int32_t pk_abi_version() noexcept { return PK_ABI_VERSION; }
 
 const char* pk_layout() noexcept {
-  static const std::string layout = perceiver::describe_layout<perceiver::PackForwardParams>();
+  static const std::string layout = perceiver::describe_layouts();
   return layout.c_str();
 }
 
@@ -115,4 +189,42 @@ void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* st
   cudaError_t error = cudaSetDevice(params->device);
   if (error == cudaSuccess) error = enqueue_pack(*params);
   report_cuda(status, "pack_inputs_fwd", error);
+}
+
+void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  const auto type = static_cast<ElementType>(params->type);
+  const RowTensor q{params->q, type, params->batch, params->rows, params->channels, params->stride_q_batch,
+                    params->stride_q_row};
+  const RowTensor x{params->x, type, params->batch, params->tokens, params->channels, params->stride_x_batch,
+                    params->stride_x_token};
+  const int columns = shared_kv_columns(params->channels);
+  if (const char* rule = broken_rule(*params, q, x, columns)) {
+    return refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: %s", rule);
+  }
+  if (params->batch == 0 || params->rows == 0) return succeed(status);
+#if PK_HOPPER
+  cudaError_t error = cudaSetDevice(params->device);
+  SharedKVMaps maps;
+  if (error == cudaSuccess) {
+    const bool encoded = encode_tiles(&maps.query, q, 64, 64) && encode_tiles(&maps.query_tail, q, 64, 16) &&
+                         encode_tiles(&maps.tokens, x, shared_kv_block_kv(columns), 64);
+    if (!encoded) {
+      return refuse(status, PK_CUDA_ERROR, "shared_kv_fwd: the driver describes no tensors to the copy engine (TMA)");
+    }
+    error = enqueue_shared_kv(columns, maps, *params);
+  }
+  report_cuda(status, "shared_kv_fwd", error);
+#else
+  refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: this build holds no kernels for Hopper; see PERCEIVER_KERNELS_CUDA_ARCHS");
+#endif
+}
+
+void pk_merge_states(const perceiver::MergeStatesParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  if (const char* rule = broken_rule(*params)) return refuse(status, PK_INVALID_ARGUMENT, "merge_states: %s", rule);
+  if (params->batch == 0 || params->rows == 0) return succeed(status);
+  cudaError_t error = cudaSetDevice(params->device);
+  if (error == cudaSuccess) error = enqueue_merge_states(*params);
+  report_cuda(status, "merge_states", error);
 }

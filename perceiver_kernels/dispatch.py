@@ -20,7 +20,9 @@ BACKENDS = ("cuda", "triton", "sdpa", "reference")
 # operation -> backend -> module, in order of preference.
 TABLE: dict[str, dict[str, str]] = {
     "pack_inputs": {"cuda": "cuda.pack", "triton": "triton.pack", "sdpa": "sdpa", "reference": "reference"},
-    "shared_kv_attention": {"triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference"},
+    "shared_kv_attention": {
+        "cuda": "cuda.shared_kv", "triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference",
+    },
     "attention": {"triton": "triton.attention", "sdpa": "sdpa", "reference": "reference"},
     "rotary_embedding": {"triton": "triton.rotary", "sdpa": "sdpa", "reference": "reference"},
 }
@@ -131,6 +133,30 @@ def candidates(op: str, backend: str | None) -> tuple[str, ...]:
     if _active is not None:
         return _active
     return _parse_names(_environment, ENVIRONMENT_VARIABLE) or tuple(TABLE[op])
+
+
+@torch.compiler.assume_constant_result
+def _choose_passes(
+    op: str, static_values: tuple[Any, ...], forward_values: tuple[Any, ...], names: tuple[str, ...]
+) -> tuple[str, str]:
+    backward = _choose_once(op, static_values, names)
+    forward = backward if load(op, backward).COMPOSITE else _choose_once(op, forward_values, names)
+    return (backward, backward) if load(op, forward).COMPOSITE else (forward, backward)
+
+
+def select_passes(problem: Problem, backend: str | None = None) -> tuple[str, str]:
+    """The backends that serve the forward and the backward of ``problem``, chosen apart.
+
+    A backward starts from what any kernels' forward leaves, so a backend without a gradient may still serve the forward. A
+    composition of torch's operations serves both or neither.
+
+    Raises:
+        ValueError: as ``select`` of ``problem``, whose backward must be served where it needs a gradient.
+    """
+    names = candidates(problem.OP, backend)
+    static = problem.static_values()
+    without = tuple([False if name == "needs_grad" else v for name, v in zip(problem.FIELDS, static, strict=True)])
+    return _choose_passes(problem.OP, static, without, names)
 
 
 def select(problem: Problem, backend: str | None = None) -> str:

@@ -38,7 +38,7 @@ def counted_flops(needs_dq: bool, needs_dx: bool) -> tuple[int, int]:
     """FLOPs that FlopCounterMode counts of the op, forward and backward."""
     q, x = torch.randn(B, R, C, requires_grad=needs_dq), torch.randn(B, M, C, requires_grad=needs_dx)
     with FlopCounterMode(display=False) as forward:
-        z, _, _ = op.shared_kv_attention(q, x, None, None, None, 1.0, 0.0, "reference")
+        z, _, _ = op.shared_kv_attention(q, x, None, None, None, 1.0, 0.0, ("reference", "reference"))
     with FlopCounterMode(display=False) as backward:
         z.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,3 +250,39 @@ def test_import_is_lean() -> None:
     result = in_child()
     assert not any(result[name] for name in ("kernels imported", "testing imported", "cli imported"))
     assert not result["backends"]["triton"][0] and "TRITON_INTERPRET" in result["backends"]["triton"][1]
+
+
+class TestPasses:
+    """The forward and the backward are chosen apart: here cuda has no gradient, triton serves everything."""
+
+    @pytest.fixture(autouse=True)
+    def two_kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        def refusals(problem: Any, name: str) -> list[str]:
+            return ["no gradient"] if name == "cuda" and problem.needs_grad else []
+
+        kernels = {"cuda", "triton"}
+        monkeypatch.setattr(dispatch, "refusals", refusals)
+        monkeypatch.setattr(dispatch, "load", lambda op, name: SimpleNamespace(COMPOSITE=name not in kernels))
+        dispatch._choose_once.cache_clear()
+        yield
+        dispatch._choose_once.cache_clear()
+
+    def test_a_forward_without_gradient_may_have_anothers(self) -> None:
+        training = replace(SHARED, needs_grad=True)
+        assert dispatch.select_passes(SHARED) == ("cuda", "cuda")
+        assert dispatch.select_passes(training) == ("cuda", "triton")
+        with use_backend("triton", "cuda"):
+            assert dispatch.select_passes(training) == ("triton", "triton")
+
+    def test_an_explicit_backend_serves_both_or_raises(self) -> None:
+        training = replace(SHARED, needs_grad=True)
+        assert dispatch.select_passes(training, "triton") == ("triton", "triton")
+        with pytest.raises(ValueError, match="cuda: no gradient"):
+            dispatch.select_passes(training, "cuda")
+
+    def test_a_composition_serves_both_or_neither(self) -> None:
+        training = replace(SHARED, needs_grad=True)
+        with use_backend("cuda", "sdpa"):
+            assert dispatch.select_passes(training) == ("sdpa", "sdpa")
+        with use_backend("sdpa", "cuda"):
+            assert dispatch.select_passes(SHARED) == ("sdpa", "sdpa")

@@ -6,21 +6,6 @@
 
 namespace perceiver {
 
-template <ElementType kType>
-struct ElementOf;
-template <>
-struct ElementOf<ElementType::kFloat32> {
-  using Type = float;
-};
-template <>
-struct ElementOf<ElementType::kFloat16> {
-  using Type = __half;
-};
-template <>
-struct ElementOf<ElementType::kBFloat16> {
-  using Type = __nv_bfloat16;
-};
-
 template <class... Shapes>
 struct ShapeList {};
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from perceiver_kernels.dispatch import candidates, load, select
+from perceiver_kernels.dispatch import candidates, load, select, select_passes
 from perceiver_kernels.functional.common import cast_for_autocast, dropout_seed, visible
 from perceiver_kernels.inputs import PackedInputs
 from perceiver_kernels.masks import ALIGNMENTS, CAUSAL_MASKS, NO_MASKS, Causal, Masks
@@ -163,16 +163,16 @@ def attend_shared(
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(z, lse, rho) on the selected backend, z in ``out_dtype`` (None: q's); masked rows of x must hold finite values."""
     problem = SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, needs_lse)
-    name = select(problem, backend)
+    backends = select_passes(problem, backend)
     seed = dropout_seed(dropout_p, q.device)
-    module = load(problem.OP, name)
+    module = load(problem.OP, backends[0])
     if module.COMPOSITE:
         z, lse, rho = module.shared_kv_attention(
             q, x, key_mask=key_mask, lengths=lengths, scale=scale, dropout_p=dropout_p, dropout_seed=seed
         )
         return z if out_dtype is None else z.to(out_dtype), lse, rho
     return shared_kv_op.shared_kv_attention(
-        q, x, key_mask, lengths, seed, float(scale), float(dropout_p), name, out_dtype
+        q, x, key_mask, lengths, seed, float(scale), float(dropout_p), backends, out_dtype
     )
 
 

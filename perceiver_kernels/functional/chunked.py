@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from perceiver_kernels.dispatch import select
+from perceiver_kernels.dispatch import select, select_passes
 from perceiver_kernels.functional.common import dropout_seed, float_dtype
 from perceiver_kernels.inputs import InputArray, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
@@ -42,12 +42,12 @@ class ChunkSettings:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call: its inputs, settings and the backends that pack and attend."""
+    """One call: its inputs, settings and the backends that pack, and attend forward and backward."""
 
     source: InputArray
     settings: ChunkSettings
     pack_backend: str
-    attention_backend: str
+    attention_backends: tuple[str, str]
 
     def versions(self) -> list[int]:
         """How often each raw tensor has been changed in place; graphs and inference tensors do not count."""
@@ -84,7 +84,7 @@ class _Chunked(Function):
         for start, _, part, packed, rstd in run.chunks(q.device):
             state = shared_kv_op.FORWARD(
                 q, packed, part.key_mask, None, seed, settings.scale, settings.dropout_p, start, *state, wide,
-                run.attention_backend,
+                run.attention_backends[0],
             )  # fmt: skip
             del part, packed, rstd
         if state[0] is None:
@@ -118,7 +118,7 @@ def _chunk_gradients(
             "the inputs of a chunked cross-attention were modified by an inplace operation before its backward"
         )
     needs_dq, needs_dx = ctx.needs_input_grad[:2]
-    backend = run.attention_backend
+    backend = run.attention_backends[1]
     dz, delta, drho = shared_kv_op.row_gradients(dz, dlse, drho, q, z, rho, settings.dropout_p, backend)
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device) if needs_dq else None
     dcontent = torch.empty_like(content) if needs_dx else None
@@ -162,5 +162,5 @@ def chunked_attention(
     """
     packing = pack_problem(source, settings, q.device)
     attending = SharedKVProblem.of(q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True)
-    run = _Run(source, settings, select(packing, backend), select(attending, backend))
+    run = _Run(source, settings, select(packing, backend), select_passes(attending, backend))
     return _Chunked.apply(q, source.content, dropout_seed(settings.dropout_p, q.device), run)

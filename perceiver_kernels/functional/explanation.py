@@ -24,7 +24,7 @@ from perceiver_kernels.cost import (
     shared_kv_cost,
 )
 from perceiver_kernels.device import device_facts
-from perceiver_kernels.dispatch import candidates, load, refusals
+from perceiver_kernels.dispatch import candidates, load, refusals, select_passes
 from perceiver_kernels.functional import chunked, cross_attention, output_attention, rotary
 from perceiver_kernels.functional.attention import attention, resolve_attention, resolve_shared_kv, shared_kv_attention
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
@@ -47,10 +47,13 @@ class Explanation:
     flops: float
     bytes: float
     time_ms: float
+    backward: str | None = None
+    """The backend of the backward where another one serves the forward."""
     parts: tuple[Explanation, ...] = field(default=())
 
     def __str__(self) -> str:
-        lines = [f"{self.op} on {self.backend or 'no backend'}: {self.problem}"]
+        backward = f", backward on {self.backward}" if self.backward else ""
+        lines = [f"{self.op} on {self.backend or 'no backend'}{backward}: {self.problem}"]
         lines.append(
             f"  predicted: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.4g} MiB through device memory, "
             f"{self.time_ms:.4g} ms at the device's ceilings"
@@ -64,6 +67,7 @@ class Explanation:
 
 
 def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None) -> Explanation:
+    """``plan`` is that of Triton's kernels; modules that plan otherwise say how themselves."""
     refused: dict[str, list[str]] = {}
     chosen = None
     for name in candidates(problem.OP, backend):
@@ -72,11 +76,18 @@ def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | 
             chosen = name
             del refused[name]
             break
+    facts, backward = device_facts(device), None
+    if chosen is not None and problem.OP == SharedKVProblem.OP:
+        forward, backward = select_passes(problem, backend)
+        chosen, backward = forward, None if backward == forward else backward
+        refused.pop(forward, None)
     if chosen is None or load(problem.OP, chosen).COMPOSITE:
         plan = None  # tiles and splits are those of kernels
+    elif own := getattr(load(problem.OP, chosen), "plan", None):
+        plan = own(problem, facts)
     dtype: torch.dtype = problem.dtype  # type: ignore[attr-defined]
-    seconds = cost.seconds(device_facts(device), dtype)
-    return Explanation(problem.OP, problem, chosen, refused, plan, cost.flops, cost.bytes, seconds * 1e3)
+    seconds = cost.seconds(facts, dtype)
+    return Explanation(problem.OP, problem, chosen, refused, plan, cost.flops, cost.bytes, seconds * 1e3, backward)
 
 
 def _explain_shared_problem(p: SharedKVProblem, device: torch.device, backend: str | None) -> Explanation:
@@ -148,7 +159,7 @@ def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explan
         parts.append(_explain_attention_problem(projected, device, backend))
     facts = device_facts(device)
     seconds, plan = cost.seconds(facts, p.dtype), planning.plan_cross_attention(p, facts)
-    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, tuple(parts))
+    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, None, tuple(parts))
 
 
 def _explain_output_attention(*, backend: str | None, **arguments: Any) -> Explanation:
@@ -167,7 +178,7 @@ def _explain_output_attention(*, backend: str | None, **arguments: Any) -> Expla
     parts.append(_explain_attention_problem(attending, device, backend))
     facts, cost = device_facts(device), (output_absorbed_cost if absorbed else output_projected_cost)(p)
     seconds, plan = cost.seconds(facts, p.dtype), planning.plan_output_cross_attention(p, facts)
-    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, tuple(parts))
+    return Explanation(p.OP, p, parts[-1].backend, {}, plan, cost.flops, cost.bytes, seconds * 1e3, None, tuple(parts))
 
 
 _EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {

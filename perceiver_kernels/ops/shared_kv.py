@@ -166,11 +166,11 @@ def row_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend = inputs
+    q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backends = inputs
     z, lse, rho = output
     ctx.save_for_backward(q, x, z, lse, rho, key_mask, lengths, dropout_seed)
     ctx.set_materialize_grads(False)
-    ctx.arguments = (scale, dropout_p, backend)
+    ctx.arguments = (scale, dropout_p, backends[1])
 
 
 def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | None) -> tuple[Any, ...]:
@@ -192,9 +192,9 @@ def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None, drho: Tensor | N
 
 def _run(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
-    dropout_p: float, backend: str, out_dtype: torch.dtype | None,
+    dropout_p: float, backends: tuple[str, str], out_dtype: torch.dtype | None,
 ) -> State:  # fmt: skip
-    return FORWARD(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, 0, None, None, None, out_dtype, backend)
+    return FORWARD(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, 0, None, None, None, out_dtype, backends[0])
 
 
 def _run_wide(q: Tensor, *inputs: Any) -> State:
@@ -230,12 +230,13 @@ class _SharedKVFunctorch(Function):
         With dropout every entry is a call of its own: what is dropped depends on batch and row, and the backward of each
         entry counts its own from 0.
         """
-        q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend = inputs
+        q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backends = inputs
         size, wide = info.batch_size, torch.promote_types(q.dtype, torch.float32)
-        rest = dropout_seed, scale, dropout_p, backend, wide
+        rest = dropout_seed, scale, dropout_p, backends, wide
         if dropout_p > 0.0:
+            mapped = [isinstance(value, Tensor) and dim is not None for value, dim in zip(inputs, in_dims, strict=True)]
             entries = (
-                [value if dim is None else value.select(dim, v) for value, dim in zip(inputs, in_dims, strict=True)]
+                [value.select(dim, v) if m else value for value, dim, m in zip(inputs, in_dims, mapped, strict=True)]
                 for v in range(size)
             )
             outputs = [shared_kv_attention(*entry, wide) for entry in entries]
@@ -254,13 +255,13 @@ class _SharedKVFunctorch(Function):
 
 def shared_kv_attention(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
-    dropout_p: float, backend: str, out_dtype: torch.dtype | None = None,
+    dropout_p: float, backends: tuple[str, str], out_dtype: torch.dtype | None = None,
 ) -> State:  # fmt: skip
-    """Differentiable shared-KV attention on a kernel backend: (z, lse, rho); see functional.shared_kv_attention.
+    """Differentiable shared-KV attention on kernel backends: (z, lse, rho); see functional.shared_kv_attention.
 
-    z has ``out_dtype``, or q's where that is None.
+    ``backends`` serve the forward and the backward. z has ``out_dtype``, or q's where that is None.
     """
-    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backend)
+    inputs = (q, x, key_mask, lengths, dropout_seed, scale, dropout_p, backends)
     if transforms_active():
         z, lse, rho = _SharedKVFunctorch.apply(*inputs)
     elif torch.is_grad_enabled() and (q.requires_grad or x.requires_grad):

@@ -110,7 +110,7 @@ class SharedKVProblem(Problem):
     """z = softmax(scale q x^T) x with keys and values one tensor: q [B, R, C], x [B, M, C]."""
 
     OP: ClassVar[str] = "shared_kv_attention"
-    SIZES: ClassVar[tuple[str, ...]] = ("B", "R", "M", "C")
+    SIZES: ClassVar[tuple[str, ...]] = ("B", "R", "M")
 
     B: int
     R: int

@@ -16,6 +16,8 @@ from perceiver_kernels.testing.cases import EncodeCase
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
+# Kernels without a gradient: tests of gradients take Triton's, which start from what this forward leaves.
+FORWARD_ONLY = {("shared_kv_attention", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,19 @@ class Target:
         """Whether the backend is a forward and backward kernel pair, not a composition of torch's operations."""
         return self.backend in KERNEL_BACKENDS
 
+    @property
+    def is_forward_only(self) -> bool:
+        return (self.op, self.backend) in FORWARD_ONLY
+
+    @property
+    def passes(self) -> tuple[str, str]:
+        """The backends of the forward and the backward."""
+        return self.backend, "triton" if self.is_forward_only else self.backend
+
     def refusals(self, problem: Problem) -> list[str]:
-        """Why the backend cannot serve the problem; empty where it can."""
+        """Why the backend cannot serve the problem, or its forward where it has no other; empty where it can."""
+        if self.is_forward_only:
+            problem = replace(problem, needs_grad=False)  # type: ignore[call-arg]
         return refusals(problem, self.backend)
 
 

@@ -14,17 +14,19 @@ import perceiver_kernels as pk
 from perceiver_kernels import reference
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as op
+from perceiver_kernels.problem import SharedKVProblem
 from perceiver_kernels.testing import ENCODE, EncodeCase, assert_as_accurate, same_bits
 from perceiver_kernels.testing.targets import Target, only
 
 pytestmark = pytest.mark.gpu
 
 OP = "shared_kv_attention"
+FORWARD_ONLY = True
 CHUNK = 8192
 
 
 def wanted(target: Target) -> bool:
-    return target.backend == "triton" and target.dtype == torch.bfloat16
+    return target.is_kernel and target.dtype == torch.bfloat16
 
 
 @dataclass
@@ -48,10 +50,16 @@ class Data:
         return cls(randn(case.R), randn(case.M), randn(case.R), case.C**-0.5)
 
     def run(self, target: Target) -> dict[str, Tensor]:
+        self.skip_if_refused(target)
         q, x = self.q.detach().requires_grad_(), self.x.detach().requires_grad_()
-        z, lse, _ = op.shared_kv_attention(q, x, None, None, None, self.scale, 0.0, target.backend)
+        z, lse, _ = op.shared_kv_attention(q, x, None, None, None, self.scale, 0.0, target.passes)
         dq, dx = torch.autograd.grad(z, (q, x), self.dz)
         return {"z": z.detach(), "lse": lse.detach(), "dq": dq, "dx": dx}
+
+    def skip_if_refused(self, target: Target, dropout_p: float = 0.0) -> None:
+        problem = SharedKVProblem.of(self.q, self.x, None, None, self.scale, dropout_p, True)
+        if reasons := target.refusals(problem):
+            pytest.skip(f"{target.backend}: {'; '.join(reasons)}")
 
     def eager(self) -> dict[str, Tensor]:
         q, x = self.q.detach().requires_grad_(), self.x.detach().requires_grad_()
@@ -82,6 +90,7 @@ class Data:
 
 
 def judge(target: Target, data: Data) -> None:
+    data.skip_if_refused(target)
     keys = torch.randperm(data.x.shape[1], device="cuda")[:2048].sort().values
     actual, oracle, eager = data.run(target), data.oracle(keys), data.eager()
     for name, value in actual.items():
@@ -134,11 +143,13 @@ class TestGraphs:
         """Captured once, forward and backward; replayed after the inputs changed in place, it is the eager result."""
         case = EncodeCase("graph", B=2, M=3000, C=C, N=130, D=8, H=1, d_qk=8, d_v=8)
         static = Data.of(case, target.dtype)
+        static.skip_if_refused(target)
         q, x = static.q.requires_grad_(), static.x.requires_grad_()
 
         def step() -> tuple[Tensor, ...]:
-            packed = pk.pack_inputs(x, backend=target.backend)
-            z, lse = pk.shared_kv_attention(q, packed, scale=static.scale, return_lse=True, backend=target.backend)
+            with pk.use_backend(*target.passes):
+                packed = pk.pack_inputs(x)
+                z, lse = pk.shared_kv_attention(q, packed, scale=static.scale, return_lse=True)
             return z, lse, *torch.autograd.grad(z, (q, x), static.dz)
 
         side = torch.cuda.Stream()
@@ -160,6 +171,7 @@ class TestGraphs:
 
     def test_dropout_draws_anew_at_every_replay(self, target: Target) -> None:
         data = Data.of(EncodeCase("graph", B=1, M=1000, C=64, N=64, D=8, H=1, d_qk=8, d_v=8), target.dtype)
+        data.skip_if_refused(target, dropout_p=0.5)
 
         def step() -> Tensor:
             return pk.shared_kv_attention(data.q, data.x, dropout_p=0.5, scale=data.scale, backend=target.backend)
@@ -230,12 +242,14 @@ class TestLarge:
         """Every grid dimension but the first ends there; a launch beyond it fails, or does nothing."""
         B = 70_000
         q, x = (torch.randn(B, rows, 32, device="cuda", dtype=target.dtype).requires_grad_() for rows in (2, 5))
-        packed = pk.pack_inputs(x, backend="triton")
-        z = pk.shared_kv_attention(q, packed, scale=0.2, backend="triton")
+        with pk.use_backend(*target.passes):
+            packed = pk.pack_inputs(x)
+            z = pk.shared_kv_attention(q, packed, scale=0.2)
         dq, dx = torch.autograd.grad(z.float().sum(), (q, x))
         ends = slice(B - 3, B)
         q_end, x_end = q[ends].detach().requires_grad_(), x[ends].detach().requires_grad_()
-        z_end = pk.shared_kv_attention(q_end, pk.pack_inputs(x_end, backend="triton"), scale=0.2, backend="triton")
+        with pk.use_backend(*target.passes):
+            z_end = pk.shared_kv_attention(q_end, pk.pack_inputs(x_end), scale=0.2)
         found = torch.autograd.grad(z_end.float().sum(), (q_end, x_end))
         for whole, part in zip((z, dq, dx), (z_end, *found), strict=True):
             torch.testing.assert_close(whole[ends], part)
@@ -262,8 +276,8 @@ def test_chunks_need_memory_for_one_chunk(target: Target, where: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        options: dict[str, Any] = {"chunk_size": 16_384, "backend": target.backend}
-        out = pk.input_cross_attention(q, raw, w_k, w_v, **options)
+        with pk.use_backend(*target.passes):
+            out = pk.input_cross_attention(q, raw, w_k, w_v, chunk_size=16_384)
         torch.autograd.grad(out.float().sum(), (q, w_k, w_v))
         peaks.append(torch.cuda.max_memory_allocated() - before)
         results.append(out)
@@ -275,6 +289,7 @@ def test_chunks_need_memory_for_one_chunk(target: Target, where: str) -> None:
 def test_states_of_wide_chunks_at_full_size(target: Target, name: str) -> None:
     """Many heads over 768 and 1,024 channels in ragged chunks: the same bits each time, and the rows of the whole."""
     data = Data.of(ENCODE[name], target.dtype)
+    data.skip_if_refused(target)
 
     def chunked() -> tuple[Tensor, ...]:
         state: tuple[Any, Any, Any] = (None, None, None)
@@ -299,8 +314,8 @@ def test_autocast_with_parameters_in_float32(target: Target) -> None:
         torch.randn(2, 3000, 261, device="cuda", requires_grad=True),
     )
     w_k, w_v = (torch.randn(64, 261, device="cuda", requires_grad=True) for _ in range(2))
-    with torch.autocast("cuda", torch.bfloat16):
-        out = pk.input_cross_attention(q, x, w_k * 0.06, w_v * 0.06, method="absorbed", backend=target.backend)
+    with torch.autocast("cuda", torch.bfloat16), pk.use_backend(*target.passes):
+        out = pk.input_cross_attention(q, x, w_k * 0.06, w_v * 0.06, method="absorbed")
     assert out.dtype == torch.bfloat16
     gradients = torch.autograd.grad(out.float().square().sum(), (q, x, w_k, w_v))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)

@@ -35,7 +35,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def attend_op(target: Target) -> Callable[[Tensor, Tensor], Any]:
-    return lambda q, x: shared_op.shared_kv_attention(q, x, None, None, None, 0.2, 0.0, target.backend)
+    return lambda q, x: shared_op.shared_kv_attention(q, x, None, None, None, 0.2, 0.0, target.passes)
 
 
 def attend(target: Target) -> Callable[[Tensor, Tensor], Any]:

@@ -35,7 +35,7 @@ def randn(target: Target, *shape: int, seed: int = 0) -> Tensor:
 
 
 def attend(target: Target, q: Tensor, x: Tensor, key_mask: Any = None, seed: Any = None, p: float = 0.0) -> tuple[Tensor, ...]:
-    return shared_op.shared_kv_attention(q, x, key_mask, None, seed, 0.3, p, target.backend)
+    return shared_op.shared_kv_attention(q, x, key_mask, None, seed, 0.3, p, target.passes)
 
 
 def loss(target: Target, q: Tensor, x: Tensor, key_mask: Any = None) -> Tensor:
@@ -62,7 +62,7 @@ class TestGradcheck:
         seed, p = (SEED, 0.3) if kind == "dropout" else (None, 0.0)
 
         def function(q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            return shared_op.shared_kv_attention(q, x, mask, lengths, seed, 0.3, p, "reference")
+            return shared_op.shared_kv_attention(q, x, mask, lengths, seed, 0.3, p, ("reference", "reference"))
 
         assert gradcheck(function, (q, x))
 

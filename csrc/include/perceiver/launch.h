@@ -7,7 +7,7 @@
 #include "perceiver/params.h"
 
 // Raised whenever a struct or a function of this interface changes.
-#define PK_ABI_VERSION 1
+#define PK_ABI_VERSION 2
 
 #define PK_API extern "C" __attribute__((visibility("default")))
 
@@ -26,3 +26,9 @@ PK_API const char* pk_layout() noexcept;
 
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
 PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept;
+
+// Enqueues the shared-KV attention forward of 16-bit rows of up to 336 channels, on compute capability 9.0.
+PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept;
+
+// Enqueues the merge of softmax states.
+PK_API void pk_merge_states(const perceiver::MergeStatesParams* params, PkStatus* status) noexcept;

@@ -17,4 +17,10 @@ std::string describe_layout() {
   return text + "; " + std::to_string(sizeof(Params));
 }
 
+// All structs of the interface.
+inline std::string describe_layouts() {
+  return describe_layout<PackForwardParams>() + " | " + describe_layout<SharedKVForwardParams>() + " | " +
+         describe_layout<MergeStatesParams>();
+}
+
 }  // namespace perceiver

@@ -84,4 +84,106 @@ void visit_fields(const PackForwardParams*, Visit&& visit) {
 #undef PK_FIELD
 }
 
+// The softmax states (z, lse) of one shared-KV attention: of every split of the tokens, or the result where there is one split.
+struct SharedKVForwardParams {
+  // [batch, rows, channels], any batch and row pitch of a multiple of 16 bytes, on 16 bytes.
+  const void* q;
+  int64_t stride_q_batch;
+  int64_t stride_q_row;
+  // [batch, tokens, channels], as q.
+  const void* x;
+  int64_t stride_x_batch;
+  int64_t stride_x_token;
+  // [batch, tokens] bytes, contiguous, nonzero = visible; null: every token is visible.
+  const void* key_mask;
+  // [batch]; null: every token counts.
+  const int32_t* lengths;
+  // [batch, splits, rows, channels], contiguous; float, or q's type.
+  void* z_out;
+  // [batch, splits, rows] float; rho_out may be null.
+  float* lse_out;
+  float* rho_out;
+  int32_t batch;
+  int32_t rows;
+  int32_t tokens;
+  int32_t channels;
+  int32_t type;
+  int32_t z_out_type;
+  // The plan: a multiple of the kernel's tile of tokens but for the last split.
+  int32_t splits;
+  int32_t tokens_per_split;
+  float scale_log2;
+  int32_t device;
+  void* stream;
+};
+
+// (z, lse, rho) of the states of all splits, and of an earlier one where there is one.
+struct MergeStatesParams {
+  // [batch, splits, rows, channels] and [batch, splits, rows] float, contiguous.
+  const float* z_part;
+  const float* lse_part;
+  // [batch, rows, channels] and [batch, rows] float, contiguous; null: none.
+  const float* z_state;
+  const float* lse_state;
+  // [batch, rows, channels], contiguous.
+  void* z;
+  float* lse;
+  float* rho;
+  int32_t batch;
+  int32_t splits;
+  int32_t rows;
+  int32_t channels;
+  int32_t z_type;
+  int32_t device;
+  void* stream;
+};
+
+template <typename Visit>
+void visit_fields(const SharedKVForwardParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &SharedKVForwardParams::name, offsetof(SharedKVForwardParams, name))
+  PK_FIELD(q);
+  PK_FIELD(stride_q_batch);
+  PK_FIELD(stride_q_row);
+  PK_FIELD(x);
+  PK_FIELD(stride_x_batch);
+  PK_FIELD(stride_x_token);
+  PK_FIELD(key_mask);
+  PK_FIELD(lengths);
+  PK_FIELD(z_out);
+  PK_FIELD(lse_out);
+  PK_FIELD(rho_out);
+  PK_FIELD(batch);
+  PK_FIELD(rows);
+  PK_FIELD(tokens);
+  PK_FIELD(channels);
+  PK_FIELD(type);
+  PK_FIELD(z_out_type);
+  PK_FIELD(splits);
+  PK_FIELD(tokens_per_split);
+  PK_FIELD(scale_log2);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
+template <typename Visit>
+void visit_fields(const MergeStatesParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &MergeStatesParams::name, offsetof(MergeStatesParams, name))
+  PK_FIELD(z_part);
+  PK_FIELD(lse_part);
+  PK_FIELD(z_state);
+  PK_FIELD(lse_state);
+  PK_FIELD(z);
+  PK_FIELD(lse);
+  PK_FIELD(rho);
+  PK_FIELD(batch);
+  PK_FIELD(splits);
+  PK_FIELD(rows);
+  PK_FIELD(channels);
+  PK_FIELD(z_type);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
 }  // namespace perceiver

@@ -21,6 +21,7 @@ from perceiver_kernels import build_info
 ELEMENT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 1024
 MIN_CAPABILITY = (8, 0)
+HOPPER = (9, 0)
 REBUILD = "rebuild it with `python setup.py build_ext --inplace`"
 
 
@@ -109,6 +110,15 @@ def reasons_against_device_and_dtype(device_type: str, *dtypes: torch.dtype) -> 
             name = str(dtype).removeprefix("torch.")
             reasons.append(f"cuda takes bfloat16, float16 and float32, got {name}")
     return reasons
+
+
+def reasons_against_hopper() -> list[str]:
+    """What kernels of Hopper's own instructions ask of the GPU and of the build."""
+    if torch.cuda.get_device_capability() != HOPPER:
+        return ["cuda attends on compute capability 9.0 alone"]
+    if "90a" not in build_info.read()["archs"]:
+        return ["the CUDA library was built without 90a, which holds the kernels for Hopper"]
+    return []
 
 
 def address(tensor: Tensor | None) -> int:

@@ -20,12 +20,12 @@ from perceiver_kernels.backends.triton.attention_resident_kernels import (
 from perceiver_kernels.backends.triton.attention_small_kernels import _attention_small_bwd_kernel, _attention_small_fwd_kernel
 from perceiver_kernels.backends.triton.attention_steps import Hides
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
-from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, tile_argument, unit_stride
+from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, row_arguments, tile_argument
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.repetition import repeated
 from perceiver_kernels.backends.triton.wide import Span
 from perceiver_kernels.backends.triton.wide_attention import ProductSums
-from perceiver_kernels.layouts import empty_heads, result_dtype
+from perceiver_kernels.layouts import empty_heads, result_dtype, unit_stride
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, Resident, StoredScores
 from perceiver_kernels.problem import AttentionProblem

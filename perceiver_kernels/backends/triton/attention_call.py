@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton.attention_steps import Hides
-from perceiver_kernels.backends.triton.describe import can_describe, contiguous, dropout_arguments, positive_scale, unit_stride
+from perceiver_kernels.backends.triton.describe import contiguous, dropout_arguments
 from perceiver_kernels.device import device_facts, float32_precision
+from perceiver_kernels.layouts import can_describe, positive_scale, unit_stride
 from perceiver_kernels.masks import Masks
 from perceiver_kernels.plan import AttentionPlan, plan_attention
 from perceiver_kernels.problem import AttentionProblem

@@ -23,34 +23,9 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with stride 1 along its last axis, copied only if it has not."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors contiguous; None stays None. Statistics and masks come in any order of axes from vmap and from callers."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def can_describe(tensor: Tensor) -> bool:
-    """Whether TMA can read the tensor, whose last stride is 1: 16-byte base and pitches, and no stride of 0."""
-    size = tensor.element_size()
-    strides_fit = all(
-        stride * size % 16 == 0 and (stride > 0 or n == 1)
-        for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    )
-    return strides_fit and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
-
-
-def describable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that TMA can read; one that repeats an axis stays, its copy would be larger than it is."""
-    repeats = any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
-    if can_describe(tensor) or repeats or tensor.numel() == 0:
-        return tensor
-    *leading, width = tensor.shape
-    pitch = width + -width % (16 // tensor.element_size())
-    return tensor.new_empty(*leading, pitch)[..., :width].copy_(tensor)
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Descriptor:
@@ -78,13 +53,6 @@ def tile_argument(tensor: Tensor, rows: int, columns: int, tma: bool) -> Any:
 def dropout_arguments(dropout_p: float, seed: Tensor | None, key_offset: int) -> tuple[Any, int, float, int]:
     """(seed, threshold, 1 / (1 - p), key offset): a weight is kept iff its 32-bit word reaches the threshold."""
     return seed, round(dropout_p * 2**32), 1.0 / (1.0 - dropout_p), key_offset
-
-
-def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Kernels take the maximum before scaling, so the scale must be positive: its sign (or zero) moves into q."""
-    if scale > 0.0:
-        return q, scale
-    return (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
 
 
 def stack_row_blocks(q: Tensor, dz: Tensor, block: int) -> Tensor:

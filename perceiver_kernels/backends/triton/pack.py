@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
-from perceiver_kernels.backends.triton.describe import ceil_div, contiguous, unit_stride
+from perceiver_kernels.backends.triton.describe import ceil_div, contiguous
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.pack_kernels import _pack_bwd_kernel, _pack_fwd_kernel
 from perceiver_kernels.device import device_facts
+from perceiver_kernels.layouts import unit_stride
 from perceiver_kernels.plan import plan_pack
 from perceiver_kernels.problem import PackProblem, pad_channels
 from perceiver_kernels.tiles import column_pieces

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from perceiver_kernels.backends.triton import reasons_against_device_and_dtype
 from perceiver_kernels.backends.triton.attention_call import strides_of
-from perceiver_kernels.backends.triton.describe import ceil_div, unit_stride
+from perceiver_kernels.backends.triton.describe import ceil_div
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.rotary_kernels import _rotary_fwd_kernel
 from perceiver_kernels.device import device_facts
-from perceiver_kernels.layouts import empty_heads, used_strides
+from perceiver_kernels.layouts import empty_heads, unit_stride, used_strides
 from perceiver_kernels.plan import plan_rotary
 from perceiver_kernels.problem import RotaryProblem
 

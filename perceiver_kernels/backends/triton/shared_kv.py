@@ -12,14 +12,11 @@ from perceiver_kernels.backends.triton.combine import merge_states, row_products
 from perceiver_kernels.backends.triton.describe import (
     Statistics,
     Visibility,
-    can_describe,
     ceil_div,
     contiguous,
     dropout_arguments,
-    positive_scale,
     row_arguments,
     stack_row_blocks,
-    unit_stride,
 )
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.primitives import LOG2_E
@@ -30,6 +27,7 @@ from perceiver_kernels.backends.triton.shared_kv_kernels import (
     _shared_kv_fwd_kernel,
 )
 from perceiver_kernels.device import device_facts, float32_precision
+from perceiver_kernels.layouts import can_describe, positive_scale, unit_stride
 from perceiver_kernels.plan import SharedKVPlan, plan_shared_kv
 from perceiver_kernels.problem import SharedKVProblem
 from perceiver_kernels.tiles import Tile

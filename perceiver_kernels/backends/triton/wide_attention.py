@@ -11,7 +11,7 @@ from torch import Tensor
 from perceiver_kernels.backends.triton.attention_call import Call, Saved
 from perceiver_kernels.backends.triton.attention_steps import Hides
 from perceiver_kernels.backends.triton.combine import head_products, merge_splits, sum_splits
-from perceiver_kernels.backends.triton.describe import can_describe, ceil_div, describable, tile_argument
+from perceiver_kernels.backends.triton.describe import ceil_div, tile_argument
 from perceiver_kernels.backends.triton.launch import launch
 from perceiver_kernels.backends.triton.wide import (
     NO_STATISTICS,
@@ -25,6 +25,7 @@ from perceiver_kernels.backends.triton.wide_attention_kernels import (
     _wide_attention_products_kernel,
     _wide_attention_weights_bwd_kernel,
 )
+from perceiver_kernels.layouts import can_describe, describable
 from perceiver_kernels.plan import Slices
 from perceiver_kernels.tiles import ProductTile
 

@@ -10,10 +10,8 @@ from perceiver_kernels.backends.triton.combine import merge_states, sum_splits
 from perceiver_kernels.backends.triton.describe import (
     Statistics,
     Visibility,
-    can_describe,
     ceil_div,
     dropout_arguments,
-    positive_scale,
     stack_row_blocks,
     tile_argument,
 )
@@ -28,6 +26,7 @@ from perceiver_kernels.backends.triton.wide import (
     product_options,
 )
 from perceiver_kernels.backends.triton.wide_shared_kv_kernels import _wide_dx_kernel, _wide_weights_bwd_kernel
+from perceiver_kernels.layouts import can_describe, positive_scale
 from perceiver_kernels.plan import WidePlan
 
 State = tuple[Tensor, Tensor, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import re
 import shutil
@@ -16,14 +17,24 @@ import torch
 
 from perceiver_kernels import build_info
 from perceiver_kernels.backends import cuda
-from perceiver_kernels.backends.cuda import pack
+from perceiver_kernels.backends.cuda import pack, shared_kv
 from perceiver_kernels.device import A100, H200
-from perceiver_kernels.problem import PackProblem
+from perceiver_kernels.problem import PackProblem, SharedKVProblem
 
 ROOT = Path(__file__).resolve().parents[3]
+LAUNCH_HEADER = ROOT / "csrc" / "include" / "perceiver" / "launch.h"
 PARAMS_HEADER = ROOT / "csrc" / "include" / "perceiver" / "params.h"
 FLAT_SHAPES, STRIDED_SHAPES = 10, 5
 """Row shapes in csrc/kernels/pack_enqueue.cuh; each is compiled for every element type written (and, flat, read)."""
+MERGES = 2
+"""Numbers of groups in csrc/instantiations/merge_states.cu, each for every element type written."""
+TRITON = importlib.util.find_spec("triton")
+TOOLS = Path(str(TRITON.origin)).parent / "backends" / "nvidia" / "bin" if TRITON else Path()
+
+
+def why_no_disassembler() -> str | None:
+    """Triton's package brings the CUDA toolkit's cuobjdump."""
+    return None if (TOOLS / "cuobjdump").is_file() else "triton, whose cuobjdump reads the library, is not installed"
 
 built = pytest.mark.skipif(
     not build_info.read()["cuda_built"], reason=f"CUDA library not built: {build_info.read()['reason']}"
@@ -45,8 +56,29 @@ def valid_fields(**changes):
     return fields | changes
 
 
-def header_fields() -> list[str]:
-    body = re.search(r"struct PackForwardParams \{(.*?)\n\};", PARAMS_HEADER.read_text(), re.S).group(1)
+def valid_attention(**changes):
+    """Shared-KV attention of one query over 5 tokens of 16 bf16 channels."""
+    fields = {
+        "q": 4096, "stride_q_batch": 16, "stride_q_row": 16, "x": 8192, "stride_x_batch": 80, "stride_x_token": 16,
+        "z_out": 16384, "lse_out": 32768, "batch": 1, "rows": 1, "tokens": 5, "channels": 16, "type": 2,
+        "z_out_type": 0, "splits": 1, "tokens_per_split": 128, "scale_log2": 1.0,
+    }  # fmt: skip
+    return fields | changes
+
+
+def valid_merge(**changes):
+    fields = {
+        "z_part": 4096, "lse_part": 8192, "z": 16384, "lse": 32768, "rho": 65536, "batch": 1, "splits": 2, "rows": 1,
+        "channels": 16, "z_type": 2,
+    }  # fmt: skip
+    return fields | changes
+
+
+STRUCTS = ("PackForwardParams", "SharedKVForwardParams", "MergeStatesParams")
+
+
+def header_fields(struct: str = "PackForwardParams") -> list[str]:
+    body = re.search(rf"struct {struct} \{{(.*?)\n\}};", PARAMS_HEADER.read_text(), re.S).group(1)
     return re.findall(r"^  [\w ]+[*\s]\s*(\w+);$", body, re.M)
 
 
@@ -56,11 +88,12 @@ class TestStruct:
         assert binding.library_abi_version() == binding.ABI_VERSION
         assert binding.layout() == binding.library_layout()
 
-    def test_every_field_of_the_header_is_bound_at_ascending_offsets(self, binding):
-        described, size = binding.layout().split(" ; ")
+    @pytest.mark.parametrize("struct", STRUCTS)
+    def test_every_field_of_the_header_is_bound_at_ascending_offsets(self, binding, struct):
+        described, size = binding.layout().split(" | ")[STRUCTS.index(struct)].split(" ; ")
         fields = [field.split(":") for field in described.split()]
-        assert [name for name, _, _ in fields] == header_fields()
-        assert all(hasattr(binding.PackForwardParams, name) for name, _, _ in fields)
+        assert [name for name, _, _ in fields] == header_fields(struct)
+        assert all(hasattr(getattr(binding, struct), name) for name, _, _ in fields)
         ends = [int(offset) + int(length) for _, offset, length in fields]
         assert all(int(after[1]) >= end for end, after in zip(ends, fields[1:], strict=False))
         assert ends[-1] <= int(size)
@@ -91,6 +124,30 @@ class TestStruct:
         )
         assert sorted(filled) == sorted(header_fields())
 
+    def test_attention_fills_every_field(self, monkeypatch):
+        filled = {struct: set() for struct in STRUCTS[1:]}
+        stand_in = SimpleNamespace(
+            SharedKVForwardParams=lambda *_: STRUCTS[1], MergeStatesParams=lambda *_: STRUCTS[2],
+            shared_kv_fwd=lambda _: None, merge_states=lambda _: None,
+        )  # fmt: skip
+
+        def fill(struct, fields):
+            filled[struct] |= set(fields)
+            return struct
+
+        monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(shared_kv, "filled", fill)
+        monkeypatch.setattr(shared_kv, "binding", lambda: stand_in)
+        monkeypatch.setattr(shared_kv, "device_facts", lambda _: H200)
+        monkeypatch.setattr(shared_kv, "_forward_params", shared_kv._forward_params.__wrapped__)
+        monkeypatch.setattr(shared_kv, "_merge_params", shared_kv._merge_params.__wrapped__)
+        q, x = torch.zeros(1, 3, 16, dtype=torch.float16), torch.zeros(1, 1000, 16, dtype=torch.float16)
+        shared_kv.shared_kv_attention_forward(
+            q, x, None, None, scale=1.0, dropout_p=0.0, dropout_seed=None, key_offset=0
+        )
+        assert filled == {struct: set(header_fields(struct)) for struct in STRUCTS[1:]}
+
 
 @built
 class TestErrors:
@@ -118,6 +175,51 @@ class TestErrors:
         params = cuda.filled(binding.PackForwardParams(), valid_fields(**changes))
         with pytest.raises(RuntimeError, match=f"pack_inputs_fwd: .*{sentence}"):
             binding.pack_inputs_fwd(params)
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"channels": 344}, "channels must be at most 336"),
+            ({"channels": 12}, "channels must be a multiple of 8"),
+            ({"rows": -1}, "sizes must not be negative"),
+            ({"type": 0}, "type must be 1"),
+            ({"z_out_type": 1}, "z_out_type must be 0"),
+            ({"splits": 2, "tokens_per_split": 80}, "of whole tiles of tokens"),
+            ({"tokens_per_split": 4}, "must cover the tokens"),
+            ({"batch": 2**30, "rows": 257}, "fewer than 2\\^31 blocks"),
+            ({"scale_log2": 0.0}, "scale_log2 must be positive"),
+            ({"tokens": 0}, "there must be tokens"),
+            ({"x": 0}, "a pointer is null"),
+            ({"q": 4104}, "a base and pitches of 16 bytes"),
+            ({"stride_x_token": 20}, "a base and pitches of 16 bytes"),
+            ({"batch": 2, "stride_x_batch": 84}, "a base and pitches of 16 bytes"),
+            ({"z_out": 16388}, "z_out must lie on 16 bytes"),
+        ],
+    )
+    def test_broken_promise_of_attention_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.SharedKVForwardParams(), valid_attention(**changes))
+        with pytest.raises(RuntimeError, match=f"shared_kv_fwd: .*{sentence}"):
+            binding.shared_kv_fwd(params)
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"channels": 6}, "a positive multiple of 4"),
+            ({"z_type": 5}, "z_type must be 0"),
+            ({"lse_state": 4096}, "an earlier state is z_state and lse_state"),
+            ({"z_part": 0}, "a pointer is null"),
+            ({"z": 8}, "on 16 bytes everywhere"),
+        ],
+    )
+    def test_broken_promise_of_a_merge_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.MergeStatesParams(), valid_merge(**changes))
+        with pytest.raises(RuntimeError, match=f"merge_states: .*{sentence}"):
+            binding.merge_states(params)
+
+    @pytest.mark.parametrize("empty", ["batch", "rows"])
+    def test_no_rows_are_nothing_to_do(self, binding, empty):
+        binding.shared_kv_fwd(cuda.filled(binding.SharedKVForwardParams(), valid_attention(**{empty: 0})))
+        binding.merge_states(cuda.filled(binding.MergeStatesParams(), valid_merge(**{empty: 0})))
 
     @pytest.mark.parametrize("empty", ["batch", "tokens"])
     def test_nothing_to_do_returns_before_the_driver_is_asked(self, binding, empty):
@@ -148,7 +250,8 @@ class TestLibrary:
         exported = [
             name for name in self.symbols("--defined-only", "--extern-only") if not name.startswith("_")
         ]
-        assert sorted(exported) == ["pk_abi_version", "pk_layout", "pk_pack_inputs_fwd"]
+        declared = re.findall(r"^PK_API .*?\b(pk_\w+)\(", LAUNCH_HEADER.read_text(), re.M)
+        assert sorted(exported) == sorted(declared)
 
     def test_needs_neither_torch_nor_python_nor_the_driver(self):
         foreign = re.compile(r"^(_?Py[A-Z_]|_ZN?K?\d*(at|c10|torch)\d?|cu[A-Z]|cuda|aoti_)")
@@ -161,9 +264,31 @@ class TestLibrary:
         assert kernels["warnings"] == []
         # 65,536 registers a multiprocessor hold one block of 256 threads at 255 registers each.
         assert kernels["max_registers"] <= 255
-        per_arch = 3 * 3 * FLAT_SHAPES + 3 * STRIDED_SHAPES
-        assert kernels["count"] % per_arch == 0
-        assert kernels["count"] >= per_arch
+        archs = len(info["archs"])
+        hopper = 2 * 2 * len(shared_kv.BLOCK_KV) if "90a" in info["archs"] else 0
+        assert kernels["count"] == archs * (3 * 3 * FLAT_SHAPES + 3 * STRIDED_SHAPES + 3 * MERGES) + hopper
+
+    @pytest.mark.skipif(why_no_disassembler() is not None, reason=str(why_no_disassembler()))
+    def test_hopper_kernels_use_its_instructions(self):
+        """Every one of them multiplies with wgmma and brings tiles in by TMA."""
+        if "90a" not in build_info.read()["archs"]:
+            pytest.skip("built without 90a")
+        code = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", "-arch", "sm_90a", self.library], check=True, capture_output=True, text=True
+        ).stdout
+        kernels = {part.split()[0]: part for part in code.split("Function : ")[1:] if "shared_kv_fwd_kernel" in part.split()[0]}
+        assert len(kernels) == 2 * 2 * len(shared_kv.BLOCK_KV)
+        for name, text in kernels.items():
+            assert "HGMMA" in text and "UTMALDG" in text and "LDL" not in text, name
+
+    def test_plan_knows_the_tiles_of_the_library(self):
+        header = (ROOT / "csrc" / "kernels" / "shared_kv_enqueue.h").read_text()
+        columns = re.search(r"kSharedKVColumns\[\] = \{([\d, ]+)\}", header).group(1)
+        steps = re.search(r"return columns <= (\d+) \? (\d+) : columns <= (\d+) \? (\d+) : (\d+);", header).groups()
+        first, of_first, second, of_second, of_rest = map(int, steps)
+        tiles = {c: of_first if c <= first else of_second if c <= second else of_rest for c in map(int, columns.split(", "))}
+        assert tiles == shared_kv.BLOCK_KV
+        assert int(re.search(r"kSharedKVBlockQ = (\d+)", header).group(1)) == shared_kv.BLOCK_Q
 
     def test_build_is_of_these_sources(self):
         assert not build_info.is_stale(build_info.read())
@@ -270,3 +395,47 @@ class TestPlan:
         assert fields(torch.zeros(2, 6, 5, dtype=torch.float16)[:, :4]) == (False, 2, 4)
         assert fields(content[:, 1:]) == (False, 2, 7)
         assert fields(content.mT.contiguous().mT) == (False, 2, 8)
+
+
+class TestAttentionPlan:
+    def problem(self, **changes):
+        fields = {
+            "B": 8, "R": 512, "M": 50176, "C": 272, "dtype": torch.bfloat16, "device_type": "cuda", "masked": True,
+            "dropout": False, "needs_lse": True, "needs_grad": False,
+        }  # fmt: skip
+        return SharedKVProblem(**fields | changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
+            ({"C": 352}, "rows of up to 336 channels, got 352"),
+            ({"dropout": True}, "without dropout"),
+            ({"needs_grad": True}, "no gradient of shared_kv_attention"),
+        ],
+    )
+    def test_refusals_are_sentences(self, changes, reason, monkeypatch):
+        monkeypatch.setattr(shared_kv, "reasons_against_hopper", list)
+        assert shared_kv.reasons_against(self.problem()) == []
+        (sentence,) = shared_kv.reasons_against(self.problem(**changes))
+        assert reason in sentence
+
+    @pytest.mark.parametrize(
+        ("capability", "archs", "reason"),
+        [((8, 0), ["80", "90a"], "compute capability 9.0 alone"), ((9, 0), ["80"], "without 90a"), ((9, 0), ["90a"], None)],
+    )
+    def test_hopper_alone(self, capability, archs, reason, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(build_info, "read", lambda: {"archs": archs})
+        found = shared_kv.reasons_against(self.problem())
+        assert len(found) == (reason is not None) and all(reason in sentence for sentence in found)
+
+    def test_imagenet_is_one_wave_on_h200(self):
+        # 8 x 4 blocks of rows, 4 splits: 128 blocks on 132 multiprocessors.
+        assert shared_kv.plan(self.problem(), H200) == shared_kv.ForwardPlan(80, 4, 12560)
+
+    def test_splits_cover_the_tokens_in_whole_tiles(self):
+        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336)):
+            plan = shared_kv.plan(self.problem(B=B, R=R, M=M, C=C), H200)
+            assert plan.tokens_per_split % plan.block_kv == 0
+            assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split

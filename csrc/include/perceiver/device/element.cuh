@@ -4,7 +4,26 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
+#include "perceiver/params.h"
+
 namespace perceiver {
+
+template <ElementType kType>
+struct ElementOf;
+template <>
+struct ElementOf<ElementType::kFloat32> {
+  using Type = float;
+};
+template <>
+struct ElementOf<ElementType::kFloat16> {
+  using Type = __half;
+};
+template <>
+struct ElementOf<ElementType::kBFloat16> {
+  using Type = __nv_bfloat16;
+};
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
@@ -18,6 +37,27 @@ __device__ __forceinline__ void store_pair(__half* out, float first, float secon
 }
 __device__ __forceinline__ void store_pair(__nv_bfloat16* out, float first, float second) {
   *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(first, second);
+}
+
+// Two values as one register of 16-bit elements, the first in the low half.
+template <class Element>
+__device__ __forceinline__ uint32_t packed_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t packed_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ uint32_t packed_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// 2^x to 2 ulp, 0 below the normal numbers.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 }  // namespace perceiver

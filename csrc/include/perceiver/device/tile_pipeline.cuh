@@ -10,11 +10,9 @@
 
 #include <cstdint>
 
-namespace perceiver {
+#include "perceiver/device/shared.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace perceiver {
 
 template <int kSlots>
 class TilePipeline {

@@ -1,0 +1,34 @@
+// What the instantiations of the shared-KV kernels define and launch.cpp calls; free of device code.
+#pragma once
+
+#include <cuda.h>
+#include <driver_types.h>
+
+#include "perceiver/params.h"
+
+namespace perceiver {
+
+// Tiles of 64 columns of queries and tokens, and of the 16 columns that are left of queries of 16 modulo 64.
+struct SharedKVMaps {
+  CUtensorMap query;
+  CUtensorMap query_tail;
+  CUtensorMap tokens;
+};
+
+// The widths that there are kernels for: rows take the first that holds them.
+constexpr int kSharedKVColumns[] = {64, 128, 256, 272, 336};
+
+// Tokens of a tile.
+constexpr int shared_kv_block_kv(int columns) { return columns <= 128 ? 128 : columns <= 272 ? 80 : 48; }
+
+// Query rows of a block.
+constexpr int kSharedKVBlockQ = 128;
+
+// The kernel for rows of up to kColumns channels of one element type, of tiles of shared_kv_block_kv(kColumns) tokens.
+template <ElementType kElement, int kColumns>
+cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwardParams& params);
+
+// Merges the softmax states of all splits, and that of earlier tokens.
+cudaError_t enqueue_merge_states(const MergeStatesParams& params);
+
+}  // namespace perceiver

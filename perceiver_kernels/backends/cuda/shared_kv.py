@@ -1,0 +1,160 @@
+"""shared_kv_attention on CUDA C++: plan, fill the parameter structs, launch, merge. Forward only, on Hopper."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends.cuda import (
+    ELEMENT_TYPES,
+    address,
+    binding,
+    filled,
+    reasons_against_device_and_dtype,
+    reasons_against_hopper,
+)
+from perceiver_kernels.device import DeviceFacts, device_facts
+from perceiver_kernels.layouts import can_describe, describable, positive_scale, unit_stride
+from perceiver_kernels.plan.splits import fastest_splits
+from perceiver_kernels.problem import SharedKVProblem
+
+COMPOSITE = False
+
+# Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile.
+BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48}
+BLOCK_Q = 128
+_LOG2_E = 1.4426950408889634
+
+
+def reasons_against(problem: SharedKVProblem) -> list[str]:
+    """Sentences that say why these kernels cannot serve ``problem``."""
+    reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype) or reasons_against_hopper()
+    if problem.dtype == torch.float32:
+        reasons.append("cuda attends in bfloat16 and float16, got float32")
+    if max(BLOCK_KV) < problem.C:
+        reasons.append(f"cuda attends to rows of up to {max(BLOCK_KV)} channels, got {problem.C}")
+    if problem.dropout:
+        reasons.append("cuda attends without dropout")
+    if problem.needs_grad:
+        reasons.append("cuda has no gradient of shared_kv_attention")
+    return reasons
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Tokens of a tile, splits of the tokens, and the tokens of a split."""
+
+    block_kv: int
+    splits: int
+    tokens_per_split: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_forward(B: int, R: int, M: int, C: int, device: DeviceFacts) -> ForwardPlan:
+    """Splits with the least estimated time: exactly one full wave is usually best. One block fills a multiprocessor."""
+    block_kv = next(tokens for columns, tokens in BLOCK_KV.items() if columns >= C)
+    blocks, tiles = B * math.ceil(R / BLOCK_Q), math.ceil(M / block_kv)
+    splits, per_split = fastest_splits(
+        blocks, tiles, 4.0 * BLOCK_Q * block_kv * C, 8.0 * B * R * C, resident=1, device=device
+    )
+    return ForwardPlan(block_kv, splits, per_split * block_kv)
+
+
+def plan(problem: SharedKVProblem, device: DeviceFacts) -> ForwardPlan:
+    """How the forward of ``problem`` is computed."""
+    return plan_forward(problem.B, problem.R, max(1, problem.M), problem.C, device)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that the copy engine can read, even of one that repeats an axis."""
+    tensor = describable(unit_stride(tensor))
+    return tensor if can_describe(tensor) or tensor.numel() == 0 else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_params(
+    B: int, R: int, M: int, C: int, dtype: torch.dtype, z_dtype: torch.dtype, strides: tuple[int, ...], made: ForwardPlan,
+    scale: float, device: int,
+) -> Any:  # fmt: skip
+    """What calls alike have in common; strides are q's and x's of batch entry and row. Copied, not changed."""
+    fields = {
+        "stride_q_batch": strides[0], "stride_q_row": strides[1], "stride_x_batch": strides[2], "stride_x_token": strides[3],
+        "batch": B, "rows": R, "tokens": M, "channels": C, "type": ELEMENT_TYPES[dtype], "z_out_type": ELEMENT_TYPES[z_dtype],
+        "splits": made.splits, "tokens_per_split": made.tokens_per_split, "scale_log2": scale * _LOG2_E, "device": device,
+    }  # fmt: skip
+    return filled(binding().SharedKVForwardParams(), fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merge_params(B: int, R: int, C: int, splits: int, dtype: torch.dtype, device: int) -> Any:
+    """What calls alike have in common. Copied, not changed."""
+    fields = {"batch": B, "splits": splits, "rows": R, "channels": C, "z_type": ELEMENT_TYPES[dtype], "device": device}
+    return filled(binding().MergeStatesParams(), fields)
+
+
+def shared_kv_attention_forward(
+    q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, *, scale: float, dropout_p: float,
+    dropout_seed: Tensor | None, key_offset: int, state: tuple[Tensor, Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(z, lse, rho), continued from the ``state`` of earlier tokens where one is given.
+
+    Args:
+        q: bf16 or fp16 ``[B, R, C]``, C a multiple of 8 up to 336.
+        x: keys and values, as q, ``[B, M, C]``.
+        key_mask: bool ``[B, M]``, True where a token is visible, or None.
+        lengths: int32 ``[B]``, tokens that count, or None.
+        scale: of the scores.
+        dropout_p: 0; these kernels drop nothing.
+        dropout_seed, key_offset: of dropout, not read.
+        state: fp32 z ``[B, R, C]``, lse and rho ``[B, R]`` of tokens before x.
+        out_dtype: of z; None: q's.
+
+    Raises:
+        RuntimeError: the library refused or the launch failed; the message says why.
+    """
+    assert dropout_p == 0.0, "reasons_against refuses dropout"
+    B, R, C = q.shape
+    M, dtype = x.shape[1], out_dtype or q.dtype
+    z = torch.empty(B, R, C, dtype=dtype, device=q.device)
+    lse = torch.empty(B, R, dtype=torch.float32, device=q.device)
+    rho = torch.empty_like(lse)
+    if B * R == 0:
+        return z, lse, rho
+    if M == 0 and state is None:
+        return z.zero_(), lse.fill_(-torch.inf), rho.zero_()
+    q, scale = positive_scale(q, scale)
+    q, x = _readable(q), _readable(x)
+    key_mask, lengths = (None if t is None else t.contiguous() for t in (key_mask, lengths))
+    made = plan_forward(B, R, max(1, M), C, device_facts(q.device))
+    splits = made.splits if M > 0 else 0
+    z_part, lse_part, rho_part = z, lse, address(rho)
+    merged = splits != 1 or state is not None or dtype not in (torch.float32, q.dtype)
+    if merged:
+        z_part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
+        lse_part, rho_part = torch.empty(B, splits, R, dtype=torch.float32, device=q.device), 0
+    with torch.cuda.device_of(q):
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        if splits > 0:
+            strides = (*q.stride()[:2], *x.stride()[:2])
+            params = _forward_params(B, R, M, C, q.dtype, z_part.dtype, strides, made, scale, q.get_device())
+            addresses = {
+                "q": q.data_ptr(), "x": x.data_ptr(), "key_mask": address(key_mask), "lengths": address(lengths),
+                "z_out": z_part.data_ptr(), "lse_out": lse_part.data_ptr(), "rho_out": rho_part, "stream": stream,
+            }  # fmt: skip
+            binding().shared_kv_fwd(filled(binding().SharedKVForwardParams(params), addresses))
+        if merged:
+            z_state, lse_state = (None, None) if state is None else (t.float().contiguous() for t in state[:2])
+            params = _merge_params(B, R, C, splits, dtype, q.get_device())
+            addresses = {
+                "z_part": address(z_part), "lse_part": address(lse_part), "z_state": address(z_state),
+                "lse_state": address(lse_state), "z": z.data_ptr(), "lse": lse.data_ptr(), "rho": rho.data_ptr(),
+                "stream": stream,
+            }  # fmt: skip
+            binding().merge_states(filled(binding().MergeStatesParams(params), addresses))
+    return z, lse, rho
