@@ -19,7 +19,7 @@ RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
 """Folders of RESULTS, in the order in which a table takes its figures from them."""
 DOCUMENT = ROOT.parent / "README.md"
-OURS_NAMES = ("ours", "ours-chunked")
+OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
     "attend": "forward",

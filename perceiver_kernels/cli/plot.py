@@ -9,7 +9,7 @@ from typing import Any
 from perceiver_kernels.cli.console import format_ms
 from perceiver_kernels.cli.report import CommandError
 
-OURS_COLOURS = {"ours": "#0b6e4f", "ours-chunked": "#58b09c"}
+OURS_COLOURS = {"ours": "#0b6e4f", "ours-chunked": "#58b09c", "ours-triton": "#9fd0c2"}
 STOCK_COLOURS = ("#b3541e", "#d9a05b", "#7a5195", "#5b84b1", "#8c8c8c", "#c2577b", "#a3a847")
 STYLES = {"forward": "--", "backward": "-"}
 

@@ -17,7 +17,8 @@ from perceiver_kernels.cli.stock import Peer
 
 OURS = "ours"
 CHUNKED = "ours-chunked"
-OWN = (OURS, CHUNKED)
+ON_TRITON = "ours-triton"
+OWN = (OURS, CHUNKED, ON_TRITON)
 """Implementations whose wrong result fails a command; the others are stock."""
 
 

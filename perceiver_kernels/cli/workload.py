@@ -21,6 +21,7 @@ from perceiver_kernels.cli.measure import Call, seeded
 from perceiver_kernels.cli.stock import Peer, StockCrossAttention, compiled, peers_for
 from perceiver_kernels.cli.subject import (
     CHUNKED,
+    ON_TRITON,
     OURS,
     OWN,
     Pass,
@@ -107,7 +108,10 @@ class Workload:
         if which == "pack":
             return "absorbed", str(pk.explain("pack_inputs", pk.InputArray.tokens(self.inputs)).backend)
         if PASSES[which].level == "kernel":
-            return "absorbed", str(pk.explain("shared_kv_attention", self.rows, self.packed).backend)
+            rows = self.rows if which == "attend" else self.rows.detach().requires_grad_()
+            explained = pk.explain("shared_kv_attention", rows, self.packed)
+            backward = None if which == "attend" else explained.backward
+            return "absorbed", str(backward or explained.backend)
         case, layer = self.case, self.layer
         differentiable = which.startswith("backward")
         q = self.latents.new_empty(case.B, case.H, case.N, case.d_qk, requires_grad=differentiable)
@@ -193,6 +197,8 @@ class Workload:
             return calls
         if PASSES[which].level == "layer":
             calls[CHUNKED] = self.chunked(which)
+        elif self.choice(which)[1] == "cuda" and pk.backends()["triton"][0]:
+            calls[ON_TRITON] = on_triton(self.ours(which))
         # Packing has two stock forms only: written out, and compiled.
         usable = [peer for peer in peers if which != "pack" or peer.attention == "eager"]
         return calls | {peer.name: self.stock(which, peer) for peer in usable}
@@ -227,13 +233,14 @@ class Workload:
 
     def method(self, which: str, implementation: str) -> Literal["absorbed", "projected"]:
         """Return how an implementation gets at keys and values; stock PyTorch projects."""
-        if implementation == CHUNKED:
+        if implementation in (CHUNKED, ON_TRITON):
             return "absorbed"
         return self.choice(which)[0] if implementation == OURS else "projected"
 
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return an implementation's method and backend."""
         backend = self.choice(which)[1] if implementation in OWN else "stock"
+        backend = "triton" if implementation == ON_TRITON else backend
         return {"method": self.method(which, implementation), "backend": backend}
 
     def flops(self, which: str, implementation: str) -> int:
@@ -244,6 +251,16 @@ class Workload:
         """Return the fewest FLOPs, by either method, and the fewest bytes of a pass."""
         fewest = min(flops(self.case, which, "absorbed"), flops(self.case, which, "projected"))
         return fewest, least_bytes(self.case, which, self.dtype.itemsize)
+
+
+def on_triton(call: Call) -> Call:
+    """Run a call with Triton's kernels alone."""
+
+    def run() -> Any:
+        with pk.use_backend("triton"):
+            return call()
+
+    return run
 
 
 def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: Tensor) -> Call:
