@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
 """Folders of RESULTS, in the order in which a table takes its figures from them."""
-DOCUMENT = ROOT.parent / "README.md"
+DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "attention.md")
 OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
@@ -123,6 +123,23 @@ def host(results: Results) -> list[str]:
     return [where, "", *_markdown(["case", "pass", *names], table)] if table else []
 
 
+def attention_kernels(results: Results) -> list[str]:
+    """What the kernels of each call of ours take."""
+    table = [
+        [f"{part}: {row['case']}", ATTENTION_TITLES[row["pass"]], _ms(row["p50_ms"]), ", ".join(map(_kernel, row["kernels"]))]
+        for part in ATTENTION_PARTS
+        for row in _rows(results, part)
+        if row["implementation"] == "ours" and row.get("kernels")
+    ]
+    where = dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in ATTENTION_PARTS if _rows(results, part))
+    return [*where, "", *_markdown(["case", "pass", "ms", "of which kernels, ms (launches)"], table)] if table else []
+
+
+def _kernel(entry: dict[str, Any]) -> str:
+    launches = "" if entry["launches"] == 1 else f" ({entry['launches']:g})"
+    return f"{entry['kernel'].strip('_').removesuffix('_kernel')} {_ms(entry['us'] / 1e3)}{launches}"
+
+
 def summary(results: Results) -> list[str]:
     """Return the short table that a benchmark run prints last, as aligned text."""
     rows = [row for part in ("kernels", "layers", "ten-million") for row in _rows(results, part)]
@@ -140,6 +157,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "memory": memory,
     "large": large,
     "attention": attention,
+    "attention-kernels": attention_kernels,
     "host": host,
 }
 
@@ -236,20 +254,23 @@ def _markdown(header: list[str], table: list[list[str]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Rewrite the tables, or check them."""
-    parser = argparse.ArgumentParser(description="Generate the tables of README.md.")
+    parser = argparse.ArgumentParser(description="Generate the tables of README.md and docs/.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 when a table is out of date"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder for each GPU")
     arguments = parser.parse_args(argv)
-    text = DOCUMENT.read_text()
-    new = rewritten(text, published(arguments.results))
-    if new == text:
-        return 0
-    print(f"{'out of date' if arguments.check else 'rewritten'}: {DOCUMENT.name}")
-    if not arguments.check:
-        DOCUMENT.write_text(new)
-    return 1 if arguments.check else 0
+    results, stale = published(arguments.results), False
+    for document in DOCUMENTS:
+        text = document.read_text()
+        new = rewritten(text, results)
+        if new == text:
+            continue
+        stale = True
+        print(f"{'out of date' if arguments.check else 'rewritten'}: {document.name}")
+        if not arguments.check:
+            document.write_text(new)
+    return 1 if stale and arguments.check else 0
 
 
 if __name__ == "__main__":

@@ -96,12 +96,13 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert context.failures == []
     results = tables.load(tmp_path)
     assert set(results) == set(gpu_bench.PARTS)
-    # A CPU works while the host waits: only a GPU has host times of its own.
-    for name in tables.TABLES.keys() - {"host"}:
+    # A CPU works while the host waits: only a GPU has host times of its own, and kernels.
+    for name in tables.TABLES.keys() - {"host", "attention-kernels"}:
         assert len(tables.TABLES[name](results)) > 2, name
     for row in results["process"]["rows"]:
-        row["host_us"] = 12.3
+        row |= {"host_us": 12.3, "kernels": [{"kernel": "_one_kernel", "launches": 2.0, "us": 4.5}]}
     assert tables.host(results)[-1] == "| imagenet | backward | 12 |"
+    assert tables.attention_kernels(results)[-1].endswith(" | one 0.0045 (2) |")
     assert len(tables.summary(results)) == 1 + 4 + 4 + 3 + 3 * 2
 
 
