@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <string>
 
+#include "kernels/attention_enqueue.h"
 #include "kernels/pack_enqueue.h"
 #include "kernels/shared_kv_enqueue.h"
 #include "perceiver/layout.h"
@@ -38,9 +39,16 @@ void report_cuda(PkStatus* status, const char* function, cudaError_t error) {
          static_cast<int>(error));
 }
 
+constexpr char kNoHopper[] = "%s: this build holds no kernels for Hopper; see PERCEIVER_KERNELS_CUDA_ARCHS";
+constexpr char kNoMaps[] = "%s: the driver describes no tensors to the copy engine (TMA)";
+
 bool is_element_type(int32_t type) {
   return type >= static_cast<int32_t>(ElementType::kFloat32) &&
          type <= static_cast<int32_t>(ElementType::kBFloat16);
+}
+
+bool is_half(int32_t type) {
+  return type == static_cast<int32_t>(ElementType::kFloat16) || type == static_cast<int32_t>(ElementType::kBFloat16);
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -102,9 +110,7 @@ cudaError_t enqueue_pack(const PackForwardParams& params) {
 const char* broken_rule(const SharedKVForwardParams& p, const RowTensor& q, const RowTensor& x, int columns) {
   if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
   if (columns == 0) return "channels must be at most 336";
-  if (p.type != static_cast<int32_t>(ElementType::kFloat16) && p.type != static_cast<int32_t>(ElementType::kBFloat16)) {
-    return "type must be 1 (float16) or 2 (bfloat16)";
-  }
+  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
   if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
     return "z_out_type must be 0 (float32) or type";
   }
@@ -127,6 +133,38 @@ const char* broken_rule(const SharedKVForwardParams& p, const RowTensor& q, cons
   return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
 }
 
+// The rule of AttentionForwardParams that is broken, or null.
+const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query, const RowTensor& key, const RowTensor& value,
+                        int columns) {
+  if (p.batch < 0 || p.heads < 1 || p.queries < 0 || p.keys < 0 || p.channels_qk < 1 || p.channels_v < 1) {
+    return "sizes must not be negative, heads and channels positive";
+  }
+  if (columns == 0) return "channels must be at most 256";
+  if (p.channels_qk % 8 != 0 || p.channels_v % 8 != 0) return "channels must be multiples of 8";
+  if (p.heads_per_key_head < 1 || p.heads % p.heads_per_key_head != 0) return "heads_per_key_head must divide heads";
+  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
+  if (p.out_type != p.type && p.out_type != static_cast<int32_t>(ElementType::kFloat32)) {
+    return "out_type must be 0 (float32) or type";
+  }
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % attention_block_kv(columns) != 0)) {
+    return "splits must be positive, and of whole tiles of keys";
+  }
+  if (int64_t{p.splits} * p.keys_per_split < p.keys) return "the splits must cover the keys";
+  const int64_t row_blocks = (int64_t{p.queries} + kAttentionBlockQ - 1) / kAttentionBlockQ;
+  if (row_blocks * p.splits * p.heads * p.batch != p.items) return "items must be all blocks of rows of all splits, below 2^31";
+  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
+  if (p.items == 0) return nullptr;
+  if (p.blocks < 1) return "blocks must be positive";
+  if (p.keys == 0) return "there must be keys";
+  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.lse_out == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode(query) || !can_encode(key) || !can_encode(value)) {
+    return "query, key and value must have a base and pitches of 16 bytes";
+  }
+  return is_aligned(p.out) && p.stride_out_row % 4 == 0 ? nullptr : "out must lie on 16 bytes, its rows too";
+}
+
 const char* broken_rule(const MergeStatesParams& p) {
   if (p.batch < 0 || p.splits < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
     return "sizes must not be negative, channels a positive multiple of 4";
@@ -134,7 +172,8 @@ const char* broken_rule(const MergeStatesParams& p) {
   if (!is_element_type(p.z_type)) return "z_type must be 0 (float32), 1 (float16) or 2 (bfloat16)";
   if (p.batch == 0 || p.rows == 0) return nullptr;
   if ((p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
-  if (p.z == nullptr || p.lse == nullptr || p.rho == nullptr ||
+  if (p.heads < 1 || p.batch % p.heads != 0) return "heads must divide batch";
+  if (p.z == nullptr || p.lse == nullptr ||
       (p.splits > 0 && (p.z_part == nullptr || p.lse_part == nullptr))) {
     return "a pointer is null";
   }
@@ -160,11 +199,28 @@ cudaError_t enqueue_shared_kv(int columns, const SharedKVMaps& maps, const Share
   }
   return cudaErrorInvalidValue;
 }
+
+template <int kColumns>
+cudaError_t enqueue_attention(const AttentionMaps& maps, const AttentionForwardParams& params) {
+  return params.type == static_cast<int32_t>(ElementType::kFloat16)
+             ? enqueue_attention_fwd<ElementType::kFloat16, kColumns>(maps, params)
+             : enqueue_attention_fwd<ElementType::kBFloat16, kColumns>(maps, params);
+}
+
+cudaError_t enqueue_attention(int columns, const AttentionMaps& maps, const AttentionForwardParams& params) {
+  switch (columns) {
+    case 64: return enqueue_attention<64>(maps, params);
+    case 128: return enqueue_attention<128>(maps, params);
+    case 256: return enqueue_attention<256>(maps, params);
+  }
+  return cudaErrorInvalidValue;
+}
 #endif
 
-// The narrowest width that holds the channels; 0 where none does.
-int shared_kv_columns(int channels) {
-  for (const int columns : kSharedKVColumns) {
+// The narrowest of the widths that holds the channels; 0 where none does.
+template <int kCount>
+int columns_for(const int (&widths)[kCount], int channels) {
+  for (const int columns : widths) {
     if (channels <= columns) return columns;
   }
   return 0;
@@ -194,11 +250,11 @@ void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* st
 void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept {
   using namespace perceiver;
   const auto type = static_cast<ElementType>(params->type);
-  const RowTensor q{params->q, type, params->batch, params->rows, params->channels, params->stride_q_batch,
-                    params->stride_q_row};
-  const RowTensor x{params->x, type, params->batch, params->tokens, params->channels, params->stride_x_batch,
-                    params->stride_x_token};
-  const int columns = shared_kv_columns(params->channels);
+  const RowTensor q{params->q, type, params->batch, 1, params->rows, params->channels, params->stride_q_batch,
+                    0,         params->stride_q_row};
+  const RowTensor x{params->x, type, params->batch, 1, params->tokens, params->channels, params->stride_x_batch,
+                    0,         params->stride_x_token};
+  const int columns = columns_for(kSharedKVColumns, params->channels);
   if (const char* rule = broken_rule(*params, q, x, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: %s", rule);
   }
@@ -210,13 +266,45 @@ void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* 
     const bool encoded = encode_tiles(&maps.query, q, 64, 64) && encode_tiles(&maps.query_tail, q, 64, 16) &&
                          encode_tiles(&maps.tokens, x, shared_kv_block_kv(columns), 64);
     if (!encoded) {
-      return refuse(status, PK_CUDA_ERROR, "shared_kv_fwd: the driver describes no tensors to the copy engine (TMA)");
+      return refuse(status, PK_CUDA_ERROR, kNoMaps, "shared_kv_fwd");
     }
     error = enqueue_shared_kv(columns, maps, *params);
   }
   report_cuda(status, "shared_kv_fwd", error);
 #else
-  refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: this build holds no kernels for Hopper; see PERCEIVER_KERNELS_CUDA_ARCHS");
+  refuse(status, PK_INVALID_ARGUMENT, kNoHopper, "shared_kv_fwd");
+#endif
+}
+
+void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  const auto& p = *params;
+  const auto type = static_cast<ElementType>(p.type);
+  const int key_heads = p.heads_per_key_head > 0 ? p.heads / p.heads_per_key_head : 0;
+  const RowTensor query{p.query, type, p.batch, p.heads, p.queries, p.channels_qk, p.stride_query_batch, p.stride_query_head,
+                        p.stride_query_row};
+  const RowTensor key{p.key, type, p.batch, key_heads, p.keys, p.channels_qk, p.stride_key_batch, p.stride_key_head,
+                      p.stride_key_row};
+  const RowTensor value{p.value, type, p.batch, key_heads, p.keys, p.channels_v, p.stride_value_batch, p.stride_value_head,
+                        p.stride_value_row};
+  const int columns = columns_for(kAttentionColumns, p.channels_qk > p.channels_v ? p.channels_qk : p.channels_v);
+  if (const char* rule = broken_rule(p, query, key, value, columns)) {
+    return refuse(status, PK_INVALID_ARGUMENT, "attention_fwd: %s", rule);
+  }
+  if (p.items == 0) return succeed(status);
+#if PK_HOPPER
+  cudaError_t error = cudaSetDevice(p.device);
+  AttentionMaps maps;
+  if (error == cudaSuccess) {
+    const int block_kv = attention_block_kv(columns);
+    const bool encoded = encode_tiles(&maps.query, query, 64, 64) && encode_tiles(&maps.key, key, block_kv, 64) &&
+                         encode_tiles(&maps.value, value, block_kv, 64);
+    if (!encoded) return refuse(status, PK_CUDA_ERROR, kNoMaps, "attention_fwd");
+    error = enqueue_attention(columns, maps, p);
+  }
+  report_cuda(status, "attention_fwd", error);
+#else
+  refuse(status, PK_INVALID_ARGUMENT, kNoHopper, "attention_fwd");
 #endif
 }
 

@@ -27,8 +27,9 @@ decltype(&cuTensorMapEncodeTiled) encode_function() {
 
 bool can_encode(const RowTensor& tensor) {
   constexpr int64_t kElements = 16 / 2;
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.row_pitch % kElements == 0 && tensor.row_pitch > 0 &&
-         (tensor.entries == 1 || (tensor.entry_pitch % kElements == 0 && tensor.entry_pitch > 0));
+  const auto fits = [](int64_t size, int64_t pitch) { return size == 1 || (pitch % kElements == 0 && pitch > 0); };
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && fits(tensor.rows, tensor.row_pitch) &&
+         fits(tensor.heads, tensor.head_pitch) && fits(tensor.entries, tensor.entry_pitch);
 }
 
 bool encode_tiles(CUtensorMap* map, const RowTensor& tensor, int rows, int columns) {
@@ -36,15 +37,16 @@ bool encode_tiles(CUtensorMap* map, const RowTensor& tensor, int rows, int colum
   if (encode == nullptr) return false;
   const auto type =
       tensor.type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(tensor.rows),
-                               static_cast<cuuint64_t>(tensor.entries)};
-  // The pitch of a single entry is never used, and may be anything.
-  const int64_t entry_pitch = tensor.entries == 1 ? tensor.rows * tensor.row_pitch : tensor.entry_pitch;
-  const cuuint64_t pitches[2] = {static_cast<cuuint64_t>(tensor.row_pitch) * 2, static_cast<cuuint64_t>(entry_pitch) * 2};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  const auto whole = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t sizes[4] = {whole(tensor.columns), whole(tensor.rows), whole(tensor.heads), whole(tensor.entries)};
+  // The pitch of a single row, head or entry is never used and may be anything: 16 bytes, which the driver takes.
+  const auto bytes = [&](int64_t size, int64_t pitch) { return size == 1 ? cuuint64_t{16} : whole(pitch) * 2; };
+  const cuuint64_t pitches[3] = {bytes(tensor.rows, tensor.row_pitch), bytes(tensor.heads, tensor.head_pitch),
+                                 bytes(tensor.entries, tensor.entry_pitch)};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
   const auto swizzle = columns * 2 == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
-  return encode(map, type, 3, const_cast<void*>(tensor.data), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  return encode(map, type, 4, const_cast<void*>(tensor.data), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -73,12 +73,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_states_kernel(const Merge
   if (!exists) return;
   // A row that saw nothing has total 0: its z and rho are 0, its lse is -inf.
   const float inverse = sum.total == 0.0f ? 0.0f : 1.0f / sum.total;
-  Out* gOut = static_cast<Out*>(params.z) + flat_row * params.channels + column;
+  Out* gOut = static_cast<Out*>(params.z) + entry / params.heads * params.stride_z_batch +
+              entry % params.heads * params.stride_z_head + flat_row % params.rows * params.stride_z_row + column;
   store_pair(gOut, sum.value[0] * inverse, sum.value[1] * inverse);
   store_pair(gOut + 2, sum.value[2] * inverse, sum.value[3] * inverse);
   if (column == 0) {
     params.lse[flat_row] = maximum + log2f(sum.total) * kLn2;
-    params.rho[flat_row] = sum.total == 0.0f ? 0.0f : 1.0f;
+    if (params.rho != nullptr) params.rho[flat_row] = sum.total == 0.0f ? 0.0f : 1.0f;
   }
 }
 

@@ -30,5 +30,8 @@ PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkSta
 // Enqueues the shared-KV attention forward of 16-bit rows of up to 336 channels, on compute capability 9.0.
 PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept;
 
+// Enqueues the attention forward of 16-bit heads of up to 256 channels, on compute capability 9.0.
+PK_API void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept;
+
 // Enqueues the merge of softmax states.
 PK_API void pk_merge_states(const perceiver::MergeStatesParams* params, PkStatus* status) noexcept;

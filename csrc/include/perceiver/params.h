@@ -117,6 +117,50 @@ struct SharedKVForwardParams {
   void* stream;
 };
 
+// The softmax states (out, lse) of attention over given keys and values, of every split of the keys.
+struct AttentionForwardParams {
+  // [batch, heads, queries, channels_qk], on 16 bytes, any pitches of a multiple of 16 bytes.
+  const void* query;
+  int64_t stride_query_batch;
+  int64_t stride_query_head;
+  int64_t stride_query_row;
+  // [batch, heads / heads_per_key_head, keys, channels], as query; value of its own channels.
+  const void* key;
+  int64_t stride_key_batch;
+  int64_t stride_key_head;
+  int64_t stride_key_row;
+  const void* value;
+  int64_t stride_value_batch;
+  int64_t stride_value_head;
+  int64_t stride_value_row;
+  // [batch, heads, splits, queries, channels_v], channels side by side, rows on 16 bytes; float, or query's type.
+  void* out;
+  int64_t stride_out_batch;
+  int64_t stride_out_head;
+  int64_t stride_out_split;
+  int64_t stride_out_row;
+  // [batch, heads, splits, queries], contiguous.
+  float* lse_out;
+  int32_t batch;
+  int32_t heads;
+  int32_t heads_per_key_head;
+  int32_t queries;
+  int32_t keys;
+  int32_t channels_qk;
+  int32_t channels_v;
+  int32_t type;
+  int32_t out_type;
+  // The plan: a multiple of the kernel's tile of keys but for the last split; items are all blocks of rows of all splits,
+  // blocks what runs at a time.
+  int32_t splits;
+  int32_t keys_per_split;
+  int32_t items;
+  int32_t blocks;
+  float scale_log2;
+  int32_t device;
+  void* stream;
+};
+
 // (z, lse, rho) of the states of all splits, and of an earlier one where there is one.
 struct MergeStatesParams {
   // [batch, splits, rows, channels] and [batch, splits, rows] float, contiguous.
@@ -125,10 +169,15 @@ struct MergeStatesParams {
   // [batch, rows, channels] and [batch, rows] float, contiguous; null: none.
   const float* z_state;
   const float* lse_state;
-  // [batch, rows, channels], contiguous.
+  // [batch / heads, heads, rows, channels], channels side by side, rows on 16 bytes.
   void* z;
+  int64_t stride_z_batch;
+  int64_t stride_z_head;
+  int64_t stride_z_row;
+  // [batch, rows]; rho may be null.
   float* lse;
   float* rho;
+  int32_t heads;
   int32_t batch;
   int32_t splits;
   int32_t rows;
@@ -167,6 +216,46 @@ void visit_fields(const SharedKVForwardParams*, Visit&& visit) {
 }
 
 template <typename Visit>
+void visit_fields(const AttentionForwardParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &AttentionForwardParams::name, offsetof(AttentionForwardParams, name))
+  PK_FIELD(query);
+  PK_FIELD(stride_query_batch);
+  PK_FIELD(stride_query_head);
+  PK_FIELD(stride_query_row);
+  PK_FIELD(key);
+  PK_FIELD(stride_key_batch);
+  PK_FIELD(stride_key_head);
+  PK_FIELD(stride_key_row);
+  PK_FIELD(value);
+  PK_FIELD(stride_value_batch);
+  PK_FIELD(stride_value_head);
+  PK_FIELD(stride_value_row);
+  PK_FIELD(out);
+  PK_FIELD(stride_out_batch);
+  PK_FIELD(stride_out_head);
+  PK_FIELD(stride_out_split);
+  PK_FIELD(stride_out_row);
+  PK_FIELD(lse_out);
+  PK_FIELD(batch);
+  PK_FIELD(heads);
+  PK_FIELD(heads_per_key_head);
+  PK_FIELD(queries);
+  PK_FIELD(keys);
+  PK_FIELD(channels_qk);
+  PK_FIELD(channels_v);
+  PK_FIELD(type);
+  PK_FIELD(out_type);
+  PK_FIELD(splits);
+  PK_FIELD(keys_per_split);
+  PK_FIELD(items);
+  PK_FIELD(blocks);
+  PK_FIELD(scale_log2);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
+template <typename Visit>
 void visit_fields(const MergeStatesParams*, Visit&& visit) {
 #define PK_FIELD(name) visit(#name, &MergeStatesParams::name, offsetof(MergeStatesParams, name))
   PK_FIELD(z_part);
@@ -174,8 +263,12 @@ void visit_fields(const MergeStatesParams*, Visit&& visit) {
   PK_FIELD(z_state);
   PK_FIELD(lse_state);
   PK_FIELD(z);
+  PK_FIELD(stride_z_batch);
+  PK_FIELD(stride_z_head);
+  PK_FIELD(stride_z_row);
   PK_FIELD(lse);
   PK_FIELD(rho);
+  PK_FIELD(heads);
   PK_FIELD(batch);
   PK_FIELD(splits);
   PK_FIELD(rows);

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import build_info
+from perceiver_kernels.layouts import can_describe, describable, unit_stride
 
 # The element types of the kernels and their codes in csrc/include/perceiver/params.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -131,3 +132,9 @@ def filled(params: Any, fields: dict[str, Any]) -> Any:
     for name, value in fields.items():
         setattr(params, name, value)
     return params
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that the copy engine can read, even of one that repeats an axis."""
+    tensor = describable(unit_stride(tensor))
+    return tensor if can_describe(tensor) or tensor.numel() == 0 else tensor.contiguous()

@@ -15,11 +15,13 @@ from perceiver_kernels.backends.cuda import (
     address,
     binding,
     filled,
+    readable,
     reasons_against_device_and_dtype,
     reasons_against_hopper,
 )
+from perceiver_kernels.backends.cuda.states import merge_states
 from perceiver_kernels.device import DeviceFacts, device_facts
-from perceiver_kernels.layouts import can_describe, describable, positive_scale, unit_stride
+from perceiver_kernels.layouts import positive_scale
 from perceiver_kernels.plan.splits import fastest_splits
 from perceiver_kernels.problem import SharedKVProblem
 
@@ -70,12 +72,6 @@ def plan(problem: SharedKVProblem, device: DeviceFacts) -> ForwardPlan:
     return plan_forward(problem.B, problem.R, max(1, problem.M), problem.C, device)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that the copy engine can read, even of one that repeats an axis."""
-    tensor = describable(unit_stride(tensor))
-    return tensor if can_describe(tensor) or tensor.numel() == 0 else tensor.contiguous()
-
-
 @functools.lru_cache(maxsize=1024)
 def _forward_params(
     B: int, R: int, M: int, C: int, dtype: torch.dtype, z_dtype: torch.dtype, strides: tuple[int, ...], made: ForwardPlan,
@@ -88,13 +84,6 @@ def _forward_params(
         "splits": made.splits, "tokens_per_split": made.tokens_per_split, "scale_log2": scale * _LOG2_E, "device": device,
     }  # fmt: skip
     return filled(binding().SharedKVForwardParams(), fields)
-
-
-@functools.lru_cache(maxsize=1024)
-def _merge_params(B: int, R: int, C: int, splits: int, dtype: torch.dtype, device: int) -> Any:
-    """What calls alike have in common. Copied, not changed."""
-    fields = {"batch": B, "splits": splits, "rows": R, "channels": C, "z_type": ELEMENT_TYPES[dtype], "device": device}
-    return filled(binding().MergeStatesParams(), fields)
 
 
 def shared_kv_attention_forward(
@@ -129,7 +118,7 @@ def shared_kv_attention_forward(
     if M == 0 and state is None:
         return z.zero_(), lse.fill_(-torch.inf), rho.zero_()
     q, scale = positive_scale(q, scale)
-    q, x = _readable(q), _readable(x)
+    q, x = readable(q), readable(x)
     key_mask, lengths = (None if t is None else t.contiguous() for t in (key_mask, lengths))
     made = plan_forward(B, R, max(1, M), C, device_facts(q.device))
     splits = made.splits if M > 0 else 0
@@ -149,12 +138,5 @@ def shared_kv_attention_forward(
             }  # fmt: skip
             binding().shared_kv_fwd(filled(binding().SharedKVForwardParams(params), addresses))
         if merged:
-            z_state, lse_state = (None, None) if state is None else (t.float().contiguous() for t in state[:2])
-            params = _merge_params(B, R, C, splits, dtype, q.get_device())
-            addresses = {
-                "z_part": address(z_part), "lse_part": address(lse_part), "z_state": address(z_state),
-                "lse_state": address(lse_state), "z": z.data_ptr(), "lse": lse.data_ptr(), "rho": rho.data_ptr(),
-                "stream": stream,
-            }  # fmt: skip
-            binding().merge_states(filled(binding().MergeStatesParams(params), addresses))
+            merge_states(z_part, lse_part, None if state is None else state[:2], z[:, None], lse, rho, stream)
     return z, lse, rho

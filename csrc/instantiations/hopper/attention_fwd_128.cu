@@ -1,0 +1,6 @@
+#include "kernels/attention_fwd_enqueue.cuh"
+
+namespace perceiver {
+template cudaError_t enqueue_attention_fwd<ElementType::kBFloat16, 128>(const AttentionMaps&, const AttentionForwardParams&);
+template cudaError_t enqueue_attention_fwd<ElementType::kFloat16, 128>(const AttentionMaps&, const AttentionForwardParams&);
+}  // namespace perceiver

@@ -1,0 +1,31 @@
+// What the instantiations of the attention kernels define and launch.cpp calls; free of device code.
+#pragma once
+
+#include <cuda.h>
+#include <driver_types.h>
+
+#include "perceiver/params.h"
+
+namespace perceiver {
+
+// Tiles of 64 columns of queries, keys and values.
+struct AttentionMaps {
+  CUtensorMap query;
+  CUtensorMap key;
+  CUtensorMap value;
+};
+
+// The head widths that there are kernels for: heads take the first that holds them.
+constexpr int kAttentionColumns[] = {64, 128, 256};
+
+// Keys of a tile.
+constexpr int attention_block_kv(int columns) { return columns <= 128 ? 128 : 80; }
+
+// Query rows of a block.
+constexpr int kAttentionBlockQ = 128;
+
+// The kernel for heads of up to kColumns channels of one element type.
+template <ElementType kElement, int kColumns>
+cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForwardParams& params);
+
+}  // namespace perceiver

@@ -1,0 +1,44 @@
+"""Merging softmax states on CUDA C++, on any GPU: of the splits of a forward, and of earlier tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends.cuda import ELEMENT_TYPES, address, binding, filled
+
+
+@functools.lru_cache(maxsize=1024)
+def _params(B: int, H: int, S: int, R: int, C: int, strides: tuple[int, ...], dtype: torch.dtype, device: int) -> Any:
+    """What calls alike have in common; strides are z's of batch entry, head and row. Copied, not changed."""
+    fields = {
+        "batch": B * H, "heads": H, "splits": S, "rows": R, "channels": C, "stride_z_batch": strides[0],
+        "stride_z_head": strides[1], "stride_z_row": strides[2], "z_type": ELEMENT_TYPES[dtype], "device": device,
+    }  # fmt: skip
+    return filled(binding().MergeStatesParams(), fields)
+
+
+def merge_states(
+    z_part: Tensor, lse_part: Tensor, state: tuple[Tensor, Tensor] | None, z: Tensor, lse: Tensor, rho: Tensor | None,
+    stream: int,
+) -> None:  # fmt: skip
+    """Write (z, lse, rho) of the states of all splits, and of an earlier one where there is one.
+
+    Args:
+        z_part, lse_part: fp32 ``[B * H, S, R, C]`` and ``[B * H, S, R]``, contiguous; C a multiple of 4.
+        state: fp32 ``(z, lse)`` of the earlier tokens, ``[B * H, R, C]`` and ``[B * H, R]``.
+        z: ``[B, H, R, C]`` of any strides but the last, rows on 16 bytes.
+        lse, rho: fp32 ``[B, H, R]``, contiguous; rho may be None.
+        stream: the CUDA stream's handle.
+    """
+    B, H, R, C = z.shape
+    z_state, lse_state = (None, None) if state is None else (t.float().contiguous() for t in state)
+    addresses = {
+        "z_part": address(z_part), "lse_part": address(lse_part), "z_state": address(z_state),
+        "lse_state": address(lse_state), "z": z.data_ptr(), "lse": lse.data_ptr(), "rho": address(rho), "stream": stream,
+    }  # fmt: skip
+    params = _params(B, H, z_part.shape[1], R, C, z.stride()[:3], z.dtype, z.get_device())
+    binding().merge_states(filled(binding().MergeStatesParams(params), addresses))
