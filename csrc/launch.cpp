@@ -162,7 +162,9 @@ const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query,
   if (!can_encode(query) || !can_encode(key) || !can_encode(value)) {
     return "query, key and value must have a base and pitches of 16 bytes";
   }
-  return is_aligned(p.out) && p.stride_out_row % 4 == 0 ? nullptr : "out must lie on 16 bytes, its rows too";
+  const bool rows_aligned = p.stride_out_batch % 8 == 0 && p.stride_out_head % 8 == 0 && p.stride_out_split % 8 == 0 &&
+                            p.stride_out_row % 8 == 0;
+  return is_aligned(p.out) && rows_aligned ? nullptr : "out must lie on 16 bytes, its rows too";
 }
 
 const char* broken_rule(const MergeStatesParams& p) {

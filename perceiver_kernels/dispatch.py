@@ -23,7 +23,7 @@ TABLE: dict[str, dict[str, str]] = {
     "shared_kv_attention": {
         "cuda": "cuda.shared_kv", "triton": "triton.shared_kv", "sdpa": "sdpa", "reference": "reference",
     },
-    "attention": {"triton": "triton.attention", "sdpa": "sdpa", "reference": "reference"},
+    "attention": {"cuda": "cuda.attention", "triton": "triton.attention", "sdpa": "sdpa", "reference": "reference"},
     "rotary_embedding": {"triton": "triton.rotary", "sdpa": "sdpa", "reference": "reference"},
 }
 
@@ -139,13 +139,44 @@ def candidates(op: str, backend: str | None) -> tuple[str, ...]:
 def _choose_passes(
     op: str, static_values: tuple[Any, ...], forward_values: tuple[Any, ...], names: tuple[str, ...]
 ) -> tuple[str, str]:
+    return _choose_passes_once(op, static_values, forward_values, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_passes_once(
+    op: str, static_values: tuple[Any, ...], forward_values: tuple[Any, ...], names: tuple[str, ...]
+) -> tuple[str, str]:
     backward = _choose_once(op, static_values, names)
-    forward = backward if load(op, backward).COMPOSITE else _choose_once(op, forward_values, names)
-    return (backward, backward) if load(op, forward).COMPOSITE else (forward, backward)
+    if load(op, backward).COMPOSITE:
+        return backward, backward
+    forward = _choose_once(op, forward_values, names)
+    if load(op, forward).COMPOSITE:
+        return backward, backward
+    others = names[names.index(forward) + 1 :]
+    if hasattr(load(op, forward), "leaves") and others:
+        problem = PROBLEMS[op](*forward_values)
+        kernels = (name for name in others if not refusals(problem, name) and not load(op, name).COMPOSITE)
+        forward = ",".join([forward, *list(kernels)[:1]])
+    return forward, backward
+
+
+def is_composite(op: str, backend: str) -> bool:
+    """Whether ``backend`` is a composition of torch's operations."""
+    return "," not in backend and load(op, backend).COMPOSITE
+
+
+def serving(op: str, backend: str, sizes: tuple[int, ...]) -> str:
+    """The backend that serves a call of ``sizes``: of two alternatives the first, unless it leaves such calls to the second."""
+    if "," not in backend:
+        return backend
+    first, second = backend.split(",")
+    return second if load(op, first).leaves(sizes) else first
 
 
 def select_passes(problem: Problem, backend: str | None = None) -> tuple[str, str]:
-    """The backends that serve the forward and the backward of ``problem``, chosen apart.
+    """The backends that serve the forward and the backward of ``problem``, chosen apart; ``serving`` tells which of two does.
+
+    Two kernel backends for the forward ("cuda,triton") are alternatives between which the sizes of a call decide.
 
     A backward starts from what any kernels' forward leaves, so a backend without a gradient may still serve the forward. A
     composition of torch's operations serves both or neither.

@@ -143,7 +143,7 @@ def test_explicit_backend_serves_or_raises_every_reason(op: str, name: str) -> N
 def test_refusals_collect_all_sentences_of_a_backend() -> None:
     problem = SharedKVProblem(**{**vars(SHARED), "needs_lse": True, "dropout": True})
     assert len(dispatch.refusals(problem, "sdpa")) == 2
-    assert dispatch.refusals(ATTENTION, "cuda") == ["cuda has no attention"]
+    assert dispatch.refusals(ROTARY, "cuda") == ["cuda has no rotary_embedding"]
 
 
 def test_no_backend_in_force_can_serve() -> None:
@@ -184,9 +184,9 @@ class TestUseBackend:
 
     def test_passes_over_a_backend_that_lacks_the_operation(self) -> None:
         with use_backend("cuda", "reference"):
-            assert select(ATTENTION) == "reference"
-        with use_backend("cuda"), pytest.raises(ValueError, match="cuda has no attention"):
-            select(ATTENTION)
+            assert select(ROTARY) == "reference"
+        with use_backend("cuda"), pytest.raises(ValueError, match="cuda has no rotary_embedding"):
+            select(ROTARY)
 
     @pytest.mark.parametrize("names", [(), ("flash",), ("sdpa", "Triton")])
     def test_refuses_names(self, names: tuple[str, ...]) -> None:
@@ -263,9 +263,31 @@ class TestPasses:
         kernels = {"cuda", "triton"}
         monkeypatch.setattr(dispatch, "refusals", refusals)
         monkeypatch.setattr(dispatch, "load", lambda op, name: SimpleNamespace(COMPOSITE=name not in kernels))
-        dispatch._choose_once.cache_clear()
+        self.forget()
         yield
+        self.forget()
+
+    def forget(self) -> None:
         dispatch._choose_once.cache_clear()
+        dispatch._choose_passes_once.cache_clear()
+
+    def test_sizes_decide_between_two_forwards(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the automatic choice, or the caller's list, has another kernel backend for the calls that are left to it."""
+
+        def load(op: str, name: str) -> SimpleNamespace:
+            small = {"leaves": lambda sizes: "small" if max(sizes) < 100 else None} if name == "cuda" else {}
+            return SimpleNamespace(COMPOSITE=name not in ("cuda", "triton"), **small)
+
+        monkeypatch.setattr(dispatch, "load", load)
+        training = replace(SHARED, needs_grad=True)
+        assert dispatch.select_passes(SHARED) == ("cuda,triton", "cuda")
+        assert dispatch.select_passes(training) == ("cuda,triton", "triton")
+        assert dispatch.select_passes(SHARED, "cuda") == ("cuda", "cuda")
+        with use_backend("cuda", "reference"):
+            assert dispatch.select_passes(SHARED) == ("cuda", "cuda")
+        assert dispatch.serving("shared_kv_attention", "cuda,triton", (1, 2, 3)) == "triton"
+        assert dispatch.serving("shared_kv_attention", "cuda,triton", (1, 2, 300)) == "cuda"
+        assert dispatch.serving("shared_kv_attention", "cuda", (1, 2, 3)) == "cuda"
 
     def test_a_forward_without_gradient_may_have_anothers(self) -> None:
         training = replace(SHARED, needs_grad=True)

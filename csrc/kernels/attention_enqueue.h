@@ -19,7 +19,7 @@ struct AttentionMaps {
 constexpr int kAttentionColumns[] = {64, 128, 256};
 
 // Keys of a tile.
-constexpr int attention_block_kv(int columns) { return columns <= 128 ? 128 : 80; }
+constexpr int attention_block_kv(int columns) { return columns <= 128 ? 128 : 64; }
 
 // Query rows of a block.
 constexpr int kAttentionBlockQ = 128;

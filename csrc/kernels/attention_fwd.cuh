@@ -19,11 +19,13 @@ namespace perceiver {
 
 static_assert(kAttentionBlockQ == 64 * kConsumers, "a warpgroup owns 64 rows");
 
-template <int kColumns_, int kBlockKV_, int kStages_>
+// With kTakeTurns one warpgroup starts its products while the other one weighs.
+template <int kColumns_, int kBlockKV_, int kStages_, bool kTakeTurns_>
 struct AttentionShape : TileShape<kColumns_, kBlockKV_> {
   using Tile = TileShape<kColumns_, kBlockKV_>;
   static_assert(Tile::kTail == 0, "heads are whole slabs");
   static constexpr int kStages = kStages_;
+  static constexpr bool kTakeTurns = kTakeTurns_;
   static constexpr int kBarriers = 4 * kStages + 2;
   static constexpr int kSharedBytes = 1024 + Tile::kQueryBytes + kBarriers * sizeof(uint64_t) +
                                       kStages * 2 * Tile::kTileBytes;
@@ -133,6 +135,14 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
   const int warpgroup = of_warp(threadIdx.x / kWarpgroup) - 1, thread = threadIdx.x % kWarpgroup;
   const uint32_t query = memory.query + warpgroup * Shape::kWarpgroupQueryBytes;
   const float scale_log2 = params.scale_log2;
+  // Named barriers 1 and 2: the warpgroup's turn, and the other one's.
+  const auto take_turn = [&] {
+    if constexpr (Shape::kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+  };
+  const auto pass_turn = [&] {
+    if constexpr (Shape::kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
+  };
+  if (warpgroup == 1) pass_turn();
   const auto release = [](uint32_t barrier) { arrive_if(threadIdx.x % 32 == 0, barrier); };
   Turn<Shape::kStages> turn;
   uint32_t query_parity = 0;
@@ -151,8 +161,10 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     wait(memory.query_full(), query_parity);
     query_parity ^= 1;
     wait(memory.keys_full(turn.stage), turn.parity);
+    take_turn();
     fence_products();
     rows.start_scores(query, memory.keys(turn.stage));
+    pass_turn();
     wait_products<0>();
     pin(rows.scores);
     weigh(turn.stage);
@@ -163,9 +175,11 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
       // Values that were copied before these keys: a wait between the two products would serialize them.
       wait(memory.values_full(before.stage), before.parity);
       wait(memory.keys_full(turn.stage), turn.parity);
+      take_turn();
       fence_products();
       rows.start_scores(query, memory.keys(turn.stage));
       rows.start_sums(memory.values(before.stage));
+      pass_turn();
       wait_products<1>();
       pin(rows.scores);
       weigh(turn.stage);
@@ -186,6 +200,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     release(memory.values_empty(before.stage));
     store_heads(rows, params, work, warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4);
   }
+  if (warpgroup == 0) take_turn();
 }
 
 template <class Element, class Shape>
@@ -210,10 +225,10 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 " PK_PRODUCER_REGISTERS ";");
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) load_heads<Shape>(memory, maps, params);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 " PK_CONSUMER_REGISTERS ";");
+    take_registers<kConsumerRegisters>();
     attend<Element, Shape>(memory, params);
   }
 }

@@ -208,14 +208,14 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   __syncthreads();
   const SharedKVWork work = SharedKVWork::of<Shape>(params);
   if (threadIdx.x < kWarpgroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 " PK_PRODUCER_REGISTERS ";");
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       load_queries_and_tokens<Shape>(memory, maps, work);
     } else if (kMasked && threadIdx.x / 32 == 1) {
       load_visibility<Shape>(memory, params, work);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 " PK_CONSUMER_REGISTERS ";");
+    take_registers<kConsumerRegisters>();
     attend<Element, Shape, kMasked>(memory, params, work);
   }
 }

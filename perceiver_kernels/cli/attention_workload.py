@@ -17,7 +17,7 @@ import perceiver_kernels as pk
 from perceiver_kernels.cli import textbook
 from perceiver_kernels.cli.measure import Call, seeded
 from perceiver_kernels.cli.stock import ATTENTION_PEERS, Peer, compiled, peers_for
-from perceiver_kernels.cli.subject import OURS, Pass, heads_of, quiet, saved_gradients, under
+from perceiver_kernels.cli.subject import ON_TRITON, OURS, Pass, heads_of, on_triton, quiet, saved_gradients, under
 
 ATTENTION_PASSES = {
     each.name: each
@@ -80,7 +80,10 @@ class AttentionWorkload:
 
     def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
         """Return ours and the peers' callables for a pass."""
-        return {OURS: self.ours(which)} | {peer.name: self.stock(which, peer) for peer in peers}
+        calls = {OURS: self.ours(which)}
+        if self.labels(which, OURS)["backend"] == "cuda" and pk.backends()["triton"][0]:
+            calls[ON_TRITON] = on_triton(calls[OURS])
+        return calls | {peer.name: self.stock(which, peer) for peer in peers}
 
     def _call(self, which: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
         q, k, v = self._operands(which)
@@ -103,9 +106,10 @@ class AttentionWorkload:
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return an implementation's backend."""
         if implementation != OURS:
-            return {"backend": "stock"}
+            return {"backend": "triton" if implementation == ON_TRITON else "stock"}
         with torch.set_grad_enabled(which == "backward"):
-            return {"backend": str(pk.explain("attention", *self._operands(which)).backend)}
+            explained = pk.explain("attention", *self._operands(which))
+        return {"backend": str((explained.backward if which == "backward" else None) or explained.backend)}
 
     def flops(self, which: str, implementation: str) -> int:
         """Return the FLOPs of a pass, whoever computes it."""

@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 
 from perceiver_kernels.cli.measure import Call
 from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.dispatch import use_backend
 
 OURS = "ours"
 CHUNKED = "ours-chunked"
@@ -110,6 +111,16 @@ def under(peer: Peer | None, call: Call) -> Call:
 
     def run() -> Any:
         with peer.only():
+            return call()
+
+    return run
+
+
+def on_triton(call: Call) -> Call:
+    """Run a call with Triton's kernels alone."""
+
+    def run() -> Any:
+        with use_backend("triton"):
             return call()
 
     return run

@@ -26,6 +26,7 @@ from perceiver_kernels.cli.subject import (
     OWN,
     Pass,
     heads_of,
+    on_triton,
     quiet,
     saved_gradients,
     under,
@@ -251,16 +252,6 @@ class Workload:
         """Return the fewest FLOPs, by either method, and the fewest bytes of a pass."""
         fewest = min(flops(self.case, which, "absorbed"), flops(self.case, which, "projected"))
         return fewest, least_bytes(self.case, which, self.dtype.itemsize)
-
-
-def on_triton(call: Call) -> Call:
-    """Run a call with Triton's kernels alone."""
-
-    def run() -> Any:
-        with pk.use_backend("triton"):
-            return call()
-
-    return run
 
 
 def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: Tensor) -> Call:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from perceiver_kernels.dispatch import candidates, load, select, select_passes
+from perceiver_kernels.dispatch import candidates, is_composite, load, select_passes
 from perceiver_kernels.functional.common import cast_for_autocast, dropout_seed, visible
 from perceiver_kernels.inputs import PackedInputs
 from perceiver_kernels.masks import ALIGNMENTS, CAUSAL_MASKS, NO_MASKS, Causal, Masks
@@ -105,24 +105,24 @@ def attention(
     if all(mask is None for mask in (key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)):
         options = (is_causal, causal_alignment, dropout_p, scale, enable_gqa, return_lse, backend)
         seen = _signature(query, key, value, options)
-        if seen is not None and (name := _served.get(seen)) is not None:
+        if seen is not None and (names := _served.get(seen)) is not None:
             masks = CAUSAL_MASKS[causal_alignment] if is_causal else NO_MASKS
-            return _attend(name, query, (key,), (value,), masks, dropout_p, scale, return_lse)  # type: ignore[arg-type]
+            return _attend(names, query, (key,), (value,), masks, dropout_p, scale, return_lse)  # type: ignore[arg-type]
     call = resolve_attention(
         query, key, value, key_mask=key_mask, lengths=lengths, query_mask=query_mask, attn_mask=attn_mask,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, is_causal=is_causal, causal_alignment=causal_alignment,
         dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
     )  # fmt: skip
-    name = select(call.problem, backend)
+    names = select_passes(call.problem, backend)
     if seen is not None:
         if len(_served) >= _MOST_SERVED:
             _served.clear()
-        _served[seen] = name
-    return _attend(name, call.query, call.keys, call.values, call.masks, dropout_p, scale, return_lse)
+        _served[seen] = names
+    return _attend(names, call.query, call.keys, call.values, call.masks, dropout_p, scale, return_lse)
 
 
-# Calls without masks that were checked, and the backend that serves them.
-_served: dict[tuple[Any, ...], str] = {}
+# Calls without masks that were checked, and the backends that serve them.
+_served: dict[tuple[Any, ...], tuple[str, str]] = {}
 _MOST_SERVED = 4096
 
 
@@ -146,13 +146,14 @@ def _signature(query: Any, key: Any, value: Any, options: tuple[Any, ...]) -> tu
 
 
 def _attend(
-    name: str, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], masks: Masks, dropout_p: float,
+    names: tuple[str, str], query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], masks: Masks, dropout_p: float,
     scale: float | None, return_lse: bool,
 ) -> Any:  # fmt: skip
-    """A checked call on backend ``name``."""
-    module, seed = load("attention", name), dropout_seed(dropout_p, query.device)
+    """A checked call on the backends ``names`` of its forward and backward."""
+    seed = dropout_seed(dropout_p, query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = module.attention if module.COMPOSITE else partial(attention_op.attention, backend=name)
+    composite = is_composite("attention", names[0])
+    run = load("attention", names[0]).attention if composite else partial(attention_op.attention, backends=names)
     out, lse = run(query, keys, values, masks=masks, scale=scale, dropout_p=float(dropout_p), dropout_seed=seed)
     return (out, lse) if return_lse else out
 
@@ -165,9 +166,8 @@ def attend_shared(
     problem = SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, needs_lse)
     backends = select_passes(problem, backend)
     seed = dropout_seed(dropout_p, q.device)
-    module = load(problem.OP, backends[0])
-    if module.COMPOSITE:
-        z, lse, rho = module.shared_kv_attention(
+    if is_composite(problem.OP, backends[0]):
+        z, lse, rho = load(problem.OP, backends[0]).shared_kv_attention(
             q, x, key_mask=key_mask, lengths=lengths, scale=scale, dropout_p=dropout_p, dropout_seed=seed
         )
         return z if out_dtype is None else z.to(out_dtype), lse, rho

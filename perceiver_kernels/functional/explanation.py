@@ -24,7 +24,7 @@ from perceiver_kernels.cost import (
     shared_kv_cost,
 )
 from perceiver_kernels.device import device_facts
-from perceiver_kernels.dispatch import candidates, load, refusals, select_passes
+from perceiver_kernels.dispatch import candidates, load, refusals, select_passes, serving
 from perceiver_kernels.functional import chunked, cross_attention, output_attention, rotary
 from perceiver_kernels.functional.attention import attention, resolve_attention, resolve_shared_kv, shared_kv_attention
 from perceiver_kernels.functional.packing import is_packed_already, pack_inputs
@@ -66,6 +66,15 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _choice_sizes(problem: Problem) -> tuple[int, ...] | None:
+    """The sizes of a call between which kernels of two backends are chosen; None where there is no such choice."""
+    if isinstance(problem, SharedKVProblem):
+        return problem.B, problem.R, problem.M, pad_channels(problem.C)
+    if isinstance(problem, AttentionProblem):
+        return problem.B, problem.H, problem.Lq, problem.Lk, problem.d_qk, problem.d_v
+    return None
+
+
 def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None) -> Explanation:
     """``plan`` is that of Triton's kernels; modules that plan otherwise say how themselves."""
     refused: dict[str, list[str]] = {}
@@ -77,10 +86,14 @@ def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | 
             del refused[name]
             break
     facts, backward = device_facts(device), None
-    if chosen is not None and problem.OP == SharedKVProblem.OP:
+    if chosen is not None and (sizes := _choice_sizes(problem)) is not None:
         forward, backward = select_passes(problem, backend)
-        chosen, backward = forward, None if backward == forward else backward
-        refused.pop(forward, None)
+        chosen = serving(problem.OP, forward, sizes)
+        for name in forward.split(","):
+            refused.pop(name, None)
+            if name != chosen and (reason := getattr(load(problem.OP, name), "leaves", lambda _: None)(sizes)):
+                refused[name] = [reason]
+        backward = None if backward == chosen else backward
     if chosen is None or load(problem.OP, chosen).COMPOSITE:
         plan = None  # tiles and splits are those of kernels
     elif own := getattr(load(problem.OP, chosen), "plan", None):

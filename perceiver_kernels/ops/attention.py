@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from perceiver_kernels.dispatch import load
+from perceiver_kernels.dispatch import load, serving
 from perceiver_kernels.layouts import empty_heads, result_dtype
 from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.ops.boundary import BatchFold, define, is_plain_call, refuse_double_backward, transforms_active
@@ -25,13 +26,18 @@ def _flat(masks: Masks) -> tuple[Any, ...]:
     return (*masks.tensors, masks.causal)
 
 
+def _serving(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], backend: str) -> str:
+    B, H, Lq, d_qk = query.shape
+    return serving("attention", backend, (B, H, Lq, sum(key.shape[2] for key in keys), d_qk, values[0].shape[3]))
+
+
 def _forward(
     query: Tensor, keys: list[Tensor], values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None,
     query_mask: Tensor | None, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: Any,
     dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
-    return load("attention", backend).attention_forward(
+    return load("attention", _serving(query, keys, values, backend)).attention_forward(
         query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed
     )
 
@@ -113,11 +119,11 @@ def _flops(query_shape: Any, key_shapes: Any, value_shapes: Any, products_qk: in
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, causal, scale, dropout_p, backend, segments = inputs
+    *tensors, causal, scale, dropout_p, backends, segments = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.arguments = (causal, scale, dropout_p, backend, segments)
+    ctx.arguments = (causal, scale, dropout_p, backends[1], segments)
 
 
 def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -150,9 +156,9 @@ def _split(gradient: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
 
 
 def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, causal, scale, dropout_p, backend, segments = inputs
+    *tensors, causal, scale, dropout_p, backends, segments = inputs
     (*masks, dropout_seed), query, keys, values = tensors[:7], tensors[7], tensors[8 : 8 + segments], tensors[8 + segments :]
-    return FORWARD(query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend)
+    return FORWARD(query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backends[0])
 
 
 class _Attention(Function):
@@ -182,8 +188,9 @@ class _AttentionFunctorch(Function):
         attn_mask, starts, dropout_p = inputs[3], inputs[4], inputs[-3]
         size = info.batch_size
         if dropout_p > 0.0 or starts is not None or attn_mask is not None:
+            mapped = [isinstance(value, Tensor) and dim is not None for value, dim in zip(inputs, in_dims, strict=True)]
             entries = (
-                [value if dim is None else value.select(dim, v) for value, dim in zip(inputs, in_dims, strict=True)]
+                [value.select(dim, v) if m else value for value, dim, m in zip(inputs, in_dims, mapped, strict=True)]
                 for v in range(size)
             )
             outputs = [_apply(*entry) for entry in entries]
@@ -204,21 +211,22 @@ def _apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention(
     query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS, scale: float,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, backend: str,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, backends: tuple[str, str],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Differentiable attention on a kernel backend: (out, lse); see functional.attention.
+    """Differentiable attention on kernel backends: (out, lse); see functional.attention.
 
-    A batch of 1 beside a larger one is expanded here, so that autograd sums its gradient.
+    ``backends`` serve the forward and the backward. A batch of 1 beside a larger one is expanded here, so that autograd sums
+    its gradient.
     """
     B = max(query.shape[0], keys[0].shape[0])
     if query.shape[0] != B or keys[0].shape[0] != B:
         query, *rest = [t if t.shape[0] == B else t.expand(B, -1, -1, -1) for t in (query, *keys, *values)]
         keys, values = tuple(rest[: len(keys)]), tuple(rest[len(keys) :])
     if not needs_gradient(query, *keys, *values) and is_plain_call((query, keys, values, masks.tensors)):
-        out, lse, _ = load("attention", backend).attention_forward(
+        out, lse, _ = load("attention", _serving(query, keys, values, backends[0])).attention_forward(
             query, keys, values, masks, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed
         )
         return out.to(query.dtype), lse
     *flat, causal = _flat(masks)
-    out, lse, _ = _apply(*flat, dropout_seed, query, *keys, *values, causal, scale, dropout_p, backend, len(keys))
+    out, lse, _ = _apply(*flat, dropout_seed, query, *keys, *values, causal, scale, dropout_p, backends, len(keys))
     return out.to(query.dtype), lse

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from perceiver_kernels.dispatch import load
+from perceiver_kernels.dispatch import load, serving
 from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -21,6 +21,7 @@ def _forward(
     out_dtype: torch.dtype | None, backend: str,
 ) -> State:  # fmt: skip
     state = None if z_state is None else (z_state, lse_state, rho_state)
+    backend = serving("shared_kv_attention", backend, (*q.shape[:2], x.shape[1], q.shape[2]))
     return load("shared_kv_attention", backend).shared_kv_attention_forward(
         q, x, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, key_offset=key_offset,
         state=state, out_dtype=out_dtype,

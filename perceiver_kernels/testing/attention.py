@@ -123,7 +123,7 @@ def specification(query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor,
 def function_of(target: Target) -> Function:
     """The backend's differentiable attention(query, keys, values, masks=, scale=, ...) to (out, lse or None)."""
     module = load("attention", target.backend)
-    return module.attention if module.COMPOSITE else partial(op.attention, backend=target.backend)
+    return module.attention if module.COMPOSITE else partial(op.attention, backends=target.passes)
 
 
 def attention_results(function: Function, call: AttentionCall) -> dict[str, Tensor]:

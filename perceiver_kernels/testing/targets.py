@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
 # Kernels without a gradient: tests of gradients take Triton's, which start from what this forward leaves.
-FORWARD_ONLY = {("shared_kv_attention", "cuda")}
+FORWARD_ONLY = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
 
 
 @dataclass(frozen=True)

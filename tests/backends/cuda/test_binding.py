@@ -17,15 +17,18 @@ import torch
 
 from perceiver_kernels import build_info
 from perceiver_kernels.backends import cuda
-from perceiver_kernels.backends.cuda import pack, shared_kv
+from perceiver_kernels.backends.cuda import attention, pack, shared_kv, states
 from perceiver_kernels.device import A100, H200
-from perceiver_kernels.problem import PackProblem, SharedKVProblem
+from perceiver_kernels.masks import NO_MASKS
+from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVProblem
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_HEADER = ROOT / "csrc" / "include" / "perceiver" / "launch.h"
 PARAMS_HEADER = ROOT / "csrc" / "include" / "perceiver" / "params.h"
 FLAT_SHAPES, STRIDED_SHAPES = 10, 5
 """Row shapes in csrc/kernels/pack_enqueue.cuh; each is compiled for every element type written (and, flat, read)."""
+HOPPER_KERNELS = 2 * (2 * len(shared_kv.BLOCK_KV) + len(attention.BLOCK_KV))
+"""In bf16 and fp16: shared-KV attention with and without a mask, attention."""
 MERGES = 2
 """Numbers of groups in csrc/instantiations/merge_states.cu, each for every element type written."""
 TRITON = importlib.util.find_spec("triton")
@@ -56,7 +59,7 @@ def valid_fields(**changes):
     return fields | changes
 
 
-def valid_attention(**changes):
+def valid_shared_kv(**changes):
     """Shared-KV attention of one query over 5 tokens of 16 bf16 channels."""
     fields = {
         "q": 4096, "stride_q_batch": 16, "stride_q_row": 16, "x": 8192, "stride_x_batch": 80, "stride_x_token": 16,
@@ -66,15 +69,27 @@ def valid_attention(**changes):
     return fields | changes
 
 
-def valid_merge(**changes):
-    fields = {
-        "z_part": 4096, "lse_part": 8192, "z": 16384, "lse": 32768, "rho": 65536, "batch": 1, "splits": 2, "rows": 1,
-        "channels": 16, "z_type": 2,
+def valid_attention(**changes):
+    """Attention of one query over 5 keys of 16 bf16 channels."""
+    fields = {f"stride_{name}_{axis}": 80 for name in ("query", "key", "value", "out") for axis in ("batch", "head")}
+    fields |= {f"stride_{name}_row": 16 for name in ("query", "key", "value", "out")}
+    fields |= {
+        "query": 4096, "key": 8192, "value": 12288, "out": 16384, "lse_out": 32768, "batch": 1, "heads": 1,
+        "heads_per_key_head": 1, "queries": 1, "keys": 5, "channels_qk": 16, "channels_v": 16, "type": 2, "out_type": 0,
+        "splits": 1, "keys_per_split": 128, "items": 1, "blocks": 1, "scale_log2": 1.0,
     }  # fmt: skip
     return fields | changes
 
 
-STRUCTS = ("PackForwardParams", "SharedKVForwardParams", "MergeStatesParams")
+def valid_merge(**changes):
+    fields = {
+        "z_part": 4096, "lse_part": 8192, "z": 16384, "lse": 32768, "rho": 65536, "batch": 1, "heads": 1, "splits": 2,
+        "rows": 1, "channels": 16, "stride_z_batch": 16, "stride_z_head": 16, "stride_z_row": 16, "z_type": 2,
+    }  # fmt: skip
+    return fields | changes
+
+
+STRUCTS = ("PackForwardParams", "SharedKVForwardParams", "AttentionForwardParams", "MergeStatesParams")
 
 
 def header_fields(struct: str = "PackForwardParams") -> list[str]:
@@ -125,11 +140,11 @@ class TestStruct:
         assert sorted(filled) == sorted(header_fields())
 
     def test_attention_fills_every_field(self, monkeypatch):
+        """Over so many tokens that both forwards are split, and merged."""
         filled = {struct: set() for struct in STRUCTS[1:]}
-        stand_in = SimpleNamespace(
-            SharedKVForwardParams=lambda *_: STRUCTS[1], MergeStatesParams=lambda *_: STRUCTS[2],
-            shared_kv_fwd=lambda _: None, merge_states=lambda _: None,
-        )  # fmt: skip
+        functions = ("shared_kv_fwd", "attention_fwd", "merge_states")
+        structs = {struct: (lambda *_, struct=struct: struct) for struct in STRUCTS}
+        stand_in = SimpleNamespace(**structs, **dict.fromkeys(functions, lambda _: None))
 
         def fill(struct, fields):
             filled[struct] |= set(fields)
@@ -137,15 +152,16 @@ class TestStruct:
 
         monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-        monkeypatch.setattr(shared_kv, "filled", fill)
-        monkeypatch.setattr(shared_kv, "binding", lambda: stand_in)
-        monkeypatch.setattr(shared_kv, "device_facts", lambda _: H200)
-        monkeypatch.setattr(shared_kv, "_forward_params", shared_kv._forward_params.__wrapped__)
-        monkeypatch.setattr(shared_kv, "_merge_params", shared_kv._merge_params.__wrapped__)
-        q, x = torch.zeros(1, 3, 16, dtype=torch.float16), torch.zeros(1, 1000, 16, dtype=torch.float16)
-        shared_kv.shared_kv_attention_forward(
-            q, x, None, None, scale=1.0, dropout_p=0.0, dropout_seed=None, key_offset=0
-        )
+        for module, cached in ((shared_kv, "_forward_params"), (attention, "_params"), (states, "_params")):
+            monkeypatch.setattr(module, "filled", fill)
+            monkeypatch.setattr(module, "binding", lambda: stand_in)
+            monkeypatch.setattr(module, cached, getattr(module, cached).__wrapped__)
+        for module in (shared_kv, attention):
+            monkeypatch.setattr(module, "device_facts", lambda _: H200)
+        q, x = torch.zeros(1, 3, 64, dtype=torch.float16), torch.zeros(1, 10**5, 64, dtype=torch.float16)
+        options = {"scale": 1.0, "dropout_p": 0.0, "dropout_seed": None}
+        shared_kv.shared_kv_attention_forward(q, x, None, None, key_offset=0, **options)
+        attention.attention_forward(q[None], (x[None],), (x[None],), NO_MASKS, **options)
         assert filled == {struct: set(header_fields(struct)) for struct in STRUCTS[1:]}
 
 
@@ -196,14 +212,42 @@ class TestErrors:
             ({"z_out": 16388}, "z_out must lie on 16 bytes"),
         ],
     )
-    def test_broken_promise_of_attention_is_a_sentence(self, binding, changes, sentence):
-        params = cuda.filled(binding.SharedKVForwardParams(), valid_attention(**changes))
+    def test_broken_promise_of_shared_kv_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.SharedKVForwardParams(), valid_shared_kv(**changes))
         with pytest.raises(RuntimeError, match=f"shared_kv_fwd: .*{sentence}"):
             binding.shared_kv_fwd(params)
 
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
+            ({"heads": 0}, "heads and channels positive"),
+            ({"channels_v": 264}, "channels must be at most 256"),
+            ({"channels_qk": 12}, "channels must be multiples of 8"),
+            ({"heads": 3, "heads_per_key_head": 2}, "heads_per_key_head must divide heads"),
+            ({"type": 0}, "type must be 1"),
+            ({"out_type": 1}, "out_type must be 0"),
+            ({"splits": 2, "keys_per_split": 80}, "of whole tiles of keys"),
+            ({"keys_per_split": 4}, "must cover the keys"),
+            ({"items": 2}, "items must be all blocks"),
+            ({"scale_log2": -1.0}, "scale_log2 must be positive"),
+            ({"blocks": 0}, "blocks must be positive"),
+            ({"keys": 0}, "there must be keys"),
+            ({"value": 0}, "a pointer is null"),
+            ({"key": 4104}, "a base and pitches of 16 bytes"),
+            ({"stride_value_row": 20}, "a base and pitches of 16 bytes"),
+            ({"out": 16388}, "out must lie on 16 bytes"),
+            ({"stride_out_row": 12}, "out must lie on 16 bytes"),
+        ],
+    )
+    def test_broken_promise_of_attention_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.AttentionForwardParams(), valid_attention(**changes))
+        with pytest.raises(RuntimeError, match=f"attention_fwd: .*{sentence}"):
+            binding.attention_fwd(params)
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"heads": 2}, "heads must divide batch"),
             ({"channels": 6}, "a positive multiple of 4"),
             ({"z_type": 5}, "z_type must be 0"),
             ({"lse_state": 4096}, "an earlier state is z_state and lse_state"),
@@ -218,8 +262,10 @@ class TestErrors:
 
     @pytest.mark.parametrize("empty", ["batch", "rows"])
     def test_no_rows_are_nothing_to_do(self, binding, empty):
-        binding.shared_kv_fwd(cuda.filled(binding.SharedKVForwardParams(), valid_attention(**{empty: 0})))
+        binding.shared_kv_fwd(cuda.filled(binding.SharedKVForwardParams(), valid_shared_kv(**{empty: 0})))
         binding.merge_states(cuda.filled(binding.MergeStatesParams(), valid_merge(**{empty: 0})))
+        of_attention = valid_attention(**{{"rows": "queries"}.get(empty, empty): 0}, items=0)
+        binding.attention_fwd(cuda.filled(binding.AttentionForwardParams(), of_attention))
 
     @pytest.mark.parametrize("empty", ["batch", "tokens"])
     def test_nothing_to_do_returns_before_the_driver_is_asked(self, binding, empty):
@@ -265,7 +311,7 @@ class TestLibrary:
         # 65,536 registers a multiprocessor hold one block of 256 threads at 255 registers each.
         assert kernels["max_registers"] <= 255
         archs = len(info["archs"])
-        hopper = 2 * 2 * len(shared_kv.BLOCK_KV) if "90a" in info["archs"] else 0
+        hopper = HOPPER_KERNELS if "90a" in info["archs"] else 0
         assert kernels["count"] == archs * (3 * 3 * FLAT_SHAPES + 3 * STRIDED_SHAPES + 3 * MERGES) + hopper
 
     @pytest.mark.skipif(why_no_disassembler() is not None, reason=str(why_no_disassembler()))
@@ -276,8 +322,9 @@ class TestLibrary:
         code = subprocess.run(
             [TOOLS / "cuobjdump", "-sass", "-arch", "sm_90a", self.library], check=True, capture_output=True, text=True
         ).stdout
-        kernels = {part.split()[0]: part for part in code.split("Function : ")[1:] if "shared_kv_fwd_kernel" in part.split()[0]}
-        assert len(kernels) == 2 * 2 * len(shared_kv.BLOCK_KV)
+        functions = {part.split()[0]: part for part in code.split("Function : ")[1:]}
+        kernels = {name: text for name, text in functions.items() if "_fwd_kernel" in name}
+        assert len(kernels) == HOPPER_KERNELS
         for name, text in kernels.items():
             assert "HGMMA" in text and "UTMALDG" in text and "LDL" not in text, name
 
@@ -289,6 +336,11 @@ class TestLibrary:
         tiles = {c: of_first if c <= first else of_second if c <= second else of_rest for c in map(int, columns.split(", "))}
         assert tiles == shared_kv.BLOCK_KV
         assert int(re.search(r"kSharedKVBlockQ = (\d+)", header).group(1)) == shared_kv.BLOCK_Q
+        header = (ROOT / "csrc" / "kernels" / "attention_enqueue.h").read_text()
+        columns = re.search(r"kAttentionColumns\[\] = \{([\d, ]+)\}", header).group(1)
+        first, of_first, of_rest = map(int, re.search(r"return columns <= (\d+) \? (\d+) : (\d+);", header).groups())
+        assert {c: of_first if c <= first else of_rest for c in map(int, columns.split(", "))} == attention.BLOCK_KV
+        assert int(re.search(r"kAttentionBlockQ = (\d+)", header).group(1)) == attention.BLOCK_Q
 
     def test_build_is_of_these_sources(self):
         assert not build_info.is_stale(build_info.read())
@@ -397,7 +449,7 @@ class TestPlan:
         assert fields(content.mT.contiguous().mT) == (False, 2, 8)
 
 
-class TestAttentionPlan:
+class TestSharedKVPlan:
     def problem(self, **changes):
         fields = {
             "B": 8, "R": 512, "M": 50176, "C": 272, "dtype": torch.bfloat16, "device_type": "cuda", "masked": True,
@@ -439,3 +491,65 @@ class TestAttentionPlan:
             plan = shared_kv.plan(self.problem(B=B, R=R, M=M, C=C), H200)
             assert plan.tokens_per_split % plan.block_kv == 0
             assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
+
+    def test_small_calls_are_left_to_the_next_backend(self):
+        assert shared_kv.leaves((8, 512, 50176, 272)) is None
+        assert "less than 5 GFLOP" in shared_kv.leaves((4, 128, 4096, 256))
+
+
+class TestAttentionPlan:
+    def problem(self, **changes):
+        fields = {
+            "B": 32, "H": 8, "H_kv": 8, "Lq": 512, "Lk": 512, "Lk_first": 512, "d_qk": 128, "d_v": 128,
+            "dtype": torch.bfloat16, "device_type": "cuda",
+        }  # fmt: skip
+        return AttentionProblem(**fields | changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
+            ({"d_v": 264}, "heads of up to 256 channels, got 128 and 264"),
+            ({"d_qk": 84}, "a multiple of 8 channels, got 84 and 128"),
+            ({"dropout": True}, "without dropout"),
+            ({"key_mask": True}, "without a key_mask"),
+            ({"lengths": True}, "without lengths"),
+            ({"attn_mask": "boolean"}, "without an attn_mask"),
+            ({"query_mask": True}, "without a query_mask"),
+            ({"packed": True}, "without packed sequences"),
+            ({"causal": "upper_left"}, "without a causal mask"),
+            ({"segments": 2}, "without two segments"),
+            ({"needs_grad": True}, "no gradient of attention"),
+        ],
+    )
+    def test_refusals_are_sentences(self, changes, reason, monkeypatch):
+        monkeypatch.setattr(attention, "reasons_against_hopper", list)
+        assert attention.reasons_against(self.problem()) == []
+        (sentence,) = attention.reasons_against(self.problem(**changes))
+        assert reason in sentence
+
+    def test_latents_are_items_of_resident_blocks(self):
+        assert attention.plan(self.problem(), H200) == attention.ForwardPlan(128, 1, 512, 1024, 132)
+
+    def test_splits_cover_the_keys_in_whole_tiles(self):
+        for B, Lq, Lk, d in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128, 256)):
+            plan = attention.plan(self.problem(B=B, Lq=Lq, Lk=Lk, d_qk=d, d_v=d), H200)
+            assert plan.keys_per_split % plan.block_kv == 0
+            assert (plan.splits - 1) * plan.keys_per_split < Lk <= plan.splits * plan.keys_per_split
+            assert plan.items == B * 8 * -(-Lq // 128) * plan.splits and 1 <= plan.blocks <= min(plan.items, 132)
+
+    @pytest.mark.parametrize(
+        ("sizes", "reason"),
+        [
+            ((32, 8, 512, 512, 128, 128), None),
+            ((8, 8, 2048, 2048, 64, 64), None),
+            ((32, 8, 256, 256, 160, 160), None),
+            ((32, 8, 512, 512, 64, 64), "fewer than 2,048 keys, got 512"),
+            ((32, 8, 512, 512, 128, 64), "heads of 128 and 64 channels were not measured"),
+            ((8, 16, 64, 16384, 128, 128), "64 queries leave more than a fifth"),
+            ((1, 1, 128, 512, 128, 128), "less than 5 GFLOP"),
+        ],
+    )
+    def test_calls_are_left_to_the_next_backend_where_it_is_faster(self, sizes, reason):
+        found = attention.leaves(sizes)
+        assert found is None if reason is None else reason in found
