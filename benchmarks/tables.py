@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent))
+
+from perceiver_kernels.cli.measure import kernel_name  # noqa: E402
+
 RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
 """Folders of RESULTS, in the order in which a table takes its figures from them."""
-DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "attention.md")
+DOCUMENTS = (ROOT.parent / "README.md", *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md")))
 OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
@@ -135,9 +139,27 @@ def attention_kernels(results: Results) -> list[str]:
     return [*where, "", *_markdown(["case", "pass", "ms", "of which kernels, ms (launches)"], table)] if table else []
 
 
+def two_backends(results: Results) -> list[str]:
+    """CUDA C++ beside Triton, in one run, where the cuda backend was chosen."""
+    table, where = [], {}
+    for part in ("kernels", *ATTENTION_PARTS):
+        rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, part)}
+        for (case, which, name), row in rows.items():
+            ours = rows.get((case, which, "ours"))
+            if name != "ours-triton" or row.get("p50_ms") is None or ours is None or ours.get("p50_ms") is None:
+                continue
+            where[_where(results[part] | {"ceilings": None})] = None
+            title = {**PASS_TITLES, **ATTENTION_TITLES}[which]
+            rate = f"{ours['tflops']:.0f}" if ours["flops"] else "-"
+            share = f"{100 * ours['of_floor']:.0f} %"
+            table.append([f"{part}: {case}", title, _ms(ours["p50_ms"]), rate, share, _ms(row["p50_ms"])])
+    header = ["case", "pass", "CUDA C++, ms", "TFLOP/s", "of floor", "Triton, ms"]
+    return [*where, "", *_markdown(header, table)] if table else []
+
+
 def _kernel(entry: dict[str, Any]) -> str:
     launches = "" if entry["launches"] == 1 else f" ({entry['launches']:g})"
-    return f"{entry['kernel'].strip('_').removesuffix('_kernel')} {_ms(entry['us'] / 1e3)}{launches}"
+    return f"{kernel_name(entry['kernel'])} {_ms(entry['us'] / 1e3)}{launches}"
 
 
 def summary(results: Results) -> list[str]:
@@ -158,6 +180,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "large": large,
     "attention": attention,
     "attention-kernels": attention_kernels,
+    "two-backends": two_backends,
     "host": host,
 }
 

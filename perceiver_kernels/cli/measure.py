@@ -241,6 +241,12 @@ def kernel_times(call: Call, device: torch.device, *, calls: int = 5) -> list[di
     return sorted(entries, key=lambda entry: -entry["us"])
 
 
+def kernel_name(symbol: str) -> str:
+    """Return a kernel's name without what its compiler adds: "void a::fwd_kernel<int>(T*)" and "_fwd_kernel" are "fwd"."""
+    plain = symbol.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", plain)[0].split("::")[-1].strip("_").removesuffix("_kernel")
+
+
 def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """Return the peak of allocated bytes during a call, above what was allocated before it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
+from perceiver_kernels.cli.measure import kernel_name
 from perceiver_kernels.cli.subject import OWN
 
 COLUMNS = (
@@ -42,9 +43,8 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _kernel(entry: dict[str, Any]) -> str:
-    name = entry["kernel"].strip("_").removesuffix("_kernel").removeprefix("void ")[:40]
     launches = "" if entry["launches"] == 1 else f" ({entry['launches']:g} launches)"
-    return f"{name} {format_ms(entry['us'] / 1e3)}{launches}"
+    return f"{kernel_name(entry['kernel'])} {format_ms(entry['us'] / 1e3)}{launches}"
 
 
 def _is_peer(row: dict[str, Any]) -> bool:

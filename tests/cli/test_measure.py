@@ -64,6 +64,13 @@ class TestTime:
         assert sorted(entry["launches"] for entry in entries) == [1, 2]
         assert all(entry["us"] > 0 for entry in entries)
 
+    @pytest.mark.parametrize(
+        "symbol",
+        ["_fwd_kernel", "void a::fwd_kernel<T, 3>(a::P)", "void a::(anonymous namespace)::fwd_kernel<(int)4>(P)", "fwd"],
+    )
+    def test_names_of_kernels(self, symbol: str) -> None:
+        assert measure.kernel_name(symbol) == "fwd"
+
     def test_no_kernels_without_a_gpu(self) -> None:
         assert measure.kernel_times(lambda: torch.zeros(1), CPU) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import itertools
 import re
 import shutil
 import subprocess
@@ -18,9 +17,8 @@ import torch
 from perceiver_kernels import build_info
 from perceiver_kernels.backends import cuda
 from perceiver_kernels.backends.cuda import attention, pack, shared_kv, states
-from perceiver_kernels.device import A100, H200
+from perceiver_kernels.device import H200
 from perceiver_kernels.masks import NO_MASKS
-from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVProblem
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_HEADER = ROOT / "csrc" / "include" / "perceiver" / "launch.h"
@@ -163,6 +161,24 @@ class TestStruct:
         shared_kv.shared_kv_attention_forward(q, x, None, None, key_offset=0, **options)
         attention.attention_forward(q[None], (x[None],), (x[None],), NO_MASKS, **options)
         assert filled == {struct: set(header_fields(struct)) for struct in STRUCTS[1:]}
+
+    def test_repeated_heads_are_read_once(self, monkeypatch):
+        """Keys and values expanded over the heads are one key head, not a copy for each."""
+        filled = {}
+        stand_in = SimpleNamespace(AttentionForwardParams=lambda *_: None, attention_fwd=lambda _: None)
+        monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(attention, "filled", lambda _, fields: filled.update(fields))
+        monkeypatch.setattr(attention, "binding", lambda: stand_in)
+        monkeypatch.setattr(attention, "_params", attention._params.__wrapped__)
+        monkeypatch.setattr(attention, "device_facts", lambda _: H200)
+        monkeypatch.setattr(attention, "merge_states", lambda *_: None)
+        query = torch.zeros(2, 8, 128, 64, dtype=torch.float16)
+        key, value = (torch.zeros(2, 1, 256, 64, dtype=torch.float16) for _ in range(2))
+        repeated = (key.expand(2, 8, 256, 64),), (value.expand(2, 8, 256, 64),)
+        attention.attention_forward(query, *repeated, NO_MASKS, scale=1.0, dropout_p=0.0, dropout_seed=None)
+        assert filled["heads_per_key_head"] == filled["heads"] == 8
+        assert (filled["key"], filled["value"]) == (key.data_ptr(), value.data_ptr())
 
 
 @built
@@ -344,212 +360,3 @@ class TestLibrary:
 
     def test_build_is_of_these_sources(self):
         assert not build_info.is_stale(build_info.read())
-
-
-class TestAvailability:
-    @pytest.mark.parametrize(
-        ("capability", "archs", "fits"),
-        [
-            ((8, 0), ["80", "90a"], True),
-            ((8, 6), ["80-real"], True),
-            ((9, 0), ["80-real"], False),
-            ((9, 0), ["90a"], True),
-            ((10, 0), ["90a"], False),
-            ((10, 0), ["80", "90a"], True),
-            ((12, 0), ["80-virtual"], True),
-            ((8, 0), ["86"], False),
-            ((7, 5), ["80"], False),
-            ((12, 1), ["121a-real"], True),
-            ((8, 0), ["native"], True),
-        ],
-    )
-    def test_code_for_a_gpu(self, capability, archs, fits):
-        assert cuda.has_code_for(capability, archs) is fits
-
-    def test_not_built_gives_the_recorded_reason(self, monkeypatch):
-        monkeypatch.setattr(build_info, "read", lambda: {"cuda_built": False, "reason": "no nvcc in sight"})
-        cuda._load.cache_clear()
-        try:
-            assert cuda.unavailable() == "the CUDA library is not built: no nvcc in sight"
-            with pytest.raises(RuntimeError, match="no nvcc in sight"):
-                cuda.binding()
-        finally:
-            cuda._load.cache_clear()
-
-    def test_library_of_another_version_is_refused(self, monkeypatch):
-        other = SimpleNamespace(
-            ABI_VERSION=1, library_abi_version=lambda: 2, layout=lambda: "", library_layout=lambda: ""
-        )
-        monkeypatch.setattr(build_info, "read", lambda: {"cuda_built": True, "reason": None, "archs": ["80"]})
-        monkeypatch.setattr(importlib, "import_module", lambda _: other)
-        cuda._load.cache_clear()
-        try:
-            assert "ABI version 1 and libperceiver_kernels.so 2" in cuda.unavailable()
-        finally:
-            cuda._load.cache_clear()
-
-
-class TestPlan:
-    def problem(self, **changes):
-        fields = {
-            "B": 8, "M": 50176, "C_content": 261, "C_positions": 0, "content_dtype": torch.bfloat16,
-            "dtype": torch.bfloat16, "device_type": "cuda", "fourier": False, "positions_batched": False,
-            "normalize": True, "masked": False, "needs_grad": False,
-        }  # fmt: skip
-        return PackProblem(**fields | changes)
-
-    def test_serves_plain_packs(self):
-        assert pack.reasons_against(self.problem()) == []
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({"fourier": True}, "does not compute Fourier features"),
-            ({"needs_grad": True}, "without gradient to the content"),
-            ({"device_type": "cpu"}, "cuda takes CUDA tensors, got cpu"),
-            ({"content_dtype": torch.float64}, "got float64"),
-            ({"C_content": 1000, "C_positions": 30}, "up to 1024 channels, got 1030"),
-            ({"constants": 2}, "no constant channels"),
-        ],
-    )
-    def test_refusals_are_sentences(self, changes, reason):
-        (sentence,) = pack.reasons_against(self.problem(**changes))
-        assert reason in sentence
-
-    def test_imagenet_on_h200(self):
-        # 32 rows of 522 bytes twice in a sixth of 228 KiB; 6 blocks on each of 132 multiprocessors.
-        assert pack.plan_tiles(1, 8 * 50176, 261, 2, True, H200) == pack.PackTiles(True, 32, 792, 33664)
-
-    @pytest.mark.parametrize(
-        ("device", "itemsize", "flat"), list(itertools.product([H200, A100], [2, 4], [True, False]))
-    )
-    def test_every_width_and_size_fits(self, device, itemsize, flat):
-        for channels in (1, 3, 16, 61, 64, 129, 261, 322, 384, 385, 704, 1024):
-            for batch, tokens in ((1, 1), (3, 7), (8, 50176), (1, 10**8)):
-                tiles = pack.plan_tiles(batch, tokens, channels, itemsize, flat, device)
-                assert tiles.rows_per_tile * channels * itemsize % 16 == 0
-                assert tiles.shared_bytes <= device.smem_bytes
-                assert (
-                    1 <= tiles.blocks <= min(6 * device.sm_count, batch * -(-tokens // tiles.rows_per_tile))
-                )
-
-    def test_flat_content_is_recognised(self):
-        content = torch.zeros(2, 8, 5, dtype=torch.float16)
-
-        def fields(tensor, alone=True):
-            flat, found = pack._content_fields(tensor, None, alone)
-            return flat, found["batch"], found["tokens"]
-
-        assert fields(content) == (True, 1, 16)
-        assert fields(content, alone=False) == (False, 2, 8)
-        assert fields(content.expand(2, 8, 5)[:1].expand(3, 8, 5)) == (True, 3, 8)
-        # A batch stride of 30 elements is not a multiple of 16 bytes; a slice may not start on 16 bytes.
-        assert fields(torch.zeros(2, 6, 5, dtype=torch.float16)[:, :4]) == (False, 2, 4)
-        assert fields(content[:, 1:]) == (False, 2, 7)
-        assert fields(content.mT.contiguous().mT) == (False, 2, 8)
-
-
-class TestSharedKVPlan:
-    def problem(self, **changes):
-        fields = {
-            "B": 8, "R": 512, "M": 50176, "C": 272, "dtype": torch.bfloat16, "device_type": "cuda", "masked": True,
-            "dropout": False, "needs_lse": True, "needs_grad": False,
-        }  # fmt: skip
-        return SharedKVProblem(**fields | changes)
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
-            ({"C": 352}, "rows of up to 336 channels, got 352"),
-            ({"dropout": True}, "without dropout"),
-            ({"needs_grad": True}, "no gradient of shared_kv_attention"),
-        ],
-    )
-    def test_refusals_are_sentences(self, changes, reason, monkeypatch):
-        monkeypatch.setattr(shared_kv, "reasons_against_hopper", list)
-        assert shared_kv.reasons_against(self.problem()) == []
-        (sentence,) = shared_kv.reasons_against(self.problem(**changes))
-        assert reason in sentence
-
-    @pytest.mark.parametrize(
-        ("capability", "archs", "reason"),
-        [((8, 0), ["80", "90a"], "compute capability 9.0 alone"), ((9, 0), ["80"], "without 90a"), ((9, 0), ["90a"], None)],
-    )
-    def test_hopper_alone(self, capability, archs, reason, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(build_info, "read", lambda: {"archs": archs})
-        found = shared_kv.reasons_against(self.problem())
-        assert len(found) == (reason is not None) and all(reason in sentence for sentence in found)
-
-    def test_imagenet_is_one_wave_on_h200(self):
-        # 8 x 4 blocks of rows, 4 splits: 128 blocks on 132 multiprocessors.
-        assert shared_kv.plan(self.problem(), H200) == shared_kv.ForwardPlan(80, 4, 12560)
-
-    def test_splits_cover_the_tokens_in_whole_tiles(self):
-        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336)):
-            plan = shared_kv.plan(self.problem(B=B, R=R, M=M, C=C), H200)
-            assert plan.tokens_per_split % plan.block_kv == 0
-            assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
-
-    def test_small_calls_are_left_to_the_next_backend(self):
-        assert shared_kv.leaves((8, 512, 50176, 272)) is None
-        assert "less than 5 GFLOP" in shared_kv.leaves((4, 128, 4096, 256))
-
-
-class TestAttentionPlan:
-    def problem(self, **changes):
-        fields = {
-            "B": 32, "H": 8, "H_kv": 8, "Lq": 512, "Lk": 512, "Lk_first": 512, "d_qk": 128, "d_v": 128,
-            "dtype": torch.bfloat16, "device_type": "cuda",
-        }  # fmt: skip
-        return AttentionProblem(**fields | changes)
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
-            ({"d_v": 264}, "heads of up to 256 channels, got 128 and 264"),
-            ({"d_qk": 84}, "a multiple of 8 channels, got 84 and 128"),
-            ({"dropout": True}, "without dropout"),
-            ({"key_mask": True}, "without a key_mask"),
-            ({"lengths": True}, "without lengths"),
-            ({"attn_mask": "boolean"}, "without an attn_mask"),
-            ({"query_mask": True}, "without a query_mask"),
-            ({"packed": True}, "without packed sequences"),
-            ({"causal": "upper_left"}, "without a causal mask"),
-            ({"segments": 2}, "without two segments"),
-            ({"needs_grad": True}, "no gradient of attention"),
-        ],
-    )
-    def test_refusals_are_sentences(self, changes, reason, monkeypatch):
-        monkeypatch.setattr(attention, "reasons_against_hopper", list)
-        assert attention.reasons_against(self.problem()) == []
-        (sentence,) = attention.reasons_against(self.problem(**changes))
-        assert reason in sentence
-
-    def test_latents_are_items_of_resident_blocks(self):
-        assert attention.plan(self.problem(), H200) == attention.ForwardPlan(128, 1, 512, 1024, 132)
-
-    def test_splits_cover_the_keys_in_whole_tiles(self):
-        for B, Lq, Lk, d in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128, 256)):
-            plan = attention.plan(self.problem(B=B, Lq=Lq, Lk=Lk, d_qk=d, d_v=d), H200)
-            assert plan.keys_per_split % plan.block_kv == 0
-            assert (plan.splits - 1) * plan.keys_per_split < Lk <= plan.splits * plan.keys_per_split
-            assert plan.items == B * 8 * -(-Lq // 128) * plan.splits and 1 <= plan.blocks <= min(plan.items, 132)
-
-    @pytest.mark.parametrize(
-        ("sizes", "reason"),
-        [
-            ((32, 8, 512, 512, 128, 128), None),
-            ((8, 8, 2048, 2048, 64, 64), None),
-            ((32, 8, 256, 256, 160, 160), None),
-            ((32, 8, 512, 512, 64, 64), "fewer than 2,048 keys, got 512"),
-            ((32, 8, 512, 512, 128, 64), "heads of 128 and 64 channels were not measured"),
-            ((8, 16, 64, 16384, 128, 128), "64 queries leave more than a fifth"),
-            ((1, 1, 128, 512, 128, 128), "less than 5 GFLOP"),
-        ],
-    )
-    def test_calls_are_left_to_the_next_backend_where_it_is_faster(self, sizes, reason):
-        found = attention.leaves(sizes)
-        assert found is None if reason is None else reason in found
