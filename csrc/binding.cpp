@@ -53,6 +53,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("library_abi_version", &pk_abi_version, "The ABI version of the library that was loaded.");
   module.def("layout", &perceiver::describe_layouts, "The layout of the structs as this module was compiled.");
   module.def("library_layout", &pk_layout, "The layout of the structs as the library was compiled.");
+  module.def("shared_bytes", &pk_shared_bytes, py::arg("kernel"), py::arg("columns"),
+             "Shared memory of a block of a kernel for Hopper, by its width; 0: not built.");
   bind_params<PackForwardParams>(module, "PackForwardParams");
   bind_params<SharedKVForwardParams>(module, "SharedKVForwardParams");
   bind_params<AttentionForwardParams>(module, "AttentionForwardParams");

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 
 #include "kernels/attention_enqueue.h"
@@ -236,6 +237,14 @@ int32_t pk_abi_version() noexcept { return PK_ABI_VERSION; }
 const char* pk_layout() noexcept {
   static const std::string layout = perceiver::describe_layouts();
   return layout.c_str();
+}
+
+int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept {
+#if PK_HOPPER
+  if (std::strcmp(kernel, "shared_kv_fwd") == 0) return perceiver::shared_kv_shared_bytes(columns);
+  if (std::strcmp(kernel, "attention_fwd") == 0) return perceiver::attention_shared_bytes(columns);
+#endif
+  return 0;
 }
 
 void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept {

@@ -28,4 +28,7 @@ constexpr int kAttentionBlockQ = 128;
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForwardParams& params);
 
+// Shared memory of a block of the kernel for `columns`; 0: there is none.
+int attention_shared_bytes(int columns);
+
 }  // namespace perceiver

@@ -28,6 +28,9 @@ constexpr int kSharedKVBlockQ = 128;
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwardParams& params);
 
+// Shared memory of a block of the kernel for `columns`; 0: there is none.
+int shared_kv_shared_bytes(int columns);
+
 // Merges the softmax states of all splits, and that of earlier tokens.
 cudaError_t enqueue_merge_states(const MergeStatesParams& params);
 

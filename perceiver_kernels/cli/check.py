@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels.cli import bench, info, options
+from perceiver_kernels.cli import bench, info, kernels, options
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.gate import Verdict, verdict
 from perceiver_kernels.cli.measure import attempt, release, seeded
@@ -45,10 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check these backends only (default: every available one)",
     )  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--kernels", action="store_true",
+        help="instead, print what the compiler made of each CUDA C++ kernel: registers, spills, shared memory, wgmma and TMA",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run every probe on every backend; exit code 1 when one is wrong."""
+    if arguments.kernels:
+        with Report("check --kernels", arguments.json) as report:
+            kernels.show(console, report)
+        return 0
     arguments.dtype = None
     device, _ = bench.device_and_dtype(arguments)
     names = arguments.backend or _available()

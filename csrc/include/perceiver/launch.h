@@ -7,7 +7,7 @@
 #include "perceiver/params.h"
 
 // Raised whenever a struct or a function of this interface changes.
-#define PK_ABI_VERSION 2
+#define PK_ABI_VERSION 3
 
 #define PK_API extern "C" __attribute__((visibility("default")))
 
@@ -23,6 +23,9 @@ PK_API int32_t pk_abi_version() noexcept;
 
 // The layout of the parameter structs as this library was compiled with them (perceiver/layout.h).
 PK_API const char* pk_layout() noexcept;
+
+// Shared memory of a block of a kernel for Hopper ("shared_kv_fwd", "attention_fwd") for rows of up to `columns`; 0: not built.
+PK_API int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept;
 
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
 PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept;

@@ -1,0 +1,26 @@
+#include "kernels/attention_fwd_enqueue.cuh"
+#include "kernels/shared_kv_fwd_enqueue.cuh"
+
+namespace perceiver {
+
+int shared_kv_shared_bytes(int columns) {
+  switch (columns) {
+    case 64: return SharedKVShapeOf<64>::kSharedBytes;
+    case 128: return SharedKVShapeOf<128>::kSharedBytes;
+    case 256: return SharedKVShapeOf<256>::kSharedBytes;
+    case 272: return SharedKVShapeOf<272>::kSharedBytes;
+    case 336: return SharedKVShapeOf<336>::kSharedBytes;
+  }
+  return 0;
+}
+
+int attention_shared_bytes(int columns) {
+  switch (columns) {
+    case 64: return AttentionShapeOf<64>::kSharedBytes;
+    case 128: return AttentionShapeOf<128>::kSharedBytes;
+    case 256: return AttentionShapeOf<256>::kSharedBytes;
+  }
+  return 0;
+}
+
+}  // namespace perceiver
