@@ -2,6 +2,7 @@
 # make test    every test that this machine can run                                       (sets up .venv)
 # make lint    style, types of the public API, direction of the imports                   (sets up .venv)
 # make gpu-test, make gpu-bench   the tests and the benchmarks on a GPU machine, with its own python; installs nothing
+# make gpu-sanitize   compute-sanitizer's four tools over small calls of every CUDA C++ kernel, on a GPU machine
 # make clean   removes .venv and everything that was built
 #
 # PYTHON=python3.12  another interpreter (3.10 or newer)     ARGS="..."  arguments for the command or for pytest
@@ -20,7 +21,7 @@ NEW_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: help run test lint gpu-build gpu-test gpu-bench clean
+.PHONY: help run test lint gpu-build gpu-test gpu-bench gpu-sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +76,13 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+
+gpu-sanitize: gpu-build
+	@for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "== $$tool"; \
+	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) tests/backends/cuda/sanitized.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,80 @@
+"""Small calls of every CUDA C++ kernel, for compute-sanitizer to watch: `make gpu-sanitize` runs this file.
+
+Every width of Hopper's kernels, ragged ends of rows, tokens and channels, splits and one part, masks and none. The process
+ends with an error where a result is not what the specification gives, so that it is not an empty run that is found clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import reference
+from perceiver_kernels.backends.cuda import attention, pack, shared_kv
+from perceiver_kernels.masks import NO_MASKS
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def packs() -> Iterator[tuple[str, Tensor, Tensor]]:
+    for channels, positions in ((3, 0), (61, 0), (261, 0), (700, 0), (29, 35)):
+        content = randn(2, 37, channels, dtype=torch.bfloat16)
+        located = randn(37, positions, dtype=torch.bfloat16) if positions else None
+        found, _ = pack.pack_inputs_forward(content, located, None, None, normalize=True, eps=1e-5, dtype=torch.bfloat16)
+        expected, _ = reference.pack_inputs(content.double(), None if located is None else located.double())
+        yield f"pack of {channels} + {positions}", found, expected
+
+
+def shared_kv_attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
+    for dtype in DTYPES:
+        for columns in shared_kv.BLOCK_KV:
+            for channels in (columns, columns - 16):
+                for M, masked in ((70, False), (1300, True)):
+                    q, x = randn(2, 130, channels, dtype=dtype), randn(2, M, channels, dtype=dtype)
+                    mask = torch.rand(2, M, device="cuda") < 0.8 if masked else None
+                    lengths = None if masked else torch.tensor([M, 5], dtype=torch.int32, device="cuda")
+                    options = {"scale": channels**-0.5, "dropout_p": 0.0}
+                    found, *_ = shared_kv.shared_kv_attention_forward(
+                        q, x, mask, lengths, dropout_seed=None, key_offset=0, **options
+                    )
+                    expected, *_ = reference.shared_kv_attention(
+                        q.double(), x.double(), key_mask=mask, lengths=lengths, **options
+                    )
+                    yield f"shared-KV attention, {channels} channels, {M} tokens, {dtype}", found, expected
+
+
+def attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
+    for dtype in DTYPES:
+        for columns in attention.BLOCK_KV:
+            for channels in (columns, columns - 24):
+                for Lq, Lk in ((200, 130), (20, 1500)):
+                    query = randn(2, 4, Lq, channels, dtype=dtype)
+                    key, value = (randn(2, 2, Lk, channels, dtype=dtype) for _ in range(2))
+                    found, *_ = attention.attention_forward(
+                        query, (key,), (value,), NO_MASKS, scale=channels**-0.5, dropout_p=0.0, dropout_seed=None
+                    )
+                    keys, values = (t.double().repeat_interleave(2, 1) for t in (key, value))
+                    weights = (query.double() @ keys.mT * channels**-0.5).softmax(-1)
+                    yield f"attention, {channels} channels, {Lq} x {Lk}, {dtype}", found, weights @ values
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    count = 0
+    for calls in (packs(), shared_kv_attentions(), attentions()):
+        for name, found, expected in calls:
+            error = ((found.double() - expected).norm() / expected.norm()).item()
+            assert error < 0.01, f"{name}: relative error {error:.2g}"
+            count += 1
+    torch.cuda.synchronize()
+    print(f"{count} calls, all as specified")
+
+
+if __name__ == "__main__":
+    main()
