@@ -14,9 +14,11 @@ from perceiver_kernels.backends.cuda import (
     ELEMENT_TYPES,
     binding,
     filled,
+    on_device_of,
     readable,
     reasons_against_device_and_dtype,
     reasons_against_hopper,
+    stream_of,
 )
 from perceiver_kernels.backends.cuda.states import merge_states
 from perceiver_kernels.device import DeviceFacts, device_facts
@@ -161,8 +163,8 @@ def attention_forward(
         part = torch.empty(B * H, made.splits, Lq, d_v, dtype=torch.float32, device=query.device)
         lse_part = torch.empty(B * H, made.splits, Lq, dtype=torch.float32, device=query.device)
         strides = (H * part.stride(0), *part.stride()[:3])
-    with torch.cuda.device_of(query):
-        stream = torch.cuda.current_stream(query.device).cuda_stream
+    with on_device_of(query):
+        stream = stream_of(query)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
         sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
         params = _params(sizes, strides, query.dtype, part.dtype, made, scale, query.get_device())

@@ -15,9 +15,11 @@ from perceiver_kernels.backends.cuda import (
     address,
     binding,
     filled,
+    on_device_of,
     readable,
     reasons_against_device_and_dtype,
     reasons_against_hopper,
+    stream_of,
 )
 from perceiver_kernels.backends.cuda.states import merge_states
 from perceiver_kernels.device import DeviceFacts, device_facts
@@ -142,8 +144,8 @@ def shared_kv_attention_forward(
     if merged:
         z_part = torch.empty(B, splits, R, C, dtype=torch.float32, device=q.device)
         lse_part, rho_part = torch.empty(B, splits, R, dtype=torch.float32, device=q.device), 0
-    with torch.cuda.device_of(q):
-        stream = torch.cuda.current_stream(q.device).cuda_stream
+    with on_device_of(q):
+        stream = stream_of(q)
         if splits > 0:
             strides = (*q.stride()[:2], *x.stride()[:2])
             params = _forward_params(B, R, M, C, q.dtype, z_part.dtype, strides, made, scale, q.get_device())

@@ -139,8 +139,9 @@ class TestStruct:
             filled[struct] |= set(fields)
             return struct
 
-        monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+        for module in (shared_kv, attention):
+            monkeypatch.setattr(module, "on_device_of", lambda _: contextlib.nullcontext())
+            monkeypatch.setattr(module, "stream_of", lambda _: 0)
         for module, cached in ((shared_kv, "_forward_params"), (attention, "_params"), (states, "_params")):
             monkeypatch.setattr(module, "filled", fill)
             monkeypatch.setattr(module, "binding", lambda: stand_in)
@@ -157,8 +158,9 @@ class TestStruct:
         """Keys and values expanded over the heads are one key head, not a copy for each."""
         filled = {}
         stand_in = SimpleNamespace(AttentionForwardParams=lambda *_: None, attention_fwd=lambda _: None)
-        monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+        for module in (shared_kv, attention):
+            monkeypatch.setattr(module, "on_device_of", lambda _: contextlib.nullcontext())
+            monkeypatch.setattr(module, "stream_of", lambda _: 0)
         monkeypatch.setattr(attention, "filled", lambda _, fields: filled.update(fields))
         monkeypatch.setattr(attention, "binding", lambda: stand_in)
         monkeypatch.setattr(attention, "_params", attention._params.__wrapped__)

@@ -13,6 +13,7 @@ from perceiver_kernels import build_info
 from perceiver_kernels.backends import cuda
 from perceiver_kernels.backends.cuda import attention, pack, shared_kv
 from perceiver_kernels.device import A100, H200
+from perceiver_kernels.layouts import can_describe
 from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVProblem
 
 
@@ -57,6 +58,27 @@ class TestAvailability:
             assert "ABI version 1 and libperceiver_kernels.so 2" in cuda.unavailable()
         finally:
             cuda._load.cache_clear()
+
+
+class TestReadable:
+    @pytest.mark.parametrize(
+        ("make", "copied"),
+        [
+            (lambda t: t, False),
+            (lambda t: t.transpose(1, 2), False),
+            (lambda t: t[:, :1], False),
+            (lambda t: t[..., 1:], True),
+            (lambda t: t[..., :20], False),
+            (lambda t: t.mT, True),
+            (lambda t: t[:1].expand(3, -1, -1, -1), True),
+            (lambda t: torch.zeros(2, 3, 5, 20, dtype=torch.float16), True),
+        ],
+    )
+    def test_only_what_the_copy_engine_cannot_read_is_copied(self, make, copied):
+        tensor = make(torch.randn(2, 3, 5, 24).half())
+        found = cuda.readable(tensor)
+        assert torch.equal(found, tensor) and can_describe(found)
+        assert (found is not tensor) == copied
 
 
 class TestPack:
