@@ -12,12 +12,13 @@ from torch import Tensor
 
 from perceiver_kernels.backends.cuda import (
     ELEMENT_TYPES,
+    LEAST_FLOPS,
+    LOG2_E,
     binding,
     filled,
     on_device_of,
     readable,
-    reasons_against_device_and_dtype,
-    reasons_against_hopper,
+    reasons_against_attending,
     stream_of,
 )
 from perceiver_kernels.backends.cuda.states import merge_states
@@ -32,15 +33,11 @@ COMPOSITE = False
 # Of csrc/kernels/attention_enqueue.h: the widest head of a kernel, and the keys of its tile.
 BLOCK_KV = {64: 128, 128: 128, 256: 64}
 BLOCK_Q = 128
-LEAST_FLOPS = 5e9
-_LOG2_E = 1.4426950408889634
 
 
 def reasons_against(problem: AttentionProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
-    reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype) or reasons_against_hopper()
-    if problem.dtype == torch.float32:
-        reasons.append("cuda attends in bfloat16 and float16, got float32")
+    reasons = reasons_against_attending(problem.device_type, problem.dtype)
     if max(problem.d_qk, problem.d_v) > max(BLOCK_KV):
         reasons.append(f"cuda attends with heads of up to {max(BLOCK_KV)} channels, got {problem.d_qk} and {problem.d_v}")
     if problem.d_qk % 8 or problem.d_v % 8:
@@ -119,7 +116,7 @@ def _params(
     fields = {f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)} | {
         "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
         "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "out_type": ELEMENT_TYPES[out_dtype], "splits": made.splits,
-        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale_log2": scale * _LOG2_E,
+        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale_log2": scale * LOG2_E,
         "device": device,
     }  # fmt: skip
     return filled(binding().AttentionForwardParams(), fields)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from perceiver_kernels.backends.cuda import (
     ELEMENT_TYPES,
+    LEAST_FLOPS,
+    LOG2_E,
     address,
     binding,
     filled,
     on_device_of,
     readable,
-    reasons_against_device_and_dtype,
-    reasons_against_hopper,
+    reasons_against_attending,
     stream_of,
 )
 from perceiver_kernels.backends.cuda.states import merge_states
@@ -32,15 +33,11 @@ COMPOSITE = False
 # Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile.
 BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48}
 BLOCK_Q = 128
-LEAST_FLOPS = 5e9
-_LOG2_E = 1.4426950408889634
 
 
 def reasons_against(problem: SharedKVProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
-    reasons = reasons_against_device_and_dtype(problem.device_type, problem.dtype) or reasons_against_hopper()
-    if problem.dtype == torch.float32:
-        reasons.append("cuda attends in bfloat16 and float16, got float32")
+    reasons = reasons_against_attending(problem.device_type, problem.dtype)
     if max(BLOCK_KV) < problem.C:
         reasons.append(f"cuda attends to rows of up to {max(BLOCK_KV)} channels, got {problem.C}")
     if problem.dropout:
@@ -75,8 +72,7 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves a call of sizes (B, R, M, C) to the next backend, or None.
 
     In ms on an H200, CUDA and Triton: 8 x 512 x 50,176 of 272 channels 0.278 and 0.355, of 256 0.262 and 0.311, of 192 0.250
-    and 0.261, of 128 0.155 and 0.189, of 96 0.152 and 0.165, of 64 0.121 and 0.148; 2 x 2,048 x 182,528 of 336 1.23 and 1.48;
-    but 4 x 128 x 4,096 of 256 0.027 and 0.022.
+    and 0.261, of 128 0.155 and 0.189, of 96 0.152 and 0.165, of 64 0.121 and 0.148; 2 x 2,048 x 182,528 of 336 1.23 and 1.48.
     """
     B, R, M, C = sizes
     if 4 * B * R * M * C < LEAST_FLOPS:
@@ -98,7 +94,7 @@ def _forward_params(
     fields = {
         "stride_q_batch": strides[0], "stride_q_row": strides[1], "stride_x_batch": strides[2], "stride_x_token": strides[3],
         "batch": B, "rows": R, "tokens": M, "channels": C, "type": ELEMENT_TYPES[dtype], "z_out_type": ELEMENT_TYPES[z_dtype],
-        "splits": made.splits, "tokens_per_split": made.tokens_per_split, "scale_log2": scale * _LOG2_E, "device": device,
+        "splits": made.splits, "tokens_per_split": made.tokens_per_split, "scale_log2": scale * LOG2_E, "device": device,
     }  # fmt: skip
     return filled(binding().SharedKVForwardParams(), fields)
 

@@ -159,7 +159,7 @@ class TestSharedKV:
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
-        monkeypatch.setattr(shared_kv, "reasons_against_hopper", list)
+        monkeypatch.setattr(cuda, "reasons_against_hopper", list)
         assert shared_kv.reasons_against(self.problem()) == []
         (sentence,) = shared_kv.reasons_against(self.problem(**changes))
         assert reason in sentence
@@ -215,7 +215,7 @@ class TestAttention:
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
-        monkeypatch.setattr(attention, "reasons_against_hopper", list)
+        monkeypatch.setattr(cuda, "reasons_against_hopper", list)
         assert attention.reasons_against(self.problem()) == []
         (sentence,) = attention.reasons_against(self.problem(**changes))
         assert reason in sentence
