@@ -26,8 +26,9 @@ MIN_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
 LOG2_E = 1.4426950408889634
 LEAST_FLOPS = 5e9
-"""The automatic choice leaves smaller calls of attention to the next backend: 4 x 128 x 4,096 of 256 channels, 2 GFLOP, took 0.027
-ms, and 0.022 on Triton (H200)."""
+"""The automatic choice leaves smaller calls of attention to the next backend.
+
+4 x 128 x 4,096 of 256 channels, 2 GFLOP, took 0.027 ms, and 0.022 on Triton (H200)."""
 REBUILD = "rebuild it with `python setup.py build_ext --inplace`"
 
 
