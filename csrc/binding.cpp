@@ -9,6 +9,7 @@
 #include "perceiver/layout.h"
 
 namespace py = pybind11;
+using perceiver::AttentionBackwardParams;
 using perceiver::AttentionForwardParams;
 using perceiver::MergeStatesParams;
 using perceiver::PackForwardParams;
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C, module) {
   bind_params<PackForwardParams>(module, "PackForwardParams");
   bind_params<SharedKVForwardParams>(module, "SharedKVForwardParams");
   bind_params<AttentionForwardParams>(module, "AttentionForwardParams");
+  bind_params<AttentionBackwardParams>(module, "AttentionBackwardParams");
   bind_params<MergeStatesParams>(module, "MergeStatesParams");
   module.def("pack_inputs_fwd", raising(&pk_pack_inputs_fwd), py::arg("params"),
              "Enqueue the forward of pack_inputs. Raises RuntimeError with the library's sentence.");
@@ -65,6 +67,8 @@ PYBIND11_MODULE(_C, module) {
              "Enqueue the forward of shared_kv_attention. Raises RuntimeError with the library's sentence.");
   module.def("attention_fwd", raising(&pk_attention_fwd), py::arg("params"),
              "Enqueue the forward of attention. Raises RuntimeError with the library's sentence.");
+  module.def("attention_bwd", raising(&pk_attention_bwd), py::arg("params"),
+             "Enqueue the backward of attention. Raises RuntimeError with the library's sentence.");
   module.def("merge_states", raising(&pk_merge_states), py::arg("params"),
              "Enqueue the merge of softmax states. Raises RuntimeError with the library's sentence.");
 }

@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 
 #include "kernels/attention_enqueue.h"
@@ -134,16 +135,27 @@ const char* broken_rule(const SharedKVForwardParams& p, const RowTensor& q, cons
   return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
 }
 
-// The rule of AttentionForwardParams that is broken, or null.
-const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query, const RowTensor& key, const RowTensor& value,
-                        int columns) {
+// What both passes of attention ask of sizes; heads of `columns` channels.
+template <class Params>
+const char* broken_size(const Params& p, int columns, const char* widest) {
   if (p.batch < 0 || p.heads < 1 || p.queries < 0 || p.keys < 0 || p.channels_qk < 1 || p.channels_v < 1) {
     return "sizes must not be negative, heads and channels positive";
   }
-  if (columns == 0) return "channels must be at most 256";
+  if (columns == 0) return widest;
   if (p.channels_qk % 8 != 0 || p.channels_v % 8 != 0) return "channels must be multiples of 8";
   if (p.heads_per_key_head < 1 || p.heads % p.heads_per_key_head != 0) return "heads_per_key_head must divide heads";
-  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
+  return is_half(p.type) ? nullptr : "type must be 1 (float16) or 2 (bfloat16)";
+}
+
+// Whether rows of a gradient or result of heads start on 16 bytes.
+bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
+  return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
+}
+
+// The rule of AttentionForwardParams that is broken, or null.
+const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query, const RowTensor& key, const RowTensor& value,
+                        int columns) {
+  if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
   if (p.out_type != p.type && p.out_type != static_cast<int32_t>(ElementType::kFloat32)) {
     return "out_type must be 0 (float32) or type";
   }
@@ -163,9 +175,35 @@ const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query,
   if (!can_encode(query) || !can_encode(key) || !can_encode(value)) {
     return "query, key and value must have a base and pitches of 16 bytes";
   }
-  const bool rows_aligned = p.stride_out_batch % 8 == 0 && p.stride_out_head % 8 == 0 && p.stride_out_split % 8 == 0 &&
-                            p.stride_out_row % 8 == 0;
-  return is_aligned(p.out) && rows_aligned ? nullptr : "out must lie on 16 bytes, its rows too";
+  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
+  return aligned && p.stride_out_split % 8 == 0 ? nullptr : "out must lie on 16 bytes, its rows too";
+}
+
+// The rule of AttentionBackwardParams that is broken, or null.
+const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
+  if (const char* rule = broken_size(p, columns, "channels must be at most 128")) return rule;
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
+    return "splits must be positive, and of whole tiles of keys";
+  }
+  if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
+    return "the splits must cover the keys, and none be empty";
+  }
+  const int block_q = attention_bwd_block_q(columns);
+  if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
+  if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";
+  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
+  if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
+  if (p.items == 0 || p.queries == 0) return nullptr;
+  if (p.blocks < 1) return "blocks must be positive";
+  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.dout == nullptr ||
+      p.lse == nullptr || p.rows == nullptr || p.dq_parts == nullptr || p.dq == nullptr || p.dk == nullptr || p.dv == nullptr) {
+    return "a pointer is null";
+  }
+  for (const RowTensor& tensor : tiled) {
+    if (!can_encode(tensor)) return "query, key, value, dout and gradients must have a base and pitches of 16 bytes";
+  }
+  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
+  return aligned && is_aligned(p.rows) && is_aligned(p.dq_parts) ? nullptr : "out and workspaces must lie on 16 bytes";
 }
 
 const char* broken_rule(const MergeStatesParams& p) {
@@ -218,6 +256,21 @@ cudaError_t enqueue_attention(int columns, const AttentionMaps& maps, const Atte
   }
   return cudaErrorInvalidValue;
 }
+
+template <int kColumns>
+cudaError_t enqueue_attention_backward(const AttentionBackwardMaps& maps, const AttentionBackwardParams& params) {
+  return params.type == static_cast<int32_t>(ElementType::kFloat16)
+             ? enqueue_attention_bwd<ElementType::kFloat16, kColumns>(maps, params)
+             : enqueue_attention_bwd<ElementType::kBFloat16, kColumns>(maps, params);
+}
+
+cudaError_t enqueue_attention_backward(int columns, const AttentionBackwardMaps& maps, const AttentionBackwardParams& params) {
+  switch (columns) {
+    case 64: return enqueue_attention_backward<64>(maps, params);
+    case 128: return enqueue_attention_backward<128>(maps, params);
+  }
+  return cudaErrorInvalidValue;
+}
 #endif
 
 // The narrowest of the widths that holds the channels; 0 where none does.
@@ -227,6 +280,21 @@ int columns_for(const int (&widths)[kCount], int channels) {
     if (channels <= columns) return columns;
   }
   return 0;
+}
+
+struct AttentionOperands {
+  RowTensor query, key, value;
+};
+
+template <class Params>
+AttentionOperands attention_operands(const Params& p) {
+  const auto type = static_cast<ElementType>(p.type);
+  const int key_heads = p.heads_per_key_head > 0 ? p.heads / p.heads_per_key_head : 0;
+  return {{p.query, type, p.batch, p.heads, p.queries, p.channels_qk, p.stride_query_batch, p.stride_query_head,
+           p.stride_query_row},
+          {p.key, type, p.batch, key_heads, p.keys, p.channels_qk, p.stride_key_batch, p.stride_key_head, p.stride_key_row},
+          {p.value, type, p.batch, key_heads, p.keys, p.channels_v, p.stride_value_batch, p.stride_value_head,
+           p.stride_value_row}};
 }
 
 }  // namespace
@@ -243,6 +311,7 @@ int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept {
 #if PK_HOPPER
   if (std::strcmp(kernel, "shared_kv_fwd") == 0) return perceiver::shared_kv_shared_bytes(columns);
   if (std::strcmp(kernel, "attention_fwd") == 0) return perceiver::attention_shared_bytes(columns);
+  if (std::strcmp(kernel, "attention_bwd") == 0) return perceiver::attention_bwd_shared_bytes(columns);
 #endif
   return 0;
 }
@@ -290,14 +359,7 @@ void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* 
 void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept {
   using namespace perceiver;
   const auto& p = *params;
-  const auto type = static_cast<ElementType>(p.type);
-  const int key_heads = p.heads_per_key_head > 0 ? p.heads / p.heads_per_key_head : 0;
-  const RowTensor query{p.query, type, p.batch, p.heads, p.queries, p.channels_qk, p.stride_query_batch, p.stride_query_head,
-                        p.stride_query_row};
-  const RowTensor key{p.key, type, p.batch, key_heads, p.keys, p.channels_qk, p.stride_key_batch, p.stride_key_head,
-                      p.stride_key_row};
-  const RowTensor value{p.value, type, p.batch, key_heads, p.keys, p.channels_v, p.stride_value_batch, p.stride_value_head,
-                        p.stride_value_row};
+  const auto [query, key, value] = attention_operands(p);
   const int columns = columns_for(kAttentionColumns, p.channels_qk > p.channels_v ? p.channels_qk : p.channels_v);
   if (const char* rule = broken_rule(p, query, key, value, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "attention_fwd: %s", rule);
@@ -316,6 +378,42 @@ void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus*
   report_cuda(status, "attention_fwd", error);
 #else
   refuse(status, PK_INVALID_ARGUMENT, kNoHopper, "attention_fwd");
+#endif
+}
+
+void pk_attention_bwd(const perceiver::AttentionBackwardParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  const auto& p = *params;
+  const auto [query, key, value] = attention_operands(p);
+  const RowTensor dout{p.dout, query.type, p.batch, p.heads, p.queries, p.channels_v, p.stride_dout_batch, p.stride_dout_head,
+                       p.stride_dout_row};
+  const RowTensor dq{p.dq, query.type, p.batch, p.heads, p.queries, p.channels_qk, p.stride_dq_batch, p.stride_dq_head,
+                     p.stride_dq_row};
+  const RowTensor dk{p.dk, key.type, key.entries, key.heads, p.keys, p.channels_qk, p.stride_dk_batch, p.stride_dk_head,
+                     p.stride_dk_row};
+  const RowTensor dv{p.dv, key.type, key.entries, key.heads, p.keys, p.channels_v, p.stride_dv_batch, p.stride_dv_head,
+                     p.stride_dv_row};
+  const int columns = columns_for(kAttentionBackwardColumns, p.channels_qk > p.channels_v ? p.channels_qk : p.channels_v);
+  if (const char* rule = broken_rule(p, {query, key, value, dout, dq, dk, dv}, columns)) {
+    return refuse(status, PK_INVALID_ARGUMENT, "attention_bwd: %s", rule);
+  }
+  if (p.items == 0 || p.queries == 0) return succeed(status);
+#if PK_HOPPER
+  cudaError_t error = cudaSetDevice(p.device);
+  AttentionBackwardMaps maps;
+  if (error == cudaSuccess) {
+    const int block_q = attention_bwd_block_q(columns);
+    const bool encoded = encode_tiles(&maps.query, query, block_q, 64) && encode_tiles(&maps.dout, dout, block_q, 64) &&
+                         encode_tiles(&maps.key, key, kAttentionBackwardBlockKV, 64) &&
+                         encode_tiles(&maps.value, value, kAttentionBackwardBlockKV, 64) &&
+                         encode_tiles(&maps.dq, dq, 64, 64) && encode_tiles(&maps.dk, dk, 64, 64) &&
+                         encode_tiles(&maps.dv, dv, 64, 64);
+    if (!encoded) return refuse(status, PK_CUDA_ERROR, kNoMaps, "attention_bwd");
+    error = enqueue_attention_backward(columns, maps, p);
+  }
+  report_cuda(status, "attention_bwd", error);
+#else
+  refuse(status, PK_INVALID_ARGUMENT, kNoHopper, "attention_bwd");
 #endif
 }
 

@@ -152,12 +152,19 @@ def _choose_passes_once(
     forward = _choose_once(op, forward_values, names)
     if load(op, forward).COMPOSITE:
         return backward, backward
-    others = names[names.index(forward) + 1 :]
-    if hasattr(load(op, forward), "leaves") and others:
-        problem = PROBLEMS[op](*forward_values)
-        kernels = (name for name in others if not refusals(problem, name) and not load(op, name).COMPOSITE)
-        forward = ",".join([forward, *list(kernels)[:1]])
-    return forward, backward
+    return (
+        _with_alternative(op, forward, forward_values, names, "leaves"),
+        _with_alternative(op, backward, static_values, names, "leaves_backward"),
+    )
+
+
+def _with_alternative(op: str, chosen: str, values: tuple[Any, ...], names: tuple[str, ...], rule: str) -> str:
+    """``chosen``, and after a comma the next kernel backend of ``names`` where the first leaves it some calls."""
+    if not hasattr(load(op, chosen), rule):
+        return chosen
+    problem, others = PROBLEMS[op](*values), names[names.index(chosen) + 1 :]
+    kernels = (name for name in others if not refusals(problem, name) and not load(op, name).COMPOSITE)
+    return ",".join([chosen, *list(kernels)[:1]])
 
 
 def is_composite(op: str, backend: str) -> bool:
@@ -165,18 +172,21 @@ def is_composite(op: str, backend: str) -> bool:
     return "," not in backend and load(op, backend).COMPOSITE
 
 
-def serving(op: str, backend: str, sizes: tuple[int, ...]) -> str:
-    """The backend that serves a call of ``sizes``: of two alternatives the first, unless it leaves such calls to the second."""
+def serving(op: str, backend: str, sizes: tuple[int, ...], rule: str = "leaves") -> str:
+    """The backend that serves a call of ``sizes``: of two alternatives the first, unless it leaves such calls to the second.
+
+    Its ``rule`` says that: "leaves" for the forward, "leaves_backward" for the backward.
+    """
     if "," not in backend:
         return backend
     first, second = backend.split(",")
-    return second if load(op, first).leaves(sizes) else first
+    return second if getattr(load(op, first), rule)(sizes) else first
 
 
 def select_passes(problem: Problem, backend: str | None = None) -> tuple[str, str]:
     """The backends that serve the forward and the backward of ``problem``, chosen apart; ``serving`` tells which of two does.
 
-    Two kernel backends for the forward ("cuda,triton") are alternatives between which the sizes of a call decide.
+    Two kernel backends for one of them ("cuda,triton") are alternatives between which the sizes of a call decide.
 
     A backward starts from what any kernels' forward leaves, so a backend without a gradient may still serve the forward. A
     composition of torch's operations serves both or neither.

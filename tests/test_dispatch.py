@@ -275,12 +275,15 @@ class TestPasses:
         """Where the automatic choice, or the caller's list, has another kernel backend for the calls that are left to it."""
 
         def load(op: str, name: str) -> SimpleNamespace:
-            small = {"leaves": lambda sizes: "small" if max(sizes) < 100 else None} if name == "cuda" else {}
+            def leaves(sizes: tuple[int, ...]) -> str | None:
+                return "small" if max(sizes) < 100 else None
+
+            small = {"leaves": leaves, "leaves_backward": lambda sizes: "slow"} if name == "cuda" else {}
             return SimpleNamespace(COMPOSITE=name not in ("cuda", "triton"), **small)
 
         monkeypatch.setattr(dispatch, "load", load)
         training = replace(SHARED, needs_grad=True)
-        assert dispatch.select_passes(SHARED) == ("cuda,triton", "cuda")
+        assert dispatch.select_passes(SHARED) == ("cuda,triton", "cuda,triton")
         assert dispatch.select_passes(training) == ("cuda,triton", "triton")
         assert dispatch.select_passes(SHARED, "cuda") == ("cuda", "cuda")
         with use_backend("cuda", "reference"):
@@ -288,6 +291,7 @@ class TestPasses:
         assert dispatch.serving("shared_kv_attention", "cuda,triton", (1, 2, 3)) == "triton"
         assert dispatch.serving("shared_kv_attention", "cuda,triton", (1, 2, 300)) == "cuda"
         assert dispatch.serving("shared_kv_attention", "cuda", (1, 2, 3)) == "cuda"
+        assert dispatch.serving("shared_kv_attention", "cuda,triton", (1, 2, 300), "leaves_backward") == "triton"
 
     def test_a_forward_without_gradient_may_have_anothers(self) -> None:
         training = replace(SHARED, needs_grad=True)

@@ -28,7 +28,28 @@ constexpr int kAttentionBlockQ = 128;
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForwardParams& params);
 
+// The same of the backward.
+struct AttentionBackwardMaps {
+  CUtensorMap query;
+  CUtensorMap key;
+  CUtensorMap value;
+  CUtensorMap dout;
+  // What a warpgroup writes: 64 rows.
+  CUtensorMap dq;
+  CUtensorMap dk;
+  CUtensorMap dv;
+};
+
+constexpr int kAttentionBackwardColumns[] = {64, 128};
+constexpr int kAttentionBackwardBlockKV = 128;
+constexpr int attention_bwd_block_q(int columns) { return columns <= 64 ? 128 : 64; }
+
+// What the kernels start from (lse in powers of two, delta), the gradients, and dq from its parts.
+template <ElementType kElement, int kColumns>
+cudaError_t enqueue_attention_bwd(const AttentionBackwardMaps& maps, const AttentionBackwardParams& params);
+
 // Shared memory of a block of the kernel for `columns`; 0: there is none.
 int attention_shared_bytes(int columns);
+int attention_bwd_shared_bytes(int columns);
 
 }  // namespace perceiver

@@ -204,7 +204,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
 }
 
 template <class Element, class Shape>
-__global__ void __launch_bounds__(kForwardThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     attention_fwd_kernel(const __grid_constant__ AttentionMaps maps, const __grid_constant__ AttentionForwardParams params) {
   extern __shared__ unsigned char shared[];
   const AttentionMemory<Shape> memory(shared);

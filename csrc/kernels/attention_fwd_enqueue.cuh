@@ -26,7 +26,7 @@ cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForw
   const auto kernel = &attention_fwd_kernel<Element, Shape>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<params.blocks, kForwardThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
+  kernel<<<params.blocks, kBlockThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
   return cudaGetLastError();
 }
 

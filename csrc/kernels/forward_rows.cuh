@@ -4,27 +4,12 @@
 // same tile is B of q k^T (K-major) and of p v (MN-major).
 #pragma once
 
+#include "kernels/warpgroups.cuh"
 #include "perceiver/device/element.cuh"
 #include "perceiver/device/shared.cuh"
 #include "perceiver/device/wgmma.cuh"
 
 namespace perceiver {
-
-constexpr int kWarpgroup = 128;
-// A producer warpgroup, and two that own 64 rows each.
-constexpr int kConsumers = 2;
-constexpr int kForwardThreads = (1 + kConsumers) * kWarpgroup;
-// Registers of a thread after the warpgroups have shared them out: (24 + 2 x 240) x 128 of 65,536.
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 
 // A row's maximum is raised only when scores outgrow it by 2^8: weights stay below 2^8, and the division at the end is exact.
 constexpr float kRescaleAbove = 8.0f;
@@ -46,20 +31,6 @@ struct TileShape {
   static constexpr int kSlabBytes = kBlockKV * 128;
   static constexpr int kTileBytes = kSlabs * kSlabBytes;
   static constexpr int kMaskWords = (kBlockKV + 31) / 32;
-};
-
-// The stage of a tile and how often it was used before, modulo 2.
-template <int kStages>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // Two rows of one thread: scores and weights of a tile, and the softmax state. Maxima are in powers of two.
@@ -195,57 +166,6 @@ struct ForwardRows {
   }
 };
 
-// Of a 4 x 4 matrix of registers, spread over four neighbouring threads by columns: thread i gets row i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&value)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-  uint32_t first = __shfl_xor_sync(0xffffffffu, odd ? value[0] : value[1], 1);
-  uint32_t second = __shfl_xor_sync(0xffffffffu, odd ? value[2] : value[3], 1);
-  (odd ? value[0] : value[1]) = first;
-  (odd ? value[2] : value[3]) = second;
-  first = __shfl_xor_sync(0xffffffffu, upper ? value[0] : value[2], 2);
-  second = __shfl_xor_sync(0xffffffffu, upper ? value[1] : value[3], 2);
-  (upper ? value[0] : value[2]) = first;
-  (upper ? value[1] : value[3]) = second;
-}
-
-// Writes columns first.. of the two rows, times `inverse`, as Out: rows on 16 bytes, channels a multiple of 8.
-template <int kCount>
-__device__ __forceinline__ void store_sums(float* gRow, int64_t row_pitch, const float (&sums)[kCount],
-                                           const float (&inverse)[2], const bool (&exists)[2], int first, int channels) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const int half = i % 2, column = first + 8 * (i / 2) + 2 * (threadIdx.x % 4);
-    if (exists[half] && column < channels) {
-      store_pair(gRow + half * 8 * row_pitch + column, sums[2 * i] * inverse[half], sums[2 * i + 1] * inverse[half]);
-    }
-  }
-}
-
-// In 16 bits four threads hold 8 columns of a row, 16 bytes: each of them writes those of one block of 8 in four.
-template <class Out, int kCount>
-__device__ __forceinline__ void store_sums(Out* gRow, int64_t row_pitch, const float (&sums)[kCount],
-                                           const float (&inverse)[2], const bool (&exists)[2], int first, int channels) {
-  constexpr int kBlocks = kCount / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int block = 0; block < kBlocks; block += 4) {
-      uint32_t columns[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = block + i < kBlocks ? 4 * (block + i) + 2 * half : 0;
-        columns[i] = packed_pair<Out>(sums[at] * inverse[half], sums[at + 1] * inverse[half]);
-      }
-      transpose_quad(columns);
-      const int mine = block + threadIdx.x % 4, column = first + 8 * mine;
-      if (exists[half] && mine < kBlocks && column < channels) {
-        *reinterpret_cast<uint4*>(gRow + half * 8 * row_pitch + column) =
-            make_uint4(columns[0], columns[1], columns[2], columns[3]);
-      }
-    }
-  }
-}
-
 // The totals of the two rows over the four threads that share them, and what their sums are multiplied with: a row that saw
 // nothing has total 0, so its result is 0 and its lse -inf.
 template <class Rows>
@@ -256,7 +176,7 @@ __device__ __forceinline__ void finish_totals(Rows& rows, float (&inverse)[2], f
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     inverse[half] = total == 0.0f ? 0.0f : 1.0f / total;
-    lse[half] = (rows.maximum[half] + log2f(total)) * 0.69314718055994530942f;
+    lse[half] = (rows.maximum[half] + log2f(total)) * kLn2;
   }
 }
 

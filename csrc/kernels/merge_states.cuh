@@ -10,7 +10,6 @@
 namespace perceiver {
 
 constexpr int kMergeThreads = 256;
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 // Four columns of a sum of states, each weighed with exp(lse - safe).
 struct MergedColumns {

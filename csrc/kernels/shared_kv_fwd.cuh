@@ -191,7 +191,7 @@ __device__ __forceinline__ void attend(SharedKVMemory<Shape> memory, const Share
 }
 
 template <class Element, class Shape, bool kMasked>
-__global__ void __launch_bounds__(kForwardThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     shared_kv_fwd_kernel(const __grid_constant__ SharedKVMaps maps, const __grid_constant__ SharedKVForwardParams params) {
   extern __shared__ unsigned char shared[];
   const SharedKVMemory<Shape> memory(shared);

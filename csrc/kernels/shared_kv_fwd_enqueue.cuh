@@ -30,7 +30,7 @@ cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwar
   if (error != cudaSuccess) return error;
   const int64_t row_blocks = (int64_t{params.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ;
   const auto blocks = static_cast<unsigned>(row_blocks * params.splits * params.batch);
-  kernel<<<blocks, kForwardThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
+  kernel<<<blocks, kBlockThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
   return cudaGetLastError();
 }
 

@@ -93,6 +93,7 @@ def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | 
             refused.pop(name, None)
             if name != chosen and (reason := getattr(load(problem.OP, name), "leaves", lambda _: None)(sizes)):
                 refused[name] = [reason]
+        backward = serving(problem.OP, backward, sizes, "leaves_backward")
         backward = None if backward == chosen else backward
     if chosen is None or load(problem.OP, chosen).COMPOSITE:
         plan = None  # tiles and splits are those of kernels

@@ -26,9 +26,9 @@ def _flat(masks: Masks) -> tuple[Any, ...]:
     return (*masks.tensors, masks.causal)
 
 
-def _serving(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], backend: str) -> str:
+def _serving(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], backend: str, rule: str = "leaves") -> str:
     B, H, Lq, d_qk = query.shape
-    return serving("attention", backend, (B, H, Lq, sum(key.shape[2] for key in keys), d_qk, values[0].shape[3]))
+    return serving("attention", backend, (B, H, Lq, sum(key.shape[2] for key in keys), d_qk, values[0].shape[3]), rule)
 
 
 def _forward(
@@ -60,7 +60,10 @@ def _backward(
     dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str, needs_dq: bool, needs_dkv: bool,
 ) -> list[Tensor]:  # fmt: skip
     masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
-    return load("attention", backend).attention_backward(
+    # Kernels that compute every gradient at once are no choice where dq alone is asked for.
+    if not needs_dkv:
+        backend = backend.split(",")[-1]
+    return load("attention", _serving(query, keys, values, backend, "leaves_backward")).attention_backward(
         dout, dlse, out, lse, statistics, query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, needs_dq=needs_dq, needs_dkv=needs_dkv,
     )  # fmt: skip

@@ -123,7 +123,16 @@ def specification(query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor,
 def function_of(target: Target) -> Function:
     """The backend's differentiable attention(query, keys, values, masks=, scale=, ...) to (out, lse or None)."""
     module = load("attention", target.backend)
-    return module.attention if module.COMPOSITE else partial(op.attention, backends=target.passes)
+    return module.attention if module.COMPOSITE else partial(_attend, target)
+
+
+def _attend(
+    target: Target, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS,
+    dropout_p: float = 0.0, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    problem = AttentionProblem.of(query, keys, values, masks, dropout_p, None, True)
+    backends = target.passes_of(problem)
+    return op.attention(query, keys, values, masks=masks, dropout_p=dropout_p, backends=backends, **options)
 
 
 def attention_results(function: Function, call: AttentionCall) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from perceiver_kernels.testing.cases import EncodeCase
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
-# Kernels without a gradient: tests of gradients take Triton's, which start from what this forward leaves.
-FORWARD_ONLY = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
+# Kernels that lack some gradients, or all: tests of those take Triton's, which start from what this forward leaves.
+LACKS_GRADIENTS = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,21 @@ class Target:
         return self.backend in KERNEL_BACKENDS
 
     @property
-    def is_forward_only(self) -> bool:
-        return (self.op, self.backend) in FORWARD_ONLY
+    def lacks_gradients(self) -> bool:
+        return (self.op, self.backend) in LACKS_GRADIENTS
 
     @property
     def passes(self) -> tuple[str, str]:
-        """The backends of the forward and the backward."""
-        return self.backend, "triton" if self.is_forward_only else self.backend
+        """The backends of the forward and of any backward."""
+        return self.backend, "triton" if self.lacks_gradients else self.backend
+
+    def passes_of(self, problem: Problem) -> tuple[str, str]:
+        """The backends of the forward and the backward of a problem."""
+        return self.backend, "triton" if self.lacks_gradients and refusals(problem, self.backend) else self.backend
 
     def refusals(self, problem: Problem) -> list[str]:
-        """Why the backend cannot serve the problem, or its forward where it has no other; empty where it can."""
-        if self.is_forward_only:
+        """Why the backend cannot serve the problem, or its forward where it lacks gradients; empty where it can."""
+        if self.lacks_gradients:
             problem = replace(problem, needs_grad=False)  # type: ignore[call-arg]
         return refusals(problem, self.backend)
 

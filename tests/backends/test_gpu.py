@@ -21,7 +21,7 @@ from perceiver_kernels.testing.targets import Target, only
 pytestmark = pytest.mark.gpu
 
 OP = "shared_kv_attention"
-FORWARD_ONLY = True
+LACKS_GRADIENTS = True
 CHUNK = 8192
 
 

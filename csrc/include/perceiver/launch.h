@@ -7,7 +7,7 @@
 #include "perceiver/params.h"
 
 // Raised whenever a struct or a function of this interface changes.
-#define PK_ABI_VERSION 3
+#define PK_ABI_VERSION 4
 
 #define PK_API extern "C" __attribute__((visibility("default")))
 
@@ -24,7 +24,7 @@ PK_API int32_t pk_abi_version() noexcept;
 // The layout of the parameter structs as this library was compiled with them (perceiver/layout.h).
 PK_API const char* pk_layout() noexcept;
 
-// Shared memory of a block of a kernel for Hopper ("shared_kv_fwd", "attention_fwd") for rows of up to `columns`; 0: not built.
+// Shared memory of a block of a kernel for Hopper ("shared_kv_fwd", "attention_fwd", "attention_bwd") for rows of up to `columns`; 0: not built.
 PK_API int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept;
 
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
@@ -35,6 +35,9 @@ PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkS
 
 // Enqueues the attention forward of 16-bit heads of up to 256 channels, on compute capability 9.0.
 PK_API void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept;
+
+// Enqueues the attention backward of 16-bit heads of up to 128 channels, on compute capability 9.0.
+PK_API void pk_attention_bwd(const perceiver::AttentionBackwardParams* params, PkStatus* status) noexcept;
 
 // Enqueues the merge of softmax states.
 PK_API void pk_merge_states(const perceiver::MergeStatesParams* params, PkStatus* status) noexcept;

@@ -20,7 +20,8 @@ std::string describe_layout() {
 // All structs of the interface.
 inline std::string describe_layouts() {
   return describe_layout<PackForwardParams>() + " | " + describe_layout<SharedKVForwardParams>() + " | " +
-         describe_layout<AttentionForwardParams>() + " | " + describe_layout<MergeStatesParams>();
+         describe_layout<AttentionForwardParams>() + " | " + describe_layout<AttentionBackwardParams>() + " | " +
+         describe_layout<MergeStatesParams>();
 }
 
 }  // namespace perceiver

@@ -161,6 +161,71 @@ struct AttentionForwardParams {
   void* stream;
 };
 
+// The gradients of attention over given keys and values.
+struct AttentionBackwardParams {
+  // As in AttentionForwardParams.
+  const void* query;
+  int64_t stride_query_batch;
+  int64_t stride_query_head;
+  int64_t stride_query_row;
+  const void* key;
+  int64_t stride_key_batch;
+  int64_t stride_key_head;
+  int64_t stride_key_row;
+  const void* value;
+  int64_t stride_value_batch;
+  int64_t stride_value_head;
+  int64_t stride_value_row;
+  // [batch, heads, queries, channels_v], as query.
+  const void* out;
+  int64_t stride_out_batch;
+  int64_t stride_out_head;
+  int64_t stride_out_row;
+  const void* dout;
+  int64_t stride_dout_batch;
+  int64_t stride_dout_head;
+  int64_t stride_dout_row;
+  // [batch, heads, queries] float, contiguous; dlse may be null.
+  const float* lse;
+  const float* dlse;
+  // [batch, heads, query_blocks, 2, rows of a block]: a workspace, lse in powers of two and delta.
+  float* rows;
+  // [splits, batch, heads, query_blocks, rows of a block, columns of the kernel]: a workspace, in the order of its registers.
+  float* dq_parts;
+  // The gradients, as query, key and value.
+  void* dq;
+  int64_t stride_dq_batch;
+  int64_t stride_dq_head;
+  int64_t stride_dq_row;
+  void* dk;
+  int64_t stride_dk_batch;
+  int64_t stride_dk_head;
+  int64_t stride_dk_row;
+  void* dv;
+  int64_t stride_dv_batch;
+  int64_t stride_dv_head;
+  int64_t stride_dv_row;
+  int32_t batch;
+  int32_t heads;
+  int32_t heads_per_key_head;
+  int32_t queries;
+  int32_t keys;
+  int32_t channels_qk;
+  int32_t channels_v;
+  int32_t type;
+  // The plan: query_blocks cover the queries; keys_per_split is a multiple of the kernel's tile of keys but for the last split;
+  // items are all splits of all heads of keys, blocks what runs at a time.
+  int32_t query_blocks;
+  int32_t splits;
+  int32_t keys_per_split;
+  int32_t items;
+  int32_t blocks;
+  float scale;
+  float scale_log2;
+  int32_t device;
+  void* stream;
+};
+
 // (z, lse, rho) of the states of all splits, and of an earlier one where there is one.
 struct MergeStatesParams {
   // [batch, splits, rows, channels] and [batch, splits, rows] float, contiguous.
@@ -249,6 +314,65 @@ void visit_fields(const AttentionForwardParams*, Visit&& visit) {
   PK_FIELD(keys_per_split);
   PK_FIELD(items);
   PK_FIELD(blocks);
+  PK_FIELD(scale_log2);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
+template <typename Visit>
+void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &AttentionBackwardParams::name, offsetof(AttentionBackwardParams, name))
+  PK_FIELD(query);
+  PK_FIELD(stride_query_batch);
+  PK_FIELD(stride_query_head);
+  PK_FIELD(stride_query_row);
+  PK_FIELD(key);
+  PK_FIELD(stride_key_batch);
+  PK_FIELD(stride_key_head);
+  PK_FIELD(stride_key_row);
+  PK_FIELD(value);
+  PK_FIELD(stride_value_batch);
+  PK_FIELD(stride_value_head);
+  PK_FIELD(stride_value_row);
+  PK_FIELD(out);
+  PK_FIELD(stride_out_batch);
+  PK_FIELD(stride_out_head);
+  PK_FIELD(stride_out_row);
+  PK_FIELD(dout);
+  PK_FIELD(stride_dout_batch);
+  PK_FIELD(stride_dout_head);
+  PK_FIELD(stride_dout_row);
+  PK_FIELD(lse);
+  PK_FIELD(dlse);
+  PK_FIELD(rows);
+  PK_FIELD(dq_parts);
+  PK_FIELD(dq);
+  PK_FIELD(stride_dq_batch);
+  PK_FIELD(stride_dq_head);
+  PK_FIELD(stride_dq_row);
+  PK_FIELD(dk);
+  PK_FIELD(stride_dk_batch);
+  PK_FIELD(stride_dk_head);
+  PK_FIELD(stride_dk_row);
+  PK_FIELD(dv);
+  PK_FIELD(stride_dv_batch);
+  PK_FIELD(stride_dv_head);
+  PK_FIELD(stride_dv_row);
+  PK_FIELD(batch);
+  PK_FIELD(heads);
+  PK_FIELD(heads_per_key_head);
+  PK_FIELD(queries);
+  PK_FIELD(keys);
+  PK_FIELD(channels_qk);
+  PK_FIELD(channels_v);
+  PK_FIELD(type);
+  PK_FIELD(query_blocks);
+  PK_FIELD(splits);
+  PK_FIELD(keys_per_split);
+  PK_FIELD(items);
+  PK_FIELD(blocks);
+  PK_FIELD(scale);
   PK_FIELD(scale_log2);
   PK_FIELD(device);
   PK_FIELD(stream);

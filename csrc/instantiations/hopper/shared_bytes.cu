@@ -1,3 +1,4 @@
+#include "kernels/attention_bwd_enqueue.cuh"
 #include "kernels/attention_fwd_enqueue.cuh"
 #include "kernels/shared_kv_fwd_enqueue.cuh"
 
@@ -19,6 +20,14 @@ int attention_shared_bytes(int columns) {
     case 64: return AttentionShapeOf<64>::kSharedBytes;
     case 128: return AttentionShapeOf<128>::kSharedBytes;
     case 256: return AttentionShapeOf<256>::kSharedBytes;
+  }
+  return 0;
+}
+
+int attention_bwd_shared_bytes(int columns) {
+  switch (columns) {
+    case 64: return BackwardShapeOf<64>::kSharedBytes;
+    case 128: return BackwardShapeOf<128>::kSharedBytes;
   }
   return 0;
 }

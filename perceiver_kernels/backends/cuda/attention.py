@@ -1,4 +1,4 @@
-"""attention on CUDA C++: plan, fill the parameter struct, launch, merge. Forward only, on Hopper."""
+"""attention on CUDA C++: plan, fill the parameter structs, launch, merge. On Hopper."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from perceiver_kernels.backends.cuda import (
     ELEMENT_TYPES,
     LEAST_FLOPS,
     LOG2_E,
+    address,
     binding,
     filled,
     on_device_of,
@@ -33,6 +34,9 @@ COMPOSITE = False
 # Of csrc/kernels/attention_enqueue.h: the widest head of a kernel, and the keys of its tile.
 BLOCK_KV = {64: 128, 128: 128, 256: 64}
 BLOCK_Q = 128
+# The same of the backward: the queries of a block, by width, and the keys of a tile.
+BACKWARD_BLOCK_Q = {64: 128, 128: 64}
+BACKWARD_BLOCK_KV = 128
 
 
 def reasons_against(problem: AttentionProblem) -> list[str]:
@@ -49,8 +53,10 @@ def reasons_against(problem: AttentionProblem) -> list[str]:
         "a causal mask": problem.causal != "none", "two segments": problem.segments > 1, "dropout": problem.dropout,
     }  # fmt: skip
     reasons += [f"cuda attends without {what}" for what, asked in refused.items() if asked]
-    if problem.needs_grad:
-        reasons.append("cuda has no gradient of attention")
+    if problem.needs_grad and max(problem.d_qk, problem.d_v) > max(BACKWARD_BLOCK_Q):
+        reasons.append(
+            f"cuda has the gradient of heads of up to {max(BACKWARD_BLOCK_Q)} channels, got {problem.d_qk} and {problem.d_v}"
+        )
     return reasons
 
 
@@ -98,22 +104,43 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def leaves_backward(sizes: tuple[int, ...]) -> str | None:
+    """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None."""
+    B, H, Lq, Lk, d_qk, d_v = sizes
+    if d_qk != d_v or d_qk not in BACKWARD_BLOCK_Q:
+        return f"gradients of heads of {d_qk} and {d_v} channels were not measured against triton"
+    block_q = BACKWARD_BLOCK_Q[d_qk]
+    if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
+        return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
+    if Lq > 4 * Lk:
+        return "dq of every tile of keys is added up in device memory: triton is faster for decoders"
+    if B * H * math.ceil(Lk / BACKWARD_BLOCK_KV) < 128:
+        return f"fewer than 128 tiles of keys in all heads, got {B * H * math.ceil(Lk / BACKWARD_BLOCK_KV)}"
+    if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
+        return "triton is faster with less than 5 GFLOP"
+    return None
+
+
 def plan(problem: AttentionProblem, device: DeviceFacts) -> ForwardPlan:
     """How the forward of ``problem`` is computed."""
     p = problem
     return plan_forward(max(1, p.B), p.H, max(1, p.Lq), max(1, p.Lk), p.d_qk, p.d_v, device)
 
 
+def _stride_names(*tensors: str) -> list[str]:
+    return [f"stride_{tensor}_{axis}" for tensor in tensors for axis in ("batch", "head", "row")]
+
+
 @functools.lru_cache(maxsize=1024)
-def _params(
+def _forward_params(
     sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, out_dtype: torch.dtype, made: ForwardPlan,
     scale: float, device: int,
 ) -> Any:  # fmt: skip
     """What calls alike have in common; strides are query's, key's, value's and out's. Copied, not changed."""
     B, H, H_kv, Lq, Lk, d_qk, d_v = sizes
-    names = [f"{tensor}_{axis}" for tensor in ("query", "key", "value") for axis in ("batch", "head", "row")]
-    names += [f"out_{axis}" for axis in ("batch", "head", "split", "row")]
-    fields = {f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)} | {
+    names = [*_stride_names("query", "key", "value"), *(f"stride_out_{axis}" for axis in ("batch", "head", "split", "row"))]
+    fields = dict(zip(names, strides, strict=True)) | {
         "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
         "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "out_type": ELEMENT_TYPES[out_dtype], "splits": made.splits,
         "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale_log2": scale * LOG2_E,
@@ -164,7 +191,7 @@ def attention_forward(
         stream = stream_of(query)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
         sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
-        params = _params(sizes, strides, query.dtype, part.dtype, made, scale, query.get_device())
+        params = _forward_params(sizes, strides, query.dtype, part.dtype, made, scale, query.get_device())
         addresses = {
             "query": query.data_ptr(), "key": key.data_ptr(), "value": value.data_ptr(),
             "out": part.data_ptr(), "lse_out": lse_part.data_ptr(), "stream": stream,
@@ -173,3 +200,93 @@ def attention_forward(
         if merged:
             merge_states(part, lse_part, None, out, lse, None, stream)
     return out, lse, statistics
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Queries of a block, the blocks that cover them, splits of the keys and their keys, items of work and programs."""
+
+    block_q: int
+    query_blocks: int
+    splits: int
+    keys_per_split: int
+    items: int
+    blocks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: DeviceFacts) -> BackwardPlan:
+    """Splits with the least estimated time; one block fills a multiprocessor, and every split has a part of dq of its own."""
+    columns, block_q = next(pair for pair in BACKWARD_BLOCK_Q.items() if max(d_qk, d_v) <= pair[0])
+    query_blocks, tiles = math.ceil(Lq / block_q), math.ceil(Lk / BACKWARD_BLOCK_KV)
+    rows = query_blocks * block_q
+    splits, per_split = fastest_splits(
+        B * H_kv, tiles, 2.0 * BACKWARD_BLOCK_KV * H // H_kv * rows * (3 * d_qk + 2 * d_v), 8.0 * B * H * rows * columns,
+        resident=1, device=device,
+    )  # fmt: skip
+    items = B * H_kv * splits
+    return BackwardPlan(block_q, query_blocks, splits, per_split * BACKWARD_BLOCK_KV, items, min(items, device.sm_count))
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_params(
+    sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, made: BackwardPlan, scale: float, device: int
+) -> Any:
+    """What calls alike have in common; strides are query's, key's, value's, out's, dout's, dq's, dk's, dv's. Copied."""
+    B, H, H_kv, Lq, Lk, d_qk, d_v = sizes
+    names = _stride_names("query", "key", "value", "out", "dout", "dq", "dk", "dv")
+    fields = dict(zip(names, strides, strict=True)) | {
+        "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
+        "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "query_blocks": made.query_blocks, "splits": made.splits,
+        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale": scale,
+        "scale_log2": scale * LOG2_E, "device": device,
+    }  # fmt: skip
+    return filled(binding().AttentionBackwardParams(), fields)
+
+
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...], masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
+    needs_dq: bool = True, needs_dkv: bool = True,
+) -> list[Tensor]:  # fmt: skip
+    """[dq, dk, dv] of what attention_forward gives; what is not needed is empty.
+
+    Args:
+        dout, out: ``[B, H, Lq, d_v]`` in the dtype of query; the gradient of out, and out.
+        dlse, lse: fp32 ``[B, H, Lq]``; dlse may be None.
+        query, keys, values, scale: as in attention_forward, heads of up to 128 channels.
+        statistics, masks, dropout_p, dropout_seed: of what these kernels do not take, as in attention_forward.
+
+    Raises:
+        RuntimeError: the library refused or the launch failed; the message says why.
+    """
+    assert dropout_p == 0.0 and len(keys) == 1, "reasons_against refuses dropout and two segments"
+    (key,), (value,) = keys, values
+    (B, H, Lq, d_qk), (_, H_kv, Lk, d_v) = query.shape, value.shape
+    dq, dk, dv = (empty_heads(like, *like.shape) for like in (query, key, value))
+    if out.numel() == 0 or Lk == 0:
+        gradients = [dq.zero_(), dk.zero_(), dv.zero_()]
+    else:
+        positive, sign = positive_scale(query, scale)
+        tensors = [readable(tensor) for tensor in (positive, key, value, out, dout)]
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        made = plan_backward(B, H, H_kv, Lq, Lk, d_qk, d_v, device_facts(query.device))
+        columns = next(width for width in BACKWARD_BLOCK_Q if max(d_qk, d_v) <= width)
+        rows = torch.empty(B, H, made.query_blocks, 2, made.block_q, dtype=torch.float32, device=query.device)
+        dq_parts = torch.empty(
+            made.splits, B, H, made.query_blocks, made.block_q, columns, dtype=torch.float32, device=query.device
+        )
+        with on_device_of(query):
+            strides = tuple(stride for tensor in (*tensors, dq, dk, dv) for stride in tensor.stride()[:3])
+            sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
+            params = _backward_params(sizes, strides, query.dtype, made, sign, query.get_device())
+            names = ("query", "key", "value", "out", "dout", "lse", "rows", "dq_parts", "dq", "dk", "dv")
+            addresses = {name: t.data_ptr() for name, t in zip(names, (*tensors, lse, rows, dq_parts, dq, dk, dv), strict=True)}
+            addresses |= {"dlse": address(dlse), "stream": stream_of(query)}
+            binding().attention_bwd(filled(binding().AttentionBackwardParams(params), addresses))
+        if scale <= 0.0:
+            # positive_scale moved the sign, or the zero, into the queries.
+            dq.neg_() if scale < 0.0 else dq.zero_()
+        gradients = [dq, dk, dv]
+    empty = query.new_empty(0)
+    return [gradient if needed else empty for gradient, needed in zip(gradients, (needs_dq, needs_dkv, needs_dkv), strict=True)]

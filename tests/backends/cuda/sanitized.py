@@ -64,10 +64,32 @@ def attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
                     yield f"attention, {channels} channels, {Lq} x {Lk}, {dtype}", found, weights @ values
 
 
+def attention_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """One split and several; queries and keys that end within a block, heads of keys that several heads read."""
+    for dtype in DTYPES:
+        for columns in attention.BACKWARD_BLOCK_Q:
+            for channels in (columns, columns - 24):
+                for B, Lq, Lk in ((40, 200, 300), (1, 130, 1500)):
+                    query, dout = (randn(B, 4, Lq, channels, dtype=dtype) for _ in range(2))
+                    key, value = (randn(B, 2, Lk, channels, dtype=dtype) for _ in range(2))
+                    leaves = [t.double().requires_grad_() for t in (query, key, value)]
+                    keys, values = (t.repeat_interleave(2, 1) for t in leaves[1:])
+                    scores = leaves[0] @ keys.mT * channels**-0.5
+                    expected = torch.autograd.grad(scores.softmax(-1) @ values, leaves, dout.double())
+                    out = (scores.softmax(-1) @ values).detach().to(dtype)
+                    lse = scores.logsumexp(-1).detach().float()
+                    options = {"scale": channels**-0.5, "dropout_p": 0.0, "dropout_seed": None}
+                    found = attention.attention_backward(
+                        dout, None, out, lse, lse.new_empty(0), query, (key,), (value,), NO_MASKS, **options
+                    )
+                    for name, ours, theirs in zip(("dq", "dk", "dv"), found, expected, strict=True):
+                        yield f"{name} of attention, {channels} channels, {B} x {Lq} x {Lk}, {dtype}", ours, theirs
+
+
 def main() -> None:
     torch.manual_seed(0)
     count = 0
-    for calls in (packs(), shared_kv_attentions(), attentions()):
+    for calls in (packs(), shared_kv_attentions(), attentions(), attention_backwards()):
         for name, found, expected in calls:
             error = ((found.double() - expected).norm() / expected.norm()).item()
             assert error < 0.01, f"{name}: relative error {error:.2g}"

@@ -23,8 +23,8 @@ LAUNCH_HEADER = ROOT / "csrc" / "include" / "perceiver" / "launch.h"
 PARAMS_HEADER = ROOT / "csrc" / "include" / "perceiver" / "params.h"
 FLAT_SHAPES, STRIDED_SHAPES = 10, 5
 """Row shapes in csrc/kernels/pack_enqueue.cuh; each is compiled for every element type written (and, flat, read)."""
-HOPPER_KERNELS = 2 * (2 * len(shared_kv.BLOCK_KV) + len(attention.BLOCK_KV))
-"""In bf16 and fp16: shared-KV attention with and without a mask, attention."""
+HOPPER_KERNELS = 2 * (2 * len(shared_kv.BLOCK_KV) + len(attention.BLOCK_KV) + 3 * len(attention.BACKWARD_BLOCK_Q))
+"""In bf16 and fp16: shared-KV attention with and without a mask, attention, and the three of its backward."""
 MERGES = 2
 """Numbers of groups in csrc/instantiations/merge_states.cu, each for every element type written."""
 
@@ -70,6 +70,20 @@ def valid_attention(**changes):
     return fields | changes
 
 
+def valid_attention_backward(**changes):
+    """The gradients of attention of one query over 5 keys of 16 bf16 channels."""
+    heads = ("query", "key", "value", "out", "dout", "dq", "dk", "dv")
+    fields = {f"stride_{name}_{axis}": 80 for name in heads for axis in ("batch", "head")}
+    fields |= {f"stride_{name}_row": 16 for name in heads}
+    fields |= {name: 4096 * (i + 1) for i, name in enumerate((*heads, "lse", "rows", "dq_parts"))}
+    fields |= {
+        "batch": 1, "heads": 1, "heads_per_key_head": 1, "queries": 1, "keys": 5, "channels_qk": 16, "channels_v": 16,
+        "type": 2, "query_blocks": 1, "splits": 1, "keys_per_split": 128,
+        "items": 1, "blocks": 1, "scale": 0.7, "scale_log2": 1.0,
+    }  # fmt: skip
+    return fields | changes
+
+
 def valid_merge(**changes):
     fields = {
         "z_part": 4096, "lse_part": 8192, "z": 16384, "lse": 32768, "rho": 65536, "batch": 1, "heads": 1, "splits": 2,
@@ -78,7 +92,9 @@ def valid_merge(**changes):
     return fields | changes
 
 
-STRUCTS = ("PackForwardParams", "SharedKVForwardParams", "AttentionForwardParams", "MergeStatesParams")
+STRUCTS = (
+    "PackForwardParams", "SharedKVForwardParams", "AttentionForwardParams", "AttentionBackwardParams", "MergeStatesParams"
+)  # fmt: skip
 
 
 def header_fields(struct: str = "PackForwardParams") -> list[str]:
@@ -131,7 +147,7 @@ class TestStruct:
     def test_attention_fills_every_field(self, monkeypatch):
         """Over so many tokens that both forwards are split, and merged."""
         filled = {struct: set() for struct in STRUCTS[1:]}
-        functions = ("shared_kv_fwd", "attention_fwd", "merge_states")
+        functions = ("shared_kv_fwd", "attention_fwd", "attention_bwd", "merge_states")
         structs = {struct: (lambda *_, struct=struct: struct) for struct in STRUCTS}
         stand_in = SimpleNamespace(**structs, **dict.fromkeys(functions, lambda _: None))
 
@@ -142,7 +158,8 @@ class TestStruct:
         for module in (shared_kv, attention):
             monkeypatch.setattr(module, "on_device_of", lambda _: contextlib.nullcontext())
             monkeypatch.setattr(module, "stream_of", lambda _: 0)
-        for module, cached in ((shared_kv, "_forward_params"), (attention, "_params"), (states, "_params")):
+        caches = ((shared_kv, "_forward_params"), (attention, "_forward_params"), (attention, "_backward_params"))
+        for module, cached in (*caches, (states, "_params")):
             monkeypatch.setattr(module, "filled", fill)
             monkeypatch.setattr(module, "binding", lambda: stand_in)
             monkeypatch.setattr(module, cached, getattr(module, cached).__wrapped__)
@@ -152,6 +169,8 @@ class TestStruct:
         options = {"scale": 1.0, "dropout_p": 0.0, "dropout_seed": None}
         shared_kv.shared_kv_attention_forward(q, x, None, None, key_offset=0, **options)
         attention.attention_forward(q[None], (x[None],), (x[None],), NO_MASKS, **options)
+        of_forward = (q[None], torch.zeros(1, 1, 3), torch.zeros(0))
+        attention.attention_backward(q[None], None, *of_forward, q[None], (x[None],), (x[None],), NO_MASKS, **options)
         assert filled == {struct: set(header_fields(struct)) for struct in STRUCTS[1:]}
 
     def test_repeated_heads_are_read_once(self, monkeypatch):
@@ -163,7 +182,7 @@ class TestStruct:
             monkeypatch.setattr(module, "stream_of", lambda _: 0)
         monkeypatch.setattr(attention, "filled", lambda _, fields: filled.update(fields))
         monkeypatch.setattr(attention, "binding", lambda: stand_in)
-        monkeypatch.setattr(attention, "_params", attention._params.__wrapped__)
+        monkeypatch.setattr(attention, "_forward_params", attention._forward_params.__wrapped__)
         monkeypatch.setattr(attention, "device_facts", lambda _: H200)
         monkeypatch.setattr(attention, "merge_states", lambda *_: None)
         query = torch.zeros(2, 8, 128, 64, dtype=torch.float16)
@@ -256,6 +275,37 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
+            ({"heads": 0}, "heads and channels positive"),
+            ({"channels_v": 136}, "channels must be at most 128"),
+            ({"channels_qk": 12}, "channels must be multiples of 8"),
+            ({"heads": 3, "heads_per_key_head": 2}, "heads_per_key_head must divide heads"),
+            ({"type": 0}, "type must be 1"),
+            ({"splits": 2, "keys_per_split": 80}, "of whole tiles of keys"),
+            ({"keys_per_split": 4}, "must cover the keys, and none be empty"),
+            ({"splits": 2, "items": 2}, "must cover the keys, and none be empty"),
+            ({"query_blocks": 2}, "query_blocks must cover the queries"),
+            ({"queries": 2**30, "query_blocks": 2**23, "heads": 64}, "fewer than 2\\^29 blocks of queries"),
+            ({"items": 2}, "items must be all splits of all heads"),
+            ({"scale": -1.0}, "scale and scale_log2 must be positive"),
+            ({"blocks": 0}, "blocks must be positive"),
+            ({"keys": 0}, "none be empty"),
+            ({"dout": 0}, "a pointer is null"),
+            ({"dq": 0}, "a pointer is null"),
+            ({"key": 4104}, "a base and pitches of 16 bytes"),
+            ({"queries": 2, "stride_dout_row": 20}, "a base and pitches of 16 bytes"),
+            ({"stride_dk_row": 12}, "a base and pitches of 16 bytes"),
+            ({"rows": 4100}, "out and workspaces must lie on 16 bytes"),
+            ({"stride_out_row": 12}, "out and workspaces must lie on 16 bytes"),
+        ],
+    )
+    def test_broken_promise_of_attentions_backward_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.AttentionBackwardParams(), valid_attention_backward(**changes))
+        with pytest.raises(RuntimeError, match=f"attention_bwd: .*{sentence}"):
+            binding.attention_bwd(params)
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
             ({"heads": 2}, "heads must divide batch"),
             ({"channels": 6}, "a positive multiple of 4"),
             ({"z_type": 5}, "z_type must be 0"),
@@ -336,6 +386,12 @@ class TestLibrary:
         first, of_first, of_rest = map(int, re.search(r"return columns <= (\d+) \? (\d+) : (\d+);", header).groups())
         assert {c: of_first if c <= first else of_rest for c in map(int, columns.split(", "))} == attention.BLOCK_KV
         assert int(re.search(r"kAttentionBlockQ = (\d+)", header).group(1)) == attention.BLOCK_Q
+        columns = re.search(r"kAttentionBackwardColumns\[\] = \{([\d, ]+)\}", header).group(1)
+        rule = re.search(r"attention_bwd_block_q\(int columns\) \{ return columns <= (\d+) \? (\d+) : (\d+);", header)
+        first, of_first, of_rest = map(int, rule.groups())
+        tiles = {c: of_first if c <= first else of_rest for c in map(int, columns.split(", "))}
+        assert tiles == attention.BACKWARD_BLOCK_Q
+        assert int(re.search(r"kAttentionBackwardBlockKV = (\d+)", header).group(1)) == attention.BACKWARD_BLOCK_KV
 
     def test_build_is_of_these_sources(self):
         assert not build_info.is_stale(build_info.read())

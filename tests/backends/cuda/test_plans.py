@@ -211,11 +211,12 @@ class TestAttention:
             ({"packed": True}, "without packed sequences"),
             ({"causal": "upper_left"}, "without a causal mask"),
             ({"segments": 2}, "without two segments"),
-            ({"needs_grad": True}, "no gradient of attention"),
+            ({"needs_grad": True, "d_v": 160}, "the gradient of heads of up to 128 channels, got 128 and 160"),
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
         monkeypatch.setattr(cuda, "reasons_against_hopper", list)
+        assert attention.reasons_against(self.problem(needs_grad=True)) == []
         assert attention.reasons_against(self.problem()) == []
         (sentence,) = attention.reasons_against(self.problem(**changes))
         assert reason in sentence
@@ -244,4 +245,35 @@ class TestAttention:
     )
     def test_calls_are_left_to_the_next_backend_where_it_is_faster(self, sizes, reason):
         found = attention.leaves(sizes)
+        assert found is None if reason is None else reason in found
+
+    def test_latents_are_differentiated_a_head_a_block(self):
+        assert attention.plan_backward(32, 8, 8, 512, 512, 128, 128, H200) == attention.BackwardPlan(64, 8, 1, 512, 256, 132)
+        assert attention.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200) == attention.BackwardPlan(64, 8, 16, 3200, 128, 128)
+
+    def test_splits_of_the_backward_cover_the_keys_in_whole_tiles(self):
+        sizes = itertools.product((1, 8, 500), ((8, 8), (8, 2)), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128))
+        for B, (H, H_kv), Lq, Lk, d in sizes:
+            plan = attention.plan_backward(B, H, H_kv, Lq, Lk, d, d, H200)
+            assert plan.keys_per_split % attention.BACKWARD_BLOCK_KV == 0
+            assert (plan.splits - 1) * plan.keys_per_split < Lk <= plan.splits * plan.keys_per_split
+            assert (plan.query_blocks - 1) * plan.block_q < Lq <= plan.query_blocks * plan.block_q
+            assert plan.items == B * H_kv * plan.splits and 1 <= plan.blocks <= min(plan.items, 132)
+
+    @pytest.mark.parametrize(
+        ("sizes", "reason"),
+        [
+            ((32, 8, 512, 512, 128, 128), None),
+            ((64, 8, 512, 512, 64, 64), None),
+            ((8, 1, 512, 50176, 128, 128), None),
+            ((4, 8, 512, 50176, 64, 64), None),
+            ((32, 8, 512, 512, 96, 96), "heads of 96 and 96 channels were not measured"),
+            ((8, 16, 64, 16384, 64, 64), "64 queries leave more than a fifth"),
+            ((1, 8, 2**20, 256, 64, 64), "decoders"),
+            ((1, 2, 2048, 2048, 64, 64), "tiles of keys"),
+            ((32, 8, 128, 512, 64, 64), "less than 5 GFLOP"),
+        ],
+    )
+    def test_backwards_are_left_to_the_next_backend_where_it_is_faster(self, sizes, reason):
+        found = attention.leaves_backward(sizes)
         assert found is None if reason is None else reason in found

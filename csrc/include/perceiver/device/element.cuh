@@ -53,6 +53,19 @@ __device__ __forceinline__ uint32_t packed_pair<__nv_bfloat16>(float first, floa
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+template <class Element>
+__device__ __forceinline__ float2 unpacked_pair(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpacked_pair<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+template <>
+__device__ __forceinline__ float2 unpacked_pair<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
 // 2^x to 2 ulp, 0 below the normal numbers.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

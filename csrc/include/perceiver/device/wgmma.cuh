@@ -50,7 +50,7 @@ __device__ __forceinline__ void pin(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Products of 64 rows and kColumns columns, A and B of Element. kTransposedB: B is MN-major.
+// Products of 64 rows and kColumns columns, A and B of Element. kTransposedA, kTransposedB: A, B is MN-major.
 template <class Element, int kColumns>
 struct Product;
 
@@ -93,13 +93,13 @@ struct Product;
 #define PK_PRODUCT(Element, TYPE, N, R, O1, O2, O3, O4, O5, O6)                                                      \
   template <>                                                                                                        \
   struct Product<Element, N> {                                                                                       \
-    template <bool kTransposedB>                                                                                     \
+    template <bool kTransposedB, bool kTransposedA = false>                                                          \
     __device__ __forceinline__ static void add(float (&d)[R], uint64_t a, uint64_t b, bool accumulate = true) {      \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2 ", 0;\n"                                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PK_D##R "}, %" #R ", %" #O1    \
-                   ", p, 1, 1, 0, %" #O3 ";\n}"                                                                      \
+                   ", p, 1, 1, %" #O4 ", %" #O3 ";\n}"                                                               \
                    : PK_R##R                                                                                         \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposedB));                          \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposedB), "n"(kTransposedA));       \
     }                                                                                                                \
     template <bool kTransposedB>                                                                                     \
     __device__ __forceinline__ static void add(float (&d)[R], const uint32_t (&a)[4], uint64_t b,                    \

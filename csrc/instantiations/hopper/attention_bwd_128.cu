@@ -1,0 +1,6 @@
+#include "kernels/attention_bwd_enqueue.cuh"
+
+namespace perceiver {
+template cudaError_t enqueue_attention_bwd<ElementType::kBFloat16, 128>(const AttentionBackwardMaps&, const AttentionBackwardParams&);
+template cudaError_t enqueue_attention_bwd<ElementType::kFloat16, 128>(const AttentionBackwardMaps&, const AttentionBackwardParams&);
+}  // namespace perceiver

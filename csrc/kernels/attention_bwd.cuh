@@ -1,0 +1,426 @@
+// Attention backward on sm_90a, for heads of up to kColumns channels: with p = exp(scale q k^T - lse) and
+// ds = p (dout v^T - delta), dv = p^T dout, dk = scale ds^T q, dq = scale ds k.
+//
+// Work: items of (split of the keys, head of keys, batch entry); blocks stay on their multiprocessors and take items in turn.
+// A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that read it, in blocks of
+// kBlockQ; dk and dv are sums in registers, dq is added to the item's own part in device memory, in the order of the registers
+// and always by the same thread: the same bits every time. Threads: a producer warpgroup, whose first warp copies queries and
+// the second one keys; two consumer warpgroups of 64 keys each, which exchange ds in shared memory.
+// While the weights of a block are computed, dout v^T and the last block's products are in flight.
+//
+// FLOPs 10 B H Lq Lk d. Device memory: keys, values and their gradients once; queries, dout and 8 B H Lq d bytes of dq per
+// tile of keys, which the L2 holds where there are few.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/attention_enqueue.h"
+#include "kernels/warpgroups.cuh"
+#include "perceiver/device/barrier.cuh"
+#include "perceiver/device/element.cuh"
+#include "perceiver/device/shared.cuh"
+#include "perceiver/device/tma.cuh"
+#include "perceiver/device/wgmma.cuh"
+
+namespace perceiver {
+
+template <int kColumns_>
+struct BackwardShapeOf {
+  static constexpr int kColumns = kColumns_, kBlockQ = attention_bwd_block_q(kColumns), kBlockKV = kAttentionBackwardBlockKV;
+  static constexpr int kStages = 2;
+  // Rows of 64 columns, 128 bytes; ds lies as the keys do, with queries for columns.
+  static constexpr int kSlabs = kColumns / 64, kScoreSlabs = kBlockQ / 64;
+  static constexpr int kKeySlabBytes = kBlockKV * 128, kKeyBytes = kSlabs * kKeySlabBytes;
+  static constexpr int kQuerySlabBytes = kBlockQ * 128, kQueryBytes = kSlabs * kQuerySlabBytes;
+  static constexpr int kScoreBytes = kScoreSlabs * kKeySlabBytes;
+  static constexpr int kRowBytes = 2 * kBlockQ * 4;
+  // A warpgroup computes 64 x 64 of a block's dq: 64 of its rows, or of its columns.
+  static_assert(kBlockQ * kColumns == kConsumers * 64 * 64 && kBlockKV == kConsumers * 64);
+  static constexpr int kDqSums = 32, kDqFloats = kDqSums * kWarpgroup;
+  static constexpr bool kDqByRows = kBlockQ == kConsumers * 64;
+  // A warpgroup's dq, and then its dv, on their way out.
+  static constexpr int kOutBytes = 4 * kDqFloats, kOutSlabBytes = 64 * 128;
+  static_assert(kSlabs * kOutSlabBytes <= kOutBytes);
+  static constexpr int kStageBytes = kKeyBytes + 2 * kQueryBytes + kScoreBytes + kRowBytes;
+  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kKeyBytes + kConsumers * kOutBytes + (4 * kStages + 2) * 8;
+};
+
+// The block's shared memory: tiles, which start on 1,024 bytes, of two stages but for the values; rows of lse and delta; barriers.
+template <class Shape>
+struct BackwardMemory {
+  uint32_t base;
+
+  __device__ explicit BackwardMemory(unsigned char* shared) : base((shared_address(shared) + 1023) & ~1023u) {}
+
+  __device__ __forceinline__ uint32_t keys(int stage) const { return base + stage * Shape::kKeyBytes; }
+  __device__ __forceinline__ uint32_t values() const { return keys(Shape::kStages); }
+  __device__ __forceinline__ uint32_t queries(int stage) const { return values() + Shape::kKeyBytes + stage * Shape::kQueryBytes; }
+  __device__ __forceinline__ uint32_t douts(int stage) const { return queries(Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t scores(int stage) const {
+    return queries(2 * Shape::kStages) + stage * Shape::kScoreBytes;
+  }
+  __device__ __forceinline__ uint32_t out(int warpgroup) const { return scores(Shape::kStages) + warpgroup * Shape::kOutBytes; }
+  __device__ __forceinline__ uint32_t lse(int stage) const { return out(kConsumers) + stage * Shape::kRowBytes; }
+  __device__ __forceinline__ uint32_t delta(int stage) const { return lse(stage) + Shape::kRowBytes / 2; }
+  __device__ __forceinline__ uint32_t barrier(int index) const { return lse(Shape::kStages) + 8 * index; }
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return barrier(Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t queries_full(int stage) const { return barrier(2 * Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t queries_empty(int stage) const { return barrier(3 * Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t values_full() const { return barrier(4 * Shape::kStages); }
+  __device__ __forceinline__ uint32_t values_empty() const { return barrier(4 * Shape::kStages + 1); }
+};
+
+// One item of work. Heads that read one head of keys lie side by side, and so do their blocks of queries.
+struct BackwardWork {
+  int split, key_head, entry, key_begin, key_end, first_head;
+
+  __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item) {
+    const int key_heads = params.heads / params.heads_per_key_head;
+    BackwardWork work;
+    work.split = item % params.splits;
+    item /= params.splits;
+    work.key_head = item % key_heads;
+    work.entry = item / key_heads;
+    work.key_begin = work.split * params.keys_per_split;
+    work.key_end = min(work.key_begin + params.keys_per_split, params.keys);
+    work.first_head = work.key_head * params.heads_per_key_head;
+    return work;
+  }
+
+  // Blocks of queries before this item's first one.
+  __device__ __forceinline__ int first_block(const AttentionBackwardParams& params) const {
+    return (entry * params.heads + first_head) * params.query_blocks;
+  }
+};
+
+// After the last tile a stage is reported full without one: consumers start the products of one block more.
+template <class Shape>
+__device__ __forceinline__ void load_keys(BackwardMemory<Shape> memory, const AttentionBackwardMaps& maps,
+                                          const AttentionBackwardParams& params) {
+  const uint64_t policy = evict_first();
+  const auto load_tokens = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, uint32_t empty, uint32_t parity, int key,
+                               const BackwardWork& work) {
+    wait(empty, parity ^ 1);
+    arrive_expecting(full, Shape::kKeyBytes);
+    for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+      load_tile(tile + slab * Shape::kKeySlabBytes, map, full, 64 * slab, key, work.key_head, work.entry, policy);
+    }
+  };
+  Turn<Shape::kStages> turn;
+  uint32_t value_parity = 0;
+  for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
+    const BackwardWork work = BackwardWork::of(params, item);
+    for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV, turn.next(), value_parity ^= 1) {
+      load_tokens(memory.keys(turn.stage), maps.key, memory.keys_full(turn.stage), memory.keys_empty(turn.stage), turn.parity,
+                  key, work);
+      load_tokens(memory.values(), maps.value, memory.values_full(), memory.values_empty(), value_parity, key, work);
+    }
+  }
+  wait(memory.keys_empty(turn.stage), turn.parity ^ 1);
+  arrive(memory.keys_full(turn.stage));
+}
+
+template <class Shape>
+__device__ __forceinline__ void load_queries(BackwardMemory<Shape> memory, const AttentionBackwardMaps& maps,
+                                             const AttentionBackwardParams& params) {
+  Turn<Shape::kStages> turn;
+  for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
+    const BackwardWork work = BackwardWork::of(params, item);
+    for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV) {
+      const float* gRows = params.rows + int64_t{work.first_block(params)} * (2 * Shape::kBlockQ);
+      for (int head = work.first_head; head < work.first_head + params.heads_per_key_head; ++head) {
+        for (int block = 0; block < params.query_blocks; ++block, turn.next(), gRows += 2 * Shape::kBlockQ) {
+          const uint32_t full = memory.queries_full(turn.stage);
+          wait(memory.queries_empty(turn.stage), turn.parity ^ 1);
+          arrive_expecting(full, 2 * Shape::kQueryBytes + Shape::kRowBytes);
+          for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+            const int offset = slab * Shape::kQuerySlabBytes, row = block * Shape::kBlockQ;
+            load_tile(memory.queries(turn.stage) + offset, maps.query, full, 64 * slab, row, head, work.entry);
+            load_tile(memory.douts(turn.stage) + offset, maps.dout, full, 64 * slab, row, head, work.entry);
+          }
+          load_run(memory.lse(turn.stage), gRows, Shape::kRowBytes, full);
+        }
+      }
+    }
+  }
+  wait(memory.queries_empty(turn.stage), turn.parity ^ 1);
+  arrive(memory.queries_full(turn.stage));
+}
+
+// 64 keys of a tile, one row of a product each, in the registers of a warpgroup: a thread has two of them.
+template <class Element, class Shape>
+struct BackwardRows {
+  float dk[Shape::kColumns / 2], dv[Shape::kColumns / 2];
+  float scores[Shape::kBlockQ / 2], dweights[Shape::kBlockQ / 2], dq[Shape::kDqSums];
+  uint32_t weights[Shape::kBlockQ / 16][4], dscores[Shape::kBlockQ / 16][4];
+
+  // Starts sums = tokens rows^T for the 64 keys at `tokens` and the block of queries at `rows`.
+  __device__ __forceinline__ static void start_scores(float (&sums)[Shape::kBlockQ / 2], uint32_t tokens, uint32_t rows) {
+    const OperandTile<16, 1024, Swizzle::k128Bytes> a(tokens), b(rows);
+#pragma unroll
+    for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        Product<Element, Shape::kBlockQ>::template add<false>(sums, a.at(slab * Shape::kKeySlabBytes + 32 * step),
+                                                              b.at(slab * Shape::kQuerySlabBytes + 32 * step), slab + step > 0);
+      }
+    }
+    commit_products();
+  }
+
+  // Starts sums (+)= factors rows for the block of queries at `rows`.
+  __device__ __forceinline__ static void start_sums(float (&sums)[Shape::kColumns / 2],
+                                                    const uint32_t (&factors)[Shape::kBlockQ / 16][4], uint32_t rows,
+                                                    bool accumulate) {
+    const OperandTile<Shape::kQuerySlabBytes, 1024, Swizzle::k128Bytes> b(rows);
+#pragma unroll
+    for (int step = 0; step < Shape::kBlockQ / 16; ++step) {
+      Product<Element, Shape::kColumns>::template add<true>(sums, factors[step], b.at(2048 * step), accumulate || step > 0);
+    }
+    commit_products();
+  }
+
+  // Starts dq (+)= ds k for this warpgroup's rows or columns of the block.
+  __device__ __forceinline__ void start_dq(uint32_t scores_slab, uint32_t keys_slab, bool accumulate) {
+    const OperandTile<16, 1024, Swizzle::k128Bytes> a(scores_slab), b(keys_slab);
+#pragma unroll
+    for (int step = 0; step < Shape::kBlockKV / 16; ++step) {
+      Product<Element, 64>::template add<true, true>(dq, a.at(2048 * step), b.at(2048 * step), accumulate || step > 0);
+    }
+    commit_products();
+  }
+
+  // scores become weights.
+  __device__ __forceinline__ void weigh(uint32_t lse, float scale_log2) {
+#pragma unroll
+    for (int i = 0; i < Shape::kBlockQ / 2; i += 4) {
+      const float2 row = load_shared_pair(lse + 8 * i + 8 * (threadIdx.x % 4));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        scores[i + j] = exp2_approx(fmaf(scores[i + j], scale_log2, -(j % 2 == 0 ? row.x : row.y)));
+      }
+      weights[i / 8][i / 4 % 2 * 2] = packed_pair<Element>(scores[i], scores[i + 1]);
+      weights[i / 8][i / 4 % 2 * 2 + 1] = packed_pair<Element>(scores[i + 2], scores[i + 3]);
+    }
+  }
+
+  // The thread's first row exists where `keys_left` is more than 0, the other one where it is more than 8: others have ds 0.
+  __device__ __forceinline__ void differentiate(uint32_t delta, int keys_left) {
+    const uint32_t exists[2] = {keys_left > 0 ? ~0u : 0u, keys_left > 8 ? ~0u : 0u};
+#pragma unroll
+    for (int i = 0; i < Shape::kBlockQ / 2; i += 4) {
+      const float2 row = load_shared_pair(delta + 8 * i + 8 * (threadIdx.x % 4));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = i / 4 % 2 * 2 + half, j = i + 2 * half;
+        const float2 weight = unpacked_pair<Element>(weights[i / 8][at]);
+        dscores[i / 8][at] =
+            packed_pair<Element>(weight.x * (dweights[j] - row.x), weight.y * (dweights[j + 1] - row.y)) & exists[half];
+      }
+    }
+  }
+
+  // dq becomes this thread's share of a block's sum so far.
+  __device__ __forceinline__ void load_dq(const float* gShare) {
+#pragma unroll
+    for (int i = 0; i < Shape::kDqSums; i += 4) {
+      const float4 sum = __ldcg(reinterpret_cast<const float4*>(gShare + i * kWarpgroup));
+      dq[i] = sum.x;
+      dq[i + 1] = sum.y;
+      dq[i + 2] = sum.z;
+      dq[i + 3] = sum.w;
+    }
+  }
+
+  // Writes dq where the copy engine takes it from; `place` is this thread's.
+  __device__ __forceinline__ void share_dq(uint32_t place) const {
+#pragma unroll
+    for (int i = 0; i < Shape::kDqSums; i += 4) {
+      store_shared(place + 4 * i * kWarpgroup, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+    }
+  }
+};
+
+// Writes 16 columns of a product's rows into their tile; `place` is where this lane's row of the first four matrices goes.
+template <int kSlabBytes>
+__device__ __forceinline__ void share(uint32_t place, int step, const uint32_t (&columns)[4]) {
+  store_matrices((place ^ step % 4 * 32) + step / 4 * kSlabBytes, columns);
+}
+
+template <class Element, int kSlabBytes, int kCount>
+__device__ __forceinline__ void share_sums(uint32_t place, const float (&sums)[kCount], float factor) {
+#pragma unroll
+  for (int step = 0; step < kCount / 8; ++step) {
+    uint32_t columns[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      columns[i] = packed_pair<Element>(factor * sums[8 * step + 2 * i], factor * sums[8 * step + 2 * i + 1]);
+    }
+    share<kSlabBytes>(place, step, columns);
+  }
+}
+
+// Named barriers: of both consumers, and of the threads of one.
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(2 + warpgroup) : "memory"); }
+
+// What a single tile of keys adds to: a warpgroup's share of zeros.
+static __device__ float no_sums[32 * kWarpgroup];
+
+// At the start of a step, the scores of its block of queries wait.
+template <class Element, class Shape>
+__device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, const AttentionBackwardMaps& maps,
+                                              const AttentionBackwardParams& params) {
+  const int warpgroup = of_warp(threadIdx.x / kWarpgroup) - 1, thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
+  const bool leads = thread == 0;
+  const uint32_t first_key = warpgroup * 64 * 128, out = memory.out(warpgroup);
+  const int key_in_tile = warpgroup * 64 + thread / 32 * 16 + lane / 4;
+  // Of the lane's row in a tile of the warpgroup's keys: matrices are (8 columns, 8 keys), keys first.
+  const uint32_t place = (thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8) * 128 + ((lane / 16 ^ lane % 8) << 4);
+  const uint32_t dq_scores = Shape::kDqByRows ? warpgroup * Shape::kKeySlabBytes : 0;
+  const uint32_t dq_keys = Shape::kDqByRows ? 0 : warpgroup * Shape::kKeySlabBytes;
+  const int64_t block_floats = kConsumers * Shape::kDqFloats;
+  const int64_t part_floats = int64_t{params.batch} * params.heads * params.query_blocks * block_floats;
+  const int steps = params.heads_per_key_head * params.query_blocks;
+  uint32_t value_parity = 0;
+  BackwardRows<Element, Shape> rows;
+  Turn<Shape::kStages> key_turn, turn;
+  wait(memory.keys_full(0), 0);
+  wait(memory.queries_full(0), 0);
+  fence_products();
+  rows.start_scores(rows.scores, memory.keys(0) + first_key, memory.queries(0));
+  wait_products<0>();
+  pin(rows.scores);
+  // One tile of keys. The last one of all keys leaves dq itself, not its part.
+  const auto differentiate_tile = [&](auto ends, const BackwardWork& work, int key, bool is_first) {
+    constexpr bool kEnds = decltype(ends)::value;
+    const int keys_left = work.key_end - key - key_in_tile;
+    float* gPart = params.dq_parts + work.split * part_floats + work.first_block(params) * block_floats +
+                   warpgroup * Shape::kDqFloats;
+    for (int step = 0; step < steps; ++step, gPart += block_floats) {
+      const bool last = step + 1 == steps;
+      const auto now = turn;
+      const int keys_now = key_turn.stage;
+      turn.next();
+      if (last) key_turn.next();
+      wait(memory.values_full(), value_parity);
+      fence_products();
+      rows.start_scores(rows.dweights, memory.values() + first_key, memory.douts(now.stage));
+      rows.weigh(memory.lse(now.stage), params.scale_log2);
+      fence_products();
+      rows.start_sums(rows.dv, rows.weights, memory.douts(now.stage), step > 0);
+      wait_products<1>();
+      pin(rows.dweights);
+      arrive_if(last && lane == 0, memory.values_empty());
+      rows.differentiate(memory.delta(now.stage), keys_left);
+#pragma unroll
+      for (int i = 0; i < Shape::kBlockQ / 16; ++i) {
+        share<Shape::kKeySlabBytes>(memory.scores(now.stage) + first_key + place, i, rows.dscores[i]);
+      }
+      publish_writes();
+      if constexpr (kEnds) rows.load_dq((key == work.key_begin ? no_sums : gPart) + 4 * thread);
+      fence_products();
+      rows.start_sums(rows.dk, rows.dscores, memory.queries(now.stage), step > 0);
+      wait_products<1>();
+      pin(rows.dv);
+      sync_consumers();
+      fence_products();
+      rows.start_dq(memory.scores(now.stage) + dq_scores, memory.keys(keys_now) + dq_keys, kEnds);
+      wait(memory.queries_full(turn.stage), turn.parity);
+      wait(memory.keys_full(key_turn.stage), key_turn.parity);
+      fence_products();
+      rows.start_scores(rows.scores, memory.keys(key_turn.stage) + first_key, memory.queries(turn.stage));
+      // What left the block before: dq of the last step, or dk and dv of the last tile.
+      wait_stores_if(leads);
+      sync_warpgroup(warpgroup);
+      wait_products<1>();
+      pin(rows.dq);
+      pin(rows.dk);
+      arrive_if(lane == 0, memory.queries_empty(now.stage));
+      // The tile before this one, if there was one, lies in the other stage.
+      arrive_if(leads && step == 0 && !is_first, memory.keys_empty(keys_now ^ 1));
+      if constexpr (kEnds) {
+        share_sums<Element, Shape::kOutSlabBytes>(out + place, rows.dq, params.scale);
+        publish_writes();
+        sync_warpgroup(warpgroup);
+        const int row = step % params.query_blocks * Shape::kBlockQ + (Shape::kDqByRows ? 64 * warpgroup : 0);
+        store_tile_if(leads, maps.dq, out, Shape::kDqByRows ? 0 : 64 * warpgroup, row,
+                      work.first_head + step / params.query_blocks, work.entry);
+      } else {
+        rows.share_dq(out + 16 * thread);
+        publish_writes();
+        sync_warpgroup(warpgroup);
+        store_or_add_run_if(leads, gPart, out, Shape::kOutBytes, key == work.key_begin);
+      }
+      wait_products<0>();
+      pin(rows.scores);
+    }
+    // Over the keys, of which the other warpgroup's last dq read all, and over the last dq.
+    const uint32_t keys = memory.keys(key_turn.stage ^ 1) + first_key;
+    sync_consumers();
+    share_sums<Element, Shape::kKeySlabBytes>(keys + place, rows.dk, params.scale);
+    wait_stores_if(leads);
+    sync_warpgroup(warpgroup);
+    share_sums<Element, Shape::kOutSlabBytes>(out + place, rows.dv, 1.0f);
+    publish_writes();
+    sync_warpgroup(warpgroup);
+    if (leads) {
+      const uint64_t policy = evict_first();
+      for (int slab = 0; slab < Shape::kSlabs; ++slab) {
+        const int row = key + 64 * warpgroup;
+        store_tile(maps.dk, keys + slab * Shape::kKeySlabBytes, 64 * slab, row, work.key_head, work.entry, policy);
+        store_tile(maps.dv, out + slab * Shape::kOutSlabBytes, 64 * slab, row, work.key_head, work.entry, policy);
+      }
+      commit_stores();
+    }
+    value_parity ^= 1;
+  };
+  for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
+    const BackwardWork work = BackwardWork::of(params, item);
+    for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV) {
+      const bool is_first = key == work.key_begin && item == static_cast<int>(blockIdx.x);
+      if (params.splits == 1 && key + Shape::kBlockKV >= params.keys) {
+        differentiate_tile(std::true_type{}, work, key, is_first);
+      } else {
+        differentiate_tile(std::false_type{}, work, key, is_first);
+      }
+    }
+  }
+  wait_stores_if(leads);
+}
+
+template <class Element, class Shape>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_bwd_kernel(const __grid_constant__ AttentionBackwardMaps maps,
+                         const __grid_constant__ AttentionBackwardParams params) {
+  extern __shared__ unsigned char shared[];
+  const BackwardMemory<Shape> memory(shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(maps.query);
+    prefetch_map(maps.key);
+    prefetch_map(maps.value);
+    prefetch_map(maps.dout);
+    constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      init_barrier(memory.keys_full(stage), 1);
+      init_barrier(memory.keys_empty(stage), kConsumers);
+      init_barrier(memory.queries_full(stage), 1);
+      init_barrier(memory.queries_empty(stage), kConsumerWarps);
+    }
+    init_barrier(memory.values_full(), 1);
+    init_barrier(memory.values_empty(), kConsumerWarps);
+    publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) load_queries<Shape>(memory, maps, params);
+    if (threadIdx.x == 32) load_keys<Shape>(memory, maps, params);
+  } else {
+    take_registers<kConsumerRegisters>();
+    differentiate<Element, Shape>(memory, maps, params);
+  }
+}
+
+}  // namespace perceiver
