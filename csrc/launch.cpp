@@ -1,4 +1,4 @@
-// The C interface: checks what a kernel would crash on, chooses the kernel, turns errors into sentences.
+// The C interface: asks rules.h, chooses the kernel, turns errors into sentences.
 
 #include "perceiver/launch.h"
 
@@ -6,13 +6,13 @@
 
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
 #include <string>
 
 #include "kernels/attention_enqueue.h"
 #include "kernels/pack_enqueue.h"
 #include "kernels/shared_kv_enqueue.h"
 #include "perceiver/layout.h"
+#include "rules.h"
 #include "tensor_map.h"
 
 namespace perceiver {
@@ -44,60 +44,6 @@ void report_cuda(PkStatus* status, const char* function, cudaError_t error) {
 constexpr char kNoHopper[] = "%s: this build holds no kernels for Hopper; see PERCEIVER_KERNELS_CUDA_ARCHS";
 constexpr char kNoMaps[] = "%s: the driver describes no tensors to the copy engine (TMA)";
 
-bool is_element_type(int32_t type) {
-  return type >= static_cast<int32_t>(ElementType::kFloat32) &&
-         type <= static_cast<int32_t>(ElementType::kBFloat16);
-}
-
-bool is_half(int32_t type) {
-  return type == static_cast<int32_t>(ElementType::kFloat16) || type == static_cast<int32_t>(ElementType::kBFloat16);
-}
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// The rule of PackForwardParams that is broken, or null. What users pass was checked in Python before.
-const char* broken_rule(const PackForwardParams& p) {
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  const int64_t channels = int64_t{p.content_channels} + p.position_channels;
-  if (p.content_channels < 0 || p.position_channels < 0 || channels < 1 || channels > kMaxChannels) {
-    return "content and positions must have 1 to 1024 channels together";
-  }
-  if (p.packed_channels < channels || p.packed_channels > kMaxChannels ||
-      p.packed_channels % kChannelMultiple != 0) {
-    return "packed_channels must be a multiple of 16 that holds the channels";
-  }
-  if (p.packed_channels - channels >= kChannelMultiple) {
-    return "packed_channels must be the channels rounded up to 16";
-  }
-  if (!is_element_type(p.content_type) || !is_element_type(p.positions_type) ||
-      !is_element_type(p.packed_type)) {
-    return "element types must be 0 (float32), 1 (float16) or 2 (bfloat16)";
-  }
-  if (p.batch < 0 || p.tokens < 0 || p.batch >= kLimit) {
-    return "batch and tokens must not be negative, batch below 2^31";
-  }
-  if (p.batch == 0 || p.tokens == 0) return nullptr;
-  if (p.rows_per_tile < 1 || p.blocks < 1) return "rows_per_tile and blocks must be positive";
-  if (p.tokens / p.rows_per_tile >= kLimit - 1) return "tokens / rows_per_tile must be below 2^31";
-  if ((p.content == nullptr && p.content_channels > 0) ||
-      (p.positions == nullptr && p.position_channels > 0) || p.packed == nullptr ||
-      (p.rstd == nullptr && p.normalize != 0)) {
-    return "a pointer is null";
-  }
-  if (!is_aligned(p.packed)) return "packed must lie on 16 bytes";
-  if (!p.flat) return nullptr;
-  const int64_t element_bytes = p.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 2;
-  if (p.position_channels != 0 || p.stride_content_channel != 1 ||
-      p.stride_content_token != p.content_channels) {
-    return "a flat pack needs contiguous content and no positions";
-  }
-  if (!is_aligned(p.content) || (p.batch > 1 && p.stride_content_batch * element_bytes % 16 != 0) ||
-      p.rows_per_tile * p.content_channels * element_bytes % 16 != 0) {
-    return "a flat pack needs every tile to start on 16 bytes";
-  }
-  return nullptr;
-}
-
 cudaError_t enqueue_pack(const PackForwardParams& params) {
   if (!params.flat) return enqueue_pack_strided(params);
   switch (static_cast<ElementType>(params.content_type)) {
@@ -106,120 +52,6 @@ cudaError_t enqueue_pack(const PackForwardParams& params) {
     case ElementType::kBFloat16: return enqueue_pack_flat<ElementType::kBFloat16>(params);
   }
   return cudaErrorInvalidValue;
-}
-
-// The rule of SharedKVForwardParams that is broken, or null.
-const char* broken_rule(const SharedKVForwardParams& p, const RowTensor& q, const RowTensor& x, int columns) {
-  if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
-  if (columns == 0) return "channels must be at most 336";
-  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
-  if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
-    return "z_out_type must be 0 (float32) or type";
-  }
-  if (p.channels % 8 != 0) return "channels must be a multiple of 8";
-  if (p.splits < 1 || p.tokens_per_split < 1 || (p.splits > 1 && p.tokens_per_split % shared_kv_block_kv(columns) != 0)) {
-    return "splits must be positive, and of whole tiles of tokens";
-  }
-  if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
-  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-  if (int64_t{p.batch} * p.splits * ((int64_t{p.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ) > kMostBlocks) {
-    return "there must be fewer than 2^31 blocks";
-  }
-  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
-  if (p.batch == 0 || p.rows == 0) return nullptr;
-  if (p.tokens == 0) return "there must be tokens";
-  if (p.q == nullptr || p.x == nullptr || p.z_out == nullptr || p.lse_out == nullptr) {
-    return "a pointer is null";
-  }
-  if (!can_encode(q) || !can_encode(x)) return "q and x must have a base and pitches of 16 bytes";
-  return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
-}
-
-// What both passes of attention ask of sizes; heads of `columns` channels.
-template <class Params>
-const char* broken_size(const Params& p, int columns, const char* widest) {
-  if (p.batch < 0 || p.heads < 1 || p.queries < 0 || p.keys < 0 || p.channels_qk < 1 || p.channels_v < 1) {
-    return "sizes must not be negative, heads and channels positive";
-  }
-  if (columns == 0) return widest;
-  if (p.channels_qk % 8 != 0 || p.channels_v % 8 != 0) return "channels must be multiples of 8";
-  if (p.heads_per_key_head < 1 || p.heads % p.heads_per_key_head != 0) return "heads_per_key_head must divide heads";
-  return is_half(p.type) ? nullptr : "type must be 1 (float16) or 2 (bfloat16)";
-}
-
-// Whether rows of a gradient or result of heads start on 16 bytes.
-bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
-  return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
-}
-
-// The rule of AttentionForwardParams that is broken, or null.
-const char* broken_rule(const AttentionForwardParams& p, const RowTensor& query, const RowTensor& key, const RowTensor& value,
-                        int columns) {
-  if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
-  if (p.out_type != p.type && p.out_type != static_cast<int32_t>(ElementType::kFloat32)) {
-    return "out_type must be 0 (float32) or type";
-  }
-  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % attention_block_kv(columns) != 0)) {
-    return "splits must be positive, and of whole tiles of keys";
-  }
-  if (int64_t{p.splits} * p.keys_per_split < p.keys) return "the splits must cover the keys";
-  const int64_t row_blocks = (int64_t{p.queries} + kAttentionBlockQ - 1) / kAttentionBlockQ;
-  if (row_blocks * p.splits * p.heads * p.batch != p.items) return "items must be all blocks of rows of all splits, below 2^31";
-  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
-  if (p.items == 0) return nullptr;
-  if (p.blocks < 1) return "blocks must be positive";
-  if (p.keys == 0) return "there must be keys";
-  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.lse_out == nullptr) {
-    return "a pointer is null";
-  }
-  if (!can_encode(query) || !can_encode(key) || !can_encode(value)) {
-    return "query, key and value must have a base and pitches of 16 bytes";
-  }
-  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
-  return aligned && p.stride_out_split % 8 == 0 ? nullptr : "out must lie on 16 bytes, its rows too";
-}
-
-// The rule of AttentionBackwardParams that is broken, or null.
-const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
-  if (const char* rule = broken_size(p, columns, "channels must be at most 128")) return rule;
-  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
-    return "splits must be positive, and of whole tiles of keys";
-  }
-  if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
-    return "the splits must cover the keys, and none be empty";
-  }
-  const int block_q = attention_bwd_block_q(columns);
-  if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
-  if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";
-  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
-  if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
-  if (p.items == 0 || p.queries == 0) return nullptr;
-  if (p.blocks < 1) return "blocks must be positive";
-  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.dout == nullptr ||
-      p.lse == nullptr || p.rows == nullptr || p.dq_parts == nullptr || p.dq == nullptr || p.dk == nullptr || p.dv == nullptr) {
-    return "a pointer is null";
-  }
-  for (const RowTensor& tensor : tiled) {
-    if (!can_encode(tensor)) return "query, key, value, dout and gradients must have a base and pitches of 16 bytes";
-  }
-  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
-  return aligned && is_aligned(p.rows) && is_aligned(p.dq_parts) ? nullptr : "out and workspaces must lie on 16 bytes";
-}
-
-const char* broken_rule(const MergeStatesParams& p) {
-  if (p.batch < 0 || p.splits < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
-    return "sizes must not be negative, channels a positive multiple of 4";
-  }
-  if (!is_element_type(p.z_type)) return "z_type must be 0 (float32), 1 (float16) or 2 (bfloat16)";
-  if (p.batch == 0 || p.rows == 0) return nullptr;
-  if ((p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
-  if (p.heads < 1 || p.batch % p.heads != 0) return "heads must divide batch";
-  if (p.z == nullptr || p.lse == nullptr ||
-      (p.splits > 0 && (p.z_part == nullptr || p.lse_part == nullptr))) {
-    return "a pointer is null";
-  }
-  if (!is_aligned(p.z) || !is_aligned(p.z_part) || !is_aligned(p.z_state)) return "z must lie on 16 bytes everywhere";
-  return nullptr;
 }
 
 #if PK_HOPPER
@@ -335,7 +167,7 @@ void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* 
   const RowTensor x{params->x, type, params->batch, 1, params->tokens, params->channels, params->stride_x_batch,
                     0,         params->stride_x_token};
   const int columns = columns_for(kSharedKVColumns, params->channels);
-  if (const char* rule = broken_rule(*params, q, x, columns)) {
+  if (const char* rule = broken_rule(*params, {q, x}, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: %s", rule);
   }
   if (params->batch == 0 || params->rows == 0) return succeed(status);
@@ -361,7 +193,7 @@ void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus*
   const auto& p = *params;
   const auto [query, key, value] = attention_operands(p);
   const int columns = columns_for(kAttentionColumns, p.channels_qk > p.channels_v ? p.channels_qk : p.channels_v);
-  if (const char* rule = broken_rule(p, query, key, value, columns)) {
+  if (const char* rule = broken_rule(p, {query, key, value}, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "attention_fwd: %s", rule);
   }
   if (p.items == 0) return succeed(status);

@@ -82,7 +82,8 @@ class AttentionWorkload:
         """Return ours and the peers' callables for a pass."""
         calls = {OURS: self.ours(which)}
         if self.labels(which, OURS)["backend"] == "cuda" and pk.backends()["triton"][0]:
-            calls[ON_TRITON] = on_triton(calls[OURS])
+            # A graph of its own: the backward is chosen when it is built.
+            calls[ON_TRITON] = on_triton(self.ours(which))
         return calls | {peer.name: self.stock(which, peer) for peer in peers}
 
     def _call(self, which: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:

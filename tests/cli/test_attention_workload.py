@@ -11,6 +11,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_kernels as pk
+from perceiver_kernels import dispatch
 from perceiver_kernels.cli import gate, measure, textbook
 from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload, flops, least_bytes
 from perceiver_kernels.cli.gate import Gate
@@ -53,6 +54,22 @@ class TestCalls:
         call = saved_gradients(forward, [x], torch.ones(3))
         assert torch.equal(call()[0], call()[0])
         assert forwards == [False]
+
+    def test_the_row_of_triton_builds_a_graph_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A backward's backend is chosen when its graph is built: a graph of ours would be walked under Triton's name."""
+        built = []
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            built.append(dispatch.candidates("attention", None))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        monkeypatch.setattr(pk, "attention", attention)
+        monkeypatch.setattr(pk, "backends", lambda: {"triton": (True, "available")})
+        monkeypatch.setattr(AttentionWorkload, "labels", lambda *_: {"backend": "cuda"})
+        calls = AttentionWorkload("decode", CASE, CPU, torch.float32).calls("backward", [])
+        for name in ("ours", "ours-triton"):
+            calls[name]()
+        assert built == [("cuda", "triton", "sdpa", "reference"), ("triton",)]
 
     def test_the_backend_is_that_of_the_automatic_choice(self, work: AttentionWorkload) -> None:
         assert work.labels("backward", "ours") == {"backend": "sdpa"}

@@ -280,21 +280,21 @@ void visit_fields(const SharedKVForwardParams*, Visit&& visit) {
 #undef PK_FIELD
 }
 
+// Of a [batch, heads, rows, channels] tensor.
+#define PK_STRIDES(name)           \
+  PK_FIELD(stride_##name##_batch); \
+  PK_FIELD(stride_##name##_head);  \
+  PK_FIELD(stride_##name##_row)
+
 template <typename Visit>
 void visit_fields(const AttentionForwardParams*, Visit&& visit) {
 #define PK_FIELD(name) visit(#name, &AttentionForwardParams::name, offsetof(AttentionForwardParams, name))
   PK_FIELD(query);
-  PK_FIELD(stride_query_batch);
-  PK_FIELD(stride_query_head);
-  PK_FIELD(stride_query_row);
+  PK_STRIDES(query);
   PK_FIELD(key);
-  PK_FIELD(stride_key_batch);
-  PK_FIELD(stride_key_head);
-  PK_FIELD(stride_key_row);
+  PK_STRIDES(key);
   PK_FIELD(value);
-  PK_FIELD(stride_value_batch);
-  PK_FIELD(stride_value_head);
-  PK_FIELD(stride_value_row);
+  PK_STRIDES(value);
   PK_FIELD(out);
   PK_FIELD(stride_out_batch);
   PK_FIELD(stride_out_head);
@@ -324,41 +324,25 @@ template <typename Visit>
 void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
 #define PK_FIELD(name) visit(#name, &AttentionBackwardParams::name, offsetof(AttentionBackwardParams, name))
   PK_FIELD(query);
-  PK_FIELD(stride_query_batch);
-  PK_FIELD(stride_query_head);
-  PK_FIELD(stride_query_row);
+  PK_STRIDES(query);
   PK_FIELD(key);
-  PK_FIELD(stride_key_batch);
-  PK_FIELD(stride_key_head);
-  PK_FIELD(stride_key_row);
+  PK_STRIDES(key);
   PK_FIELD(value);
-  PK_FIELD(stride_value_batch);
-  PK_FIELD(stride_value_head);
-  PK_FIELD(stride_value_row);
+  PK_STRIDES(value);
   PK_FIELD(out);
-  PK_FIELD(stride_out_batch);
-  PK_FIELD(stride_out_head);
-  PK_FIELD(stride_out_row);
+  PK_STRIDES(out);
   PK_FIELD(dout);
-  PK_FIELD(stride_dout_batch);
-  PK_FIELD(stride_dout_head);
-  PK_FIELD(stride_dout_row);
+  PK_STRIDES(dout);
   PK_FIELD(lse);
   PK_FIELD(dlse);
   PK_FIELD(rows);
   PK_FIELD(dq_parts);
   PK_FIELD(dq);
-  PK_FIELD(stride_dq_batch);
-  PK_FIELD(stride_dq_head);
-  PK_FIELD(stride_dq_row);
+  PK_STRIDES(dq);
   PK_FIELD(dk);
-  PK_FIELD(stride_dk_batch);
-  PK_FIELD(stride_dk_head);
-  PK_FIELD(stride_dk_row);
+  PK_STRIDES(dk);
   PK_FIELD(dv);
-  PK_FIELD(stride_dv_batch);
-  PK_FIELD(stride_dv_head);
-  PK_FIELD(stride_dv_row);
+  PK_STRIDES(dv);
   PK_FIELD(batch);
   PK_FIELD(heads);
   PK_FIELD(heads_per_key_head);
@@ -378,6 +362,8 @@ void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
   PK_FIELD(stream);
 #undef PK_FIELD
 }
+
+#undef PK_STRIDES
 
 template <typename Visit>
 void visit_fields(const MergeStatesParams*, Visit&& visit) {

@@ -106,17 +106,24 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def leaves_backward(sizes: tuple[int, ...]) -> str | None:
-    """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None."""
+    """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None.
+
+    In ms on an H200, CUDA and Triton: of 128 channels, 512 x 512 in 256 heads 0.262 and 0.289, in 128 heads 0.138 and 0.147,
+    4,096 x 4,096 in 16 0.82 and 0.83, 512 x 50,176 in 8 0.50 and 0.71, but 2,048 x 2,048 in 8 0.131 and 0.120; of 64 channels,
+    784 x 784 in 256 heads 0.341 and 0.381, 2,048 x 2,048 in 64 0.46 and 0.53, 4,096 x 256 in 64 0.162 and 0.190, but
+    8,077 x 2,048 in 4 0.215 and 0.198, 64 x 16,384 in 128 0.53 and 0.31.
+    """
     B, H, Lq, Lk, d_qk, d_v = sizes
     if d_qk != d_v or d_qk not in BACKWARD_BLOCK_Q:
         return f"gradients of heads of {d_qk} and {d_v} channels were not measured against triton"
     block_q = BACKWARD_BLOCK_Q[d_qk]
     if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
         return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
-    if Lq > 4 * Lk:
-        return "dq of every tile of keys is added up in device memory: triton is faster for decoders"
-    if B * H * math.ceil(Lk / BACKWARD_BLOCK_KV) < 128:
-        return f"fewer than 128 tiles of keys in all heads, got {B * H * math.ceil(Lk / BACKWARD_BLOCK_KV)}"
+    if Lq > 16 * Lk:
+        return f"more than 16 queries a key were not measured against triton, got {Lq} and {Lk}"
+    tiles, least = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV), {64: 128, 128: 512}[d_qk]
+    if tiles < least:
+        return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
     return None

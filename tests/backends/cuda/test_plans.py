@@ -269,8 +269,10 @@ class TestAttention:
             ((4, 8, 512, 50176, 64, 64), None),
             ((32, 8, 512, 512, 96, 96), "heads of 96 and 96 channels were not measured"),
             ((8, 16, 64, 16384, 64, 64), "64 queries leave more than a fifth"),
-            ((1, 8, 2**20, 256, 64, 64), "decoders"),
-            ((1, 2, 2048, 2048, 64, 64), "tiles of keys"),
+            ((8, 8, 4096, 256, 64, 64), None),
+            ((1, 8, 2**20, 256, 64, 64), "more than 16 queries a key"),
+            ((4, 1, 8077, 2048, 64, 64), "fewer than 128 tiles of keys in all heads, got 64"),
+            ((1, 8, 2048, 2048, 128, 128), "fewer than 512 tiles of keys in all heads, got 128"),
             ((32, 8, 128, 512, 64, 64), "less than 5 GFLOP"),
         ],
     )

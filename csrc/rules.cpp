@@ -1,0 +1,177 @@
+#include "rules.h"
+
+#include "kernels/attention_enqueue.h"
+#include "kernels/shared_kv_enqueue.h"
+
+namespace perceiver {
+namespace {
+
+bool is_element_type(int32_t type) {
+  return type >= static_cast<int32_t>(ElementType::kFloat32) &&
+         type <= static_cast<int32_t>(ElementType::kBFloat16);
+}
+
+bool is_half(int32_t type) {
+  return type == static_cast<int32_t>(ElementType::kFloat16) || type == static_cast<int32_t>(ElementType::kBFloat16);
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool can_encode_all(std::initializer_list<RowTensor> tensors) {
+  for (const RowTensor& tensor : tensors) {
+    if (!can_encode(tensor)) return false;
+  }
+  return true;
+}
+
+// What both passes of attention ask of sizes; heads of `columns` channels.
+template <class Params>
+const char* broken_size(const Params& p, int columns, const char* widest) {
+  if (p.batch < 0 || p.heads < 1 || p.queries < 0 || p.keys < 0 || p.channels_qk < 1 || p.channels_v < 1) {
+    return "sizes must not be negative, heads and channels positive";
+  }
+  if (columns == 0) return widest;
+  if (p.channels_qk % 8 != 0 || p.channels_v % 8 != 0) return "channels must be multiples of 8";
+  if (p.heads_per_key_head < 1 || p.heads % p.heads_per_key_head != 0) return "heads_per_key_head must divide heads";
+  return is_half(p.type) ? nullptr : "type must be 1 (float16) or 2 (bfloat16)";
+}
+
+// Whether rows of a gradient or result of heads start on 16 bytes.
+bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
+  return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
+}
+
+}  // namespace
+
+const char* broken_rule(const PackForwardParams& p) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const int64_t channels = int64_t{p.content_channels} + p.position_channels;
+  if (p.content_channels < 0 || p.position_channels < 0 || channels < 1 || channels > kMaxChannels) {
+    return "content and positions must have 1 to 1024 channels together";
+  }
+  if (p.packed_channels < channels || p.packed_channels > kMaxChannels ||
+      p.packed_channels % kChannelMultiple != 0) {
+    return "packed_channels must be a multiple of 16 that holds the channels";
+  }
+  if (p.packed_channels - channels >= kChannelMultiple) {
+    return "packed_channels must be the channels rounded up to 16";
+  }
+  if (!is_element_type(p.content_type) || !is_element_type(p.positions_type) ||
+      !is_element_type(p.packed_type)) {
+    return "element types must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+  }
+  if (p.batch < 0 || p.tokens < 0 || p.batch >= kLimit) {
+    return "batch and tokens must not be negative, batch below 2^31";
+  }
+  if (p.batch == 0 || p.tokens == 0) return nullptr;
+  if (p.rows_per_tile < 1 || p.blocks < 1) return "rows_per_tile and blocks must be positive";
+  if (p.tokens / p.rows_per_tile >= kLimit - 1) return "tokens / rows_per_tile must be below 2^31";
+  if ((p.content == nullptr && p.content_channels > 0) ||
+      (p.positions == nullptr && p.position_channels > 0) || p.packed == nullptr ||
+      (p.rstd == nullptr && p.normalize != 0)) {
+    return "a pointer is null";
+  }
+  if (!is_aligned(p.packed)) return "packed must lie on 16 bytes";
+  if (!p.flat) return nullptr;
+  const int64_t element_bytes = p.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 2;
+  if (p.position_channels != 0 || p.stride_content_channel != 1 ||
+      p.stride_content_token != p.content_channels) {
+    return "a flat pack needs contiguous content and no positions";
+  }
+  if (!is_aligned(p.content) || (p.batch > 1 && p.stride_content_batch * element_bytes % 16 != 0) ||
+      p.rows_per_tile * p.content_channels * element_bytes % 16 != 0) {
+    return "a flat pack needs every tile to start on 16 bytes";
+  }
+  return nullptr;
+}
+
+const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
+  if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
+  if (columns == 0) return "channels must be at most 336";
+  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
+  if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
+    return "z_out_type must be 0 (float32) or type";
+  }
+  if (p.channels % 8 != 0) return "channels must be a multiple of 8";
+  if (p.splits < 1 || p.tokens_per_split < 1 || (p.splits > 1 && p.tokens_per_split % shared_kv_block_kv(columns) != 0)) {
+    return "splits must be positive, and of whole tiles of tokens";
+  }
+  if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
+  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+  if (int64_t{p.batch} * p.splits * ((int64_t{p.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ) > kMostBlocks) {
+    return "there must be fewer than 2^31 blocks";
+  }
+  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
+  if (p.batch == 0 || p.rows == 0) return nullptr;
+  if (p.tokens == 0) return "there must be tokens";
+  if (p.q == nullptr || p.x == nullptr || p.z_out == nullptr || p.lse_out == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode_all(tiled)) return "q and x must have a base and pitches of 16 bytes";
+  return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
+}
+
+const char* broken_rule(const AttentionForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
+  if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
+  if (p.out_type != p.type && p.out_type != static_cast<int32_t>(ElementType::kFloat32)) {
+    return "out_type must be 0 (float32) or type";
+  }
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % attention_block_kv(columns) != 0)) {
+    return "splits must be positive, and of whole tiles of keys";
+  }
+  if (int64_t{p.splits} * p.keys_per_split < p.keys) return "the splits must cover the keys";
+  const int64_t row_blocks = (int64_t{p.queries} + kAttentionBlockQ - 1) / kAttentionBlockQ;
+  if (row_blocks * p.splits * p.heads * p.batch != p.items) return "items must be all blocks of rows of all splits, below 2^31";
+  if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
+  if (p.items == 0) return nullptr;
+  if (p.blocks < 1) return "blocks must be positive";
+  if (p.keys == 0) return "there must be keys";
+  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.lse_out == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode_all(tiled)) return "query, key and value must have a base and pitches of 16 bytes";
+  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
+  return aligned && p.stride_out_split % 8 == 0 ? nullptr : "out must lie on 16 bytes, its rows too";
+}
+
+const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
+  if (const char* rule = broken_size(p, columns, "channels must be at most 128")) return rule;
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
+    return "splits must be positive, and of whole tiles of keys";
+  }
+  if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
+    return "the splits must cover the keys, and none be empty";
+  }
+  const int block_q = attention_bwd_block_q(columns);
+  if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
+  if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";
+  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
+  if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
+  if (p.items == 0 || p.queries == 0) return nullptr;
+  if (p.blocks < 1) return "blocks must be positive";
+  if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.dout == nullptr ||
+      p.lse == nullptr || p.rows == nullptr || p.dq_parts == nullptr || p.dq == nullptr || p.dk == nullptr || p.dv == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode_all(tiled)) return "query, key, value, dout and gradients must have a base and pitches of 16 bytes";
+  const bool aligned = rows_aligned(p.out, p.stride_out_batch, p.stride_out_head, p.stride_out_row);
+  return aligned && is_aligned(p.rows) && is_aligned(p.dq_parts) ? nullptr : "out and workspaces must lie on 16 bytes";
+}
+
+const char* broken_rule(const MergeStatesParams& p) {
+  if (p.batch < 0 || p.splits < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
+    return "sizes must not be negative, channels a positive multiple of 4";
+  }
+  if (!is_element_type(p.z_type)) return "z_type must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+  if (p.batch == 0 || p.rows == 0) return nullptr;
+  if ((p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
+  if (p.heads < 1 || p.batch % p.heads != 0) return "heads must divide batch";
+  if (p.z == nullptr || p.lse == nullptr ||
+      (p.splits > 0 && (p.z_part == nullptr || p.lse_part == nullptr))) {
+    return "a pointer is null";
+  }
+  if (!is_aligned(p.z) || !is_aligned(p.z_part) || !is_aligned(p.z_state)) return "z must lie on 16 bytes everywhere";
+  return nullptr;
+}
+
+}  // namespace perceiver
