@@ -211,8 +211,9 @@ def attention_forward(
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Queries of a block, the blocks that cover them, splits of the keys and their keys, items of work and programs."""
+    """Columns and queries of a kernel's block, blocks that cover the queries, splits of the keys, their keys, items, programs."""
 
+    columns: int
     block_q: int
     query_blocks: int
     splits: int
@@ -232,7 +233,14 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
         resident=1, device=device,
     )  # fmt: skip
     items = B * H_kv * splits
-    return BackwardPlan(block_q, query_blocks, splits, per_split * BACKWARD_BLOCK_KV, items, min(items, device.sm_count))
+    keys_per_split, blocks = per_split * BACKWARD_BLOCK_KV, min(items, device.sm_count)
+    return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks)
+
+
+def workspace_floats(made: BackwardPlan, heads: int) -> tuple[int, int]:
+    """fp32 values that hold lse and delta of all rows of all heads, and the parts of dq: a part a split."""
+    rows = heads * made.query_blocks * made.block_q
+    return 2 * rows, made.splits * rows * made.columns
 
 
 @functools.lru_cache(maxsize=1024)
@@ -274,26 +282,32 @@ def attention_backward(
     if out.numel() == 0 or Lk == 0:
         gradients = [dq.zero_(), dk.zero_(), dv.zero_()]
     else:
-        positive, sign = positive_scale(query, scale)
-        tensors = [readable(tensor) for tensor in (positive, key, value, out, dout)]
+        operand, positive = positive_scale(query, scale)
+        operand, key, value, out, dout = (readable(operand), readable(key), readable(value), readable(out), readable(dout))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         made = plan_backward(B, H, H_kv, Lq, Lk, d_qk, d_v, device_facts(query.device))
-        columns = next(width for width in BACKWARD_BLOCK_Q if max(d_qk, d_v) <= width)
-        rows = torch.empty(B, H, made.query_blocks, 2, made.block_q, dtype=torch.float32, device=query.device)
-        dq_parts = torch.empty(
-            made.splits, B, H, made.query_blocks, made.block_q, columns, dtype=torch.float32, device=query.device
-        )
+        # lse and delta of every row, and behind them the parts of dq.
+        row_floats, part_floats = workspace_floats(made, B * H)
+        workspace = torch.empty(row_floats + part_floats, dtype=torch.float32, device=query.device)
         with on_device_of(query):
-            strides = tuple(stride for tensor in (*tensors, dq, dk, dv) for stride in tensor.stride()[:3])
+            strides = (
+                *operand.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *dout.stride()[:3],
+                *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            )  # fmt: skip
             sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
-            params = _backward_params(sizes, strides, query.dtype, made, sign, query.get_device())
-            names = ("query", "key", "value", "out", "dout", "lse", "rows", "dq_parts", "dq", "dk", "dv")
-            addresses = {name: t.data_ptr() for name, t in zip(names, (*tensors, lse, rows, dq_parts, dq, dk, dv), strict=True)}
-            addresses |= {"dlse": address(dlse), "stream": stream_of(query)}
+            params = _backward_params(sizes, strides, query.dtype, made, positive, query.get_device())
+            addresses = {
+                "query": operand.data_ptr(), "key": key.data_ptr(), "value": value.data_ptr(), "out": out.data_ptr(),
+                "dout": dout.data_ptr(), "lse": lse.data_ptr(), "dlse": address(dlse), "rows": workspace.data_ptr(),
+                "dq_parts": workspace.data_ptr() + 4 * row_floats, "dq": dq.data_ptr(), "dk": dk.data_ptr(),
+                "dv": dv.data_ptr(), "stream": stream_of(query),
+            }  # fmt: skip
             binding().attention_bwd(filled(binding().AttentionBackwardParams(params), addresses))
         if scale <= 0.0:
             # positive_scale moved the sign, or the zero, into the queries.
             dq.neg_() if scale < 0.0 else dq.zero_()
         gradients = [dq, dk, dv]
+    if needs_dq and needs_dkv:
+        return gradients
     empty = query.new_empty(0)
     return [gradient if needed else empty for gradient, needed in zip(gradients, (needs_dq, needs_dkv, needs_dkv), strict=True)]

@@ -248,8 +248,10 @@ class TestAttention:
         assert found is None if reason is None else reason in found
 
     def test_latents_are_differentiated_a_head_a_block(self):
-        assert attention.plan_backward(32, 8, 8, 512, 512, 128, 128, H200) == attention.BackwardPlan(64, 8, 1, 512, 256, 132)
-        assert attention.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200) == attention.BackwardPlan(64, 8, 16, 3200, 128, 128)
+        latents = attention.plan_backward(32, 8, 8, 512, 512, 128, 128, H200)
+        assert latents == attention.BackwardPlan(128, 64, 8, 1, 512, 256, 132)
+        inputs = attention.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200)
+        assert inputs == attention.BackwardPlan(128, 64, 8, 16, 3200, 128, 128)
 
     def test_splits_of_the_backward_cover_the_keys_in_whole_tiles(self):
         sizes = itertools.product((1, 8, 500), ((8, 8), (8, 2)), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128))
