@@ -211,7 +211,7 @@ def attention_forward(
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Columns and queries of a kernel's block, blocks that cover the queries, splits of the keys, their keys, items, programs."""
+    """Columns and queries of a block, blocks that cover the queries, splits of the keys, their keys, items, programs."""
 
     columns: int
     block_q: int
