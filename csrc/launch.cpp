@@ -100,6 +100,10 @@ cudaError_t enqueue_attention_backward(int columns, const AttentionBackwardMaps&
   switch (columns) {
     case 64: return enqueue_attention_backward<64>(maps, params);
     case 128: return enqueue_attention_backward<128>(maps, params);
+    case 256:
+      return params.type == static_cast<int32_t>(ElementType::kFloat16)
+                 ? enqueue_attention_bwd_wide<ElementType::kFloat16>(maps, params)
+                 : enqueue_attention_bwd_wide<ElementType::kBFloat16>(maps, params);
   }
   return cudaErrorInvalidValue;
 }
@@ -229,15 +233,15 @@ void pk_attention_bwd(const perceiver::AttentionBackwardParams* params, PkStatus
   if (const char* rule = broken_rule(p, {query, key, value, dout, dq, dk, dv}, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "attention_bwd: %s", rule);
   }
-  if (p.items == 0 || p.queries == 0) return succeed(status);
+  if (p.batch == 0 || p.queries == 0) return succeed(status);
 #if PK_HOPPER
   cudaError_t error = cudaSetDevice(p.device);
   AttentionBackwardMaps maps;
   if (error == cudaSuccess) {
-    const int block_q = attention_bwd_block_q(columns);
+    const int block_q = columns > 128 ? 64 : attention_bwd_block_q(columns);
+    const int block_kv = columns > 128 ? kAttentionWideBlockKV : kAttentionBackwardBlockKV;
     const bool encoded = encode_tiles(&maps.query, query, block_q, 64) && encode_tiles(&maps.dout, dout, block_q, 64) &&
-                         encode_tiles(&maps.key, key, kAttentionBackwardBlockKV, 64) &&
-                         encode_tiles(&maps.value, value, kAttentionBackwardBlockKV, 64) &&
+                         encode_tiles(&maps.key, key, block_kv, 64) && encode_tiles(&maps.value, value, block_kv, 64) &&
                          encode_tiles(&maps.dq, dq, 64, 64) && encode_tiles(&maps.dk, dk, 64, 64) &&
                          encode_tiles(&maps.dv, dv, 64, 64);
     if (!encoded) return refuse(status, PK_CUDA_ERROR, kNoMaps, "attention_bwd");

@@ -41,6 +41,32 @@ bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
   return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
 }
 
+// Of the kernels for up to 128 channels.
+const char* broken_split(const AttentionBackwardParams& p) {
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
+    return "splits must be positive, and of whole tiles of keys";
+  }
+  if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
+    return "the splits must cover the keys, and none be empty";
+  }
+  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
+  return p.dq_parts == nullptr && p.items > 0 ? "a pointer is null" : nullptr;
+}
+
+// Of those for 256: all rows and some keys at a time, or some rows and all keys.
+const char* broken_chunk(const AttentionBackwardParams& p) {
+  if (p.chunk_rows < 1 || p.chunk_keys < 1) return "chunks must have rows and keys";
+  const bool whole_rows = p.chunk_rows >= p.queries, whole_keys = p.chunk_keys >= p.keys;
+  if ((!whole_rows && p.chunk_rows % kAttentionWideBlockQ != 0) || (!whole_keys && p.chunk_keys % kAttentionWideBlockKV != 0)) {
+    return "chunks must be whole blocks";
+  }
+  if (!whole_rows && !whole_keys) return "a chunk must have all rows or all keys";
+  if (p.splits < 1 || p.slices < 1) return "splits and slices must be positive";
+  if (p.tiles == nullptr) return "a pointer is null";
+  if ((p.splits > 1 || !whole_keys) && p.dq_parts == nullptr) return "a pointer is null";
+  return (p.slices > 1 || !whole_rows) && p.key_parts == nullptr ? "a pointer is null" : nullptr;
+}
+
 }  // namespace
 
 const char* broken_rule(const PackForwardParams& p) {
@@ -135,22 +161,16 @@ const char* broken_rule(const AttentionForwardParams& p, std::initializer_list<R
 }
 
 const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
-  if (const char* rule = broken_size(p, columns, "channels must be at most 128")) return rule;
-  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
-    return "splits must be positive, and of whole tiles of keys";
-  }
-  if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
-    return "the splits must cover the keys, and none be empty";
-  }
+  if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
+  if (const char* rule = columns > 128 ? broken_chunk(p) : broken_split(p)) return rule;
   const int block_q = attention_bwd_block_q(columns);
   if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
   if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";
-  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
   if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
-  if (p.items == 0 || p.queries == 0) return nullptr;
+  if (p.batch == 0 || p.queries == 0) return nullptr;
   if (p.blocks < 1) return "blocks must be positive";
   if (p.query == nullptr || p.key == nullptr || p.value == nullptr || p.out == nullptr || p.dout == nullptr ||
-      p.lse == nullptr || p.rows == nullptr || p.dq_parts == nullptr || p.dq == nullptr || p.dk == nullptr || p.dv == nullptr) {
+      p.lse == nullptr || p.rows == nullptr || p.dq == nullptr || p.dk == nullptr || p.dv == nullptr) {
     return "a pointer is null";
   }
   if (!can_encode_all(tiled)) return "query, key, value, dout and gradients must have a base and pitches of 16 bytes";

@@ -40,13 +40,17 @@ struct AttentionBackwardMaps {
   CUtensorMap dv;
 };
 
-constexpr int kAttentionBackwardColumns[] = {64, 128};
-constexpr int kAttentionBackwardBlockKV = 128;
-constexpr int attention_bwd_block_q(int columns) { return columns <= 64 ? 128 : 64; }
+constexpr int kAttentionBackwardColumns[] = {64, 128, 256};
+constexpr int kAttentionBackwardBlockKV = 128, kAttentionWideBlockQ = 128, kAttentionWideBlockKV = 64;
+constexpr int attention_bwd_block_q(int columns) { return columns <= 64 ? 128 : columns <= 128 ? 64 : 32; }
 
 // What the kernels start from (lse in powers of two, delta), the gradients, and dq from its parts.
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_attention_bwd(const AttentionBackwardMaps& maps, const AttentionBackwardParams& params);
+
+// The same for heads of up to 256 channels.
+template <ElementType kElement>
+cudaError_t enqueue_attention_bwd_wide(const AttentionBackwardMaps& maps, const AttentionBackwardParams& params);
 
 // Shared memory of a block of the kernel for `columns`; 0: there is none.
 int attention_shared_bytes(int columns);

@@ -192,6 +192,10 @@ struct AttentionBackwardParams {
   float* rows;
   // [splits, batch, heads, query_blocks, rows of a block, columns of the kernel]: a workspace, in the order of its registers.
   float* dq_parts;
+  // Of the kernels for 256 channels, null otherwise: p and ds of a chunk, in tiles, and the parts of dk and dv,
+  // [batch, key heads, 2, slices, keys in whole tiles, 256], null for one slice.
+  void* tiles;
+  float* key_parts;
   // The gradients, as query, key and value.
   void* dq;
   int64_t stride_dq_batch;
@@ -218,6 +222,9 @@ struct AttentionBackwardParams {
   int32_t query_blocks;
   int32_t splits;
   int32_t keys_per_split;
+  int32_t chunk_rows;
+  int32_t chunk_keys;
+  int32_t slices;
   int32_t items;
   int32_t blocks;
   float scale;
@@ -337,6 +344,8 @@ void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
   PK_FIELD(dlse);
   PK_FIELD(rows);
   PK_FIELD(dq_parts);
+  PK_FIELD(tiles);
+  PK_FIELD(key_parts);
   PK_FIELD(dq);
   PK_STRIDES(dq);
   PK_FIELD(dk);
@@ -354,6 +363,9 @@ void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
   PK_FIELD(query_blocks);
   PK_FIELD(splits);
   PK_FIELD(keys_per_split);
+  PK_FIELD(chunk_rows);
+  PK_FIELD(chunk_keys);
+  PK_FIELD(slices);
   PK_FIELD(items);
   PK_FIELD(blocks);
   PK_FIELD(scale);

@@ -1,4 +1,5 @@
 #include "kernels/attention_bwd_enqueue.cuh"
+#include "kernels/attention_bwd_wide_enqueue.cuh"
 #include "kernels/attention_fwd_enqueue.cuh"
 #include "kernels/shared_kv_fwd_enqueue.cuh"
 
@@ -28,6 +29,7 @@ int attention_bwd_shared_bytes(int columns) {
   switch (columns) {
     case 64: return BackwardShapeOf<64>::kSharedBytes;
     case 128: return BackwardShapeOf<128>::kSharedBytes;
+    case 256: return WideShape::kSharedBytes;
   }
   return 0;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from perceiver_kernels.backends.cuda.states import merge_states
 from perceiver_kernels.device import DeviceFacts, device_facts
 from perceiver_kernels.layouts import empty_heads, positive_scale
 from perceiver_kernels.masks import Masks
-from perceiver_kernels.plan.splits import fastest_splits
+from perceiver_kernels.plan.splits import WEIGHTS_BYTES, fastest_splits
 from perceiver_kernels.problem import AttentionProblem
 
 COMPOSITE = False
@@ -35,8 +36,10 @@ COMPOSITE = False
 BLOCK_KV = {64: 128, 128: 128, 256: 64}
 BLOCK_Q = 128
 # The same of the backward: the queries of a block, by width, and the keys of a tile.
-BACKWARD_BLOCK_Q = {64: 128, 128: 64}
+BACKWARD_BLOCK_Q = {64: 128, 128: 64, 256: 32}
 BACKWARD_BLOCK_KV = 128
+# Of the kernels for 256 channels, whose rows of lse and delta lie in blocks of BACKWARD_BLOCK_Q: rows and keys of a tile.
+WIDE_BLOCK_Q, WIDE_BLOCK_KV = 128, 64
 
 
 def reasons_against(problem: AttentionProblem) -> list[str]:
@@ -121,7 +124,7 @@ def leaves_backward(sizes: tuple[int, ...]) -> str | None:
         return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
     if Lq > 16 * Lk:
         return f"more than 16 queries a key were not measured against triton, got {Lq} and {Lk}"
-    tiles, least = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV), {64: 128, 128: 512}[d_qk]
+    tiles, least = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV), {64: 128, 128: 512, 256: 0}[d_qk]
     if tiles < least:
         return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
@@ -220,12 +223,40 @@ class BackwardPlan:
     keys_per_split: int
     items: int
     blocks: int
+    chunk_rows: int = 0
+    chunk_keys: int = 0
+    slices: int = 1
+
+
+def plan_wide_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, device: DeviceFacts) -> BackwardPlan:
+    """Chunks whose weights and their gradients fit WEIGHTS_BYTES: of the rows where they outnumber the keys, else of the keys."""
+    row_blocks, key_tiles = math.ceil(Lq / WIDE_BLOCK_Q), math.ceil(Lk / WIDE_BLOCK_KV)
+    most = max(1, WEIGHTS_BYTES // (4 * B * H * WIDE_BLOCK_Q * WIDE_BLOCK_KV))
+    rows_at_once, tiles_at_once, splits = row_blocks, key_tiles, 1
+    if Lq > Lk:
+        rows_at_once, wave = max(1, most // key_tiles), max(1, device.sm_count // (B * H))
+        rows_at_once = min(row_blocks, rows_at_once // wave * wave or rows_at_once)
+    else:
+        tiles_at_once = min(key_tiles, max(1, most // row_blocks))
+        splits = min(tiles_at_once, max(1, device.sm_count // (B * H * row_blocks)))
+        if tiles_at_once < key_tiles:
+            tiles_at_once = tiles_at_once // splits * splits
+        splits = math.ceil(tiles_at_once / math.ceil(tiles_at_once / splits))
+    products, strips = 2 * B * H_kv * math.ceil(tiles_at_once / 2), 2 * rows_at_once
+    per_slice = math.ceil(strips / min(strips, max(1, device.sm_count // products)))
+    return BackwardPlan(
+        256, BACKWARD_BLOCK_Q[256], math.ceil(Lq / BACKWARD_BLOCK_Q[256]), splits, math.ceil(tiles_at_once / splits) * WIDE_BLOCK_KV,
+        B * H * rows_at_once * splits, device.sm_count, min(Lq, rows_at_once * WIDE_BLOCK_Q),
+        min(Lk, tiles_at_once * WIDE_BLOCK_KV), math.ceil(strips / per_slice),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: DeviceFacts) -> BackwardPlan:
     """Splits with the least estimated time; one block fills a multiprocessor, and every split has a part of dq of its own."""
     columns, block_q = next(pair for pair in BACKWARD_BLOCK_Q.items() if max(d_qk, d_v) <= pair[0])
+    if columns > 128:
+        return plan_wide_backward(B, H, H_kv, Lq, Lk, device)
     query_blocks, tiles = math.ceil(Lq / block_q), math.ceil(Lk / BACKWARD_BLOCK_KV)
     rows = query_blocks * block_q
     splits, per_split = fastest_splits(
@@ -237,10 +268,16 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
     return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks)
 
 
-def workspace_floats(made: BackwardPlan, heads: int) -> tuple[int, int]:
-    """fp32 values that hold lse and delta of all rows of all heads, and the parts of dq: a part a split."""
-    rows = heads * made.query_blocks * made.block_q
-    return 2 * rows, made.splits * rows * made.columns
+def workspace_floats(made: BackwardPlan, sizes: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """fp32 values that hold lse and delta of all rows, the parts of dq, weights and their gradients, the parts of dk and dv."""
+    B, H, H_kv, Lq, Lk, *_ = sizes
+    rows = B * H * made.query_blocks * made.block_q
+    if made.columns <= 128:
+        return 2 * rows, made.splits * rows * made.columns, 0, 0
+    row_blocks, tiles = math.ceil(made.chunk_rows / WIDE_BLOCK_Q), math.ceil(made.chunk_keys / WIDE_BLOCK_KV)
+    parts = B * H * made.splits * Lq * made.columns if made.splits > 1 or made.chunk_keys < Lk else 0
+    key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 or made.chunk_rows < Lq else 0
+    return 2 * rows, parts, B * H * row_blocks * tiles * WIDE_BLOCK_Q * WIDE_BLOCK_KV, key_parts
 
 
 @functools.lru_cache(maxsize=1024)
@@ -253,7 +290,8 @@ def _backward_params(
     fields = dict(zip(names, strides, strict=True)) | {
         "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
         "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "query_blocks": made.query_blocks, "splits": made.splits,
-        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale": scale,
+        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks,
+        "chunk_rows": made.chunk_rows, "chunk_keys": made.chunk_keys, "slices": made.slices, "scale": scale,
         "scale_log2": scale * LOG2_E, "device": device,
     }  # fmt: skip
     return filled(binding().AttentionBackwardParams(), fields)
@@ -269,7 +307,7 @@ def attention_backward(
     Args:
         dout, out: ``[B, H, Lq, d_v]`` in the dtype of query; the gradient of out, and out.
         dlse, lse: fp32 ``[B, H, Lq]``; dlse may be None.
-        query, keys, values, scale: as in attention_forward, heads of up to 128 channels.
+        query, keys, values, scale: as in attention_forward, heads of up to 256 channels.
         statistics, masks, dropout_p, dropout_seed: of what these kernels do not take, as in attention_forward.
 
     Raises:
@@ -286,20 +324,24 @@ def attention_backward(
         operand, key, value, out, dout = (readable(operand), readable(key), readable(value), readable(out), readable(dout))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         made = plan_backward(B, H, H_kv, Lq, Lk, d_qk, d_v, device_facts(query.device))
-        # lse and delta of every row, and behind them the parts of dq.
-        row_floats, part_floats = workspace_floats(made, B * H)
-        workspace = torch.empty(row_floats + part_floats, dtype=torch.float32, device=query.device)
+        sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
+        # One after the other; every one of them begins on 128 bytes, as all but the first have whole tiles.
+        floats = workspace_floats(made, sizes)
+        workspace = torch.empty(sum(floats), dtype=torch.float32, device=query.device)
+        ends = list(itertools.accumulate(floats, initial=0))
+        rows, dq_parts, tiles, key_parts = (
+            workspace.data_ptr() + 4 * start if size else 0 for start, size in zip(ends, floats, strict=False)
+        )
         with on_device_of(query):
             strides = (
                 *operand.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *dout.stride()[:3],
                 *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             )  # fmt: skip
-            sizes = (B, H, H_kv, Lq, Lk, d_qk, d_v)
             params = _backward_params(sizes, strides, query.dtype, made, positive, query.get_device())
             addresses = {
                 "query": operand.data_ptr(), "key": key.data_ptr(), "value": value.data_ptr(), "out": out.data_ptr(),
-                "dout": dout.data_ptr(), "lse": lse.data_ptr(), "dlse": address(dlse), "rows": workspace.data_ptr(),
-                "dq_parts": workspace.data_ptr() + 4 * row_floats, "dq": dq.data_ptr(), "dk": dk.data_ptr(),
+                "dout": dout.data_ptr(), "lse": lse.data_ptr(), "dlse": address(dlse), "rows": rows, "dq_parts": dq_parts,
+                "tiles": tiles, "key_parts": key_parts, "dq": dq.data_ptr(), "dk": dk.data_ptr(),
                 "dv": dv.data_ptr(), "stream": stream_of(query),
             }  # fmt: skip
             binding().attention_bwd(filled(binding().AttentionBackwardParams(params), addresses))
