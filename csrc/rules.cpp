@@ -43,13 +43,21 @@ bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
 
 // Of the kernels for up to 128 channels.
 const char* broken_split(const AttentionBackwardParams& p) {
+  if (p.slices < 1) return "slices must be positive";
   if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
     return "splits must be positive, and of whole tiles of keys";
   }
   if (int64_t{p.splits} * p.keys_per_split < p.keys || int64_t{p.splits - 1} * p.keys_per_split >= p.keys) {
     return "the splits must cover the keys, and none be empty";
   }
-  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits != p.items) return "items must be all splits of all heads";
+  if (int64_t{p.batch} * (p.heads / p.heads_per_key_head) * p.splits * p.slices != p.items) {
+    return "items must be all splits and slices of all heads";
+  }
+  const int64_t blocks_per_slice = (int64_t{p.query_blocks} + p.slices - 1) / p.slices;
+  if (p.queries > 0 && (p.slices - 1) * blocks_per_slice >= p.query_blocks) return "no slice may be empty";
+  if (p.slices > 1 && (p.heads_per_key_head > 1 || p.key_parts == nullptr)) {
+    return "slices need a head of keys for every head, and a workspace";
+  }
   return p.dq_parts == nullptr && p.items > 0 ? "a pointer is null" : nullptr;
 }
 

@@ -1,7 +1,7 @@
 // Attention backward on sm_90a, for heads of up to kColumns channels: with p = exp(scale q k^T - lse) and
 // ds = p (dout v^T - delta), dv = p^T dout, dk = scale ds^T q, dq = scale ds k.
 //
-// Work: items of (split of the keys, head of keys, batch entry); blocks stay on their multiprocessors and take items in turn.
+// Work: items of (split of the keys, slice of the queries, head of keys, batch entry); blocks stay on their multiprocessors and take items in turn.
 // A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that read it, in blocks of
 // kBlockQ. dk and dv are sums in registers; dq of every step is staged in shared memory, from where the copy engine adds it to
 // the item's own part in device memory, one tile after the other: the same bits every time. The last tile of all keys takes the
@@ -49,13 +49,18 @@ struct BackwardMemory {
 
 // One item of work. Heads that read one head of keys lie side by side, and so do their blocks of queries.
 struct BackwardWork {
-  int split, key_head, entry, key_begin, key_end, first_head;
+  int split, key_head, entry, key_begin, key_end, first_head, slice, block_begin, blocks;
 
   __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item) {
     const int key_heads = params.heads / params.heads_per_key_head;
     BackwardWork work;
     work.split = item % params.splits;
     item /= params.splits;
+    work.slice = item % params.slices;
+    item /= params.slices;
+    const int blocks_per_slice = (params.query_blocks + params.slices - 1) / params.slices;
+    work.block_begin = work.slice * blocks_per_slice;
+    work.blocks = min(blocks_per_slice, params.query_blocks - work.block_begin);
     work.key_head = item % key_heads;
     work.entry = item / key_heads;
     work.key_begin = work.split * params.keys_per_split;
@@ -66,7 +71,7 @@ struct BackwardWork {
 
   // Blocks of queries before this item's first one.
   __device__ __forceinline__ int first_block(const AttentionBackwardParams& params) const {
-    return (entry * params.heads + first_head) * params.query_blocks;
+    return (entry * params.heads + first_head) * params.query_blocks + block_begin;
   }
 };
 
@@ -103,19 +108,21 @@ __device__ __forceinline__ void load_queries(BackwardMemory<Shape> memory, const
   Turn<Shape::kStages> turn;
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
     const BackwardWork work = BackwardWork::of(params, item);
-    for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV) {
-      const float* gRows = params.rows + int64_t{work.first_block(params)} * (2 * Shape::kBlockQ);
-      for (int head = work.first_head; head < work.first_head + params.heads_per_key_head; ++head) {
-        for (int block = 0; block < params.query_blocks; ++block, turn.next(), gRows += 2 * Shape::kBlockQ) {
+    const int heads_end = work.first_head + params.heads_per_key_head, end = work.block_begin + work.blocks;
+    for (int tiles = (work.key_end - work.key_begin + Shape::kBlockKV - 1) / Shape::kBlockKV; tiles > 0; --tiles) {
+      int flat_block = work.first_block(params);
+      for (int head = work.first_head; head < heads_end; ++head) {
+        for (int block = work.block_begin; block < end; ++block, turn.next(), ++flat_block) {
           const uint32_t full = memory.queries_full(turn.stage);
           wait(memory.queries_empty(turn.stage), turn.parity ^ 1);
           arrive_expecting(full, 2 * Shape::kQueryBytes + Shape::kRowBytes);
+#pragma unroll 1
           for (int slab = 0; slab < Shape::kSlabs; ++slab) {
             const int offset = slab * Shape::kQuerySlabBytes, row = block * Shape::kBlockQ;
             load_tile(memory.queries(turn.stage) + offset, maps.query, full, 64 * slab, row, head, work.entry);
             load_tile(memory.douts(turn.stage) + offset, maps.dout, full, 64 * slab, row, head, work.entry);
           }
-          load_run(memory.lse(turn.stage), gRows, Shape::kRowBytes, full);
+          load_run(memory.lse(turn.stage), params.rows + int64_t{flat_block} * (2 * Shape::kBlockQ), Shape::kRowBytes, full);
         }
       }
     }
@@ -131,6 +138,20 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) { asm volatile("ba
 // What a single tile of keys adds to: a warpgroup's share of zeros.
 static __device__ float no_sums[32 * kWarpgroup];
 
+// dk and dv of one slice of the queries.
+template <class Element, class Shape>
+__device__ __forceinline__ void store_key_parts(const BackwardRows<Element, Shape>& rows, const AttentionBackwardParams& params,
+                                                const BackwardWork& work, int key) {
+  const int64_t key_heads = params.heads / params.heads_per_key_head;
+  const int64_t gradient_floats = int64_t{params.slices} * params.keys * Shape::kColumns;
+  float* gRow = params.key_parts + (work.entry * key_heads + work.key_head) * 2 * gradient_floats +
+                (int64_t{work.slice} * params.keys + key) * Shape::kColumns;
+  const bool exists[2] = {key < params.keys, key + 8 < params.keys};
+  const float one[2] = {1.0f, 1.0f};
+  store_sums(gRow, Shape::kColumns, rows.dv, one, exists, 0, Shape::kColumns);
+  store_sums(gRow + gradient_floats, Shape::kColumns, rows.dk, one, exists, 0, Shape::kColumns);
+}
+
 // At the start of a step, the scores of its block of queries wait.
 template <class Element, class Shape>
 __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, const AttentionBackwardMaps& maps,
@@ -145,7 +166,6 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
   const uint32_t dq_keys = Shape::kDqByRows ? 0 : warpgroup * Shape::kKeySlabBytes;
   const int64_t block_floats = kConsumers * Shape::kDqFloats;
   const int64_t part_floats = int64_t{params.batch} * params.heads * params.query_blocks * block_floats;
-  const int steps = params.heads_per_key_head * params.query_blocks;
   uint32_t value_parity = 0;
   BackwardRows<Element, Shape> rows;
   Turn<Shape::kStages> key_turn, turn;
@@ -161,6 +181,7 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
     const int keys_left = work.key_end - key - key_in_tile;
     float* gPart = params.dq_parts + work.split * part_floats + work.first_block(params) * block_floats +
                    warpgroup * Shape::kDqFloats;
+    const int steps = params.heads_per_key_head * work.blocks;
     for (int step = 0; step < steps; ++step, gPart += block_floats) {
       const bool last = step + 1 == steps;
       const auto now = turn;
@@ -207,9 +228,9 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
         share_sums<Element, Shape::kOutSlabBytes>(out + place, rows.dq, params.scale);
         publish_writes();
         sync_warpgroup(warpgroup);
-        const int row = step % params.query_blocks * Shape::kBlockQ + (Shape::kDqByRows ? 64 * warpgroup : 0);
+        const int row = (work.block_begin + step % work.blocks) * Shape::kBlockQ + (Shape::kDqByRows ? 64 * warpgroup : 0);
         store_tile_if(leads, maps.dq, out, Shape::kDqByRows ? 0 : 64 * warpgroup, row,
-                      work.first_head + step / params.query_blocks, work.entry);
+                      work.first_head + step / work.blocks, work.entry);
       } else {
         rows.share_dq(out + 16 * thread);
         publish_writes();
@@ -219,6 +240,8 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
       wait_products<0>();
       pin(rows.scores);
     }
+    value_parity ^= 1;
+    if (params.slices > 1) return store_key_parts(rows, params, work, key + key_in_tile);
     // Over the keys, of which the other warpgroup's last dq read all, and over the last dq.
     const uint32_t keys = memory.keys(key_turn.stage ^ 1) + first_key;
     sync_consumers();
@@ -237,7 +260,6 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
       }
       commit_stores();
     }
-    value_parity ^= 1;
   };
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
     const BackwardWork work = BackwardWork::of(params, item);

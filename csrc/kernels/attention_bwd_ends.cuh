@@ -84,4 +84,54 @@ __global__ void __launch_bounds__(kWarpgroup) attention_bwd_dq_kernel(const Atte
              params.stride_dq_row, sums, scale, exists, Shape::kDqByRows ? 0 : 64 * warpgroup, params.channels_qk);
 }
 
+// out [entries, heads, rows, channels] = factor times the sum of its parts [entries x heads, parts, rows, kColumns], in their order.
+// A thread has four columns of a row.
+template <class Out, int kColumns>
+__global__ void __launch_bounds__(kRowThreads)
+    attention_bwd_sum_kernel(const float* gParts, int parts, int64_t lead_pitch, int64_t leads, int heads, int64_t rows,
+                             int channels, Out* gOut, int64_t batch_pitch, int64_t head_pitch, int64_t row_pitch, float factor) {
+  constexpr int kVectors = kColumns / 4;
+  const int64_t index = int64_t{blockIdx.x} * (kRowThreads / kVectors) + threadIdx.x / kVectors, row = index % rows;
+  const int lead = static_cast<int>(index / rows), column = threadIdx.x % kVectors * 4;
+  if (column >= channels || index >= leads * rows) return;
+  const float* gPart = gParts + lead * lead_pitch + row * kColumns + column;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+  for (int part = 0; part < parts; ++part) {
+    const float4 value = *reinterpret_cast<const float4*>(gPart + part * rows * kColumns);
+    sum.x += value.x;
+    sum.y += value.y;
+    sum.z += value.z;
+    sum.w += value.w;
+  }
+  Out* gRow = gOut + lead / heads * batch_pitch + lead % heads * head_pitch + row * row_pitch + column;
+  store_pair(gRow, factor * sum.x, factor * sum.y);
+  store_pair(gRow + 2, factor * sum.z, factor * sum.w);
+}
+
+inline int ceil_div(int64_t value, int64_t divisor) { return static_cast<int>((value + divisor - 1) / divisor); }
+
+template <class Element, int kColumns>
+void sum_parts(const AttentionBackwardParams& params, const float* gParts, int parts, int64_t lead_pitch, int heads, int64_t rows,
+               int channels, void* out, int64_t batch_pitch, int64_t head_pitch, int64_t row_pitch, float factor) {
+  const int64_t leads = int64_t{params.batch} * heads;
+  const int blocks = ceil_div(leads * rows, kRowThreads / (kColumns / 4));
+  attention_bwd_sum_kernel<Element, kColumns><<<blocks, kRowThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(
+      gParts, parts, lead_pitch, leads, heads, rows, channels, static_cast<Element*>(out), batch_pitch, head_pitch, row_pitch,
+      factor);
+}
+
+// dk and dv of their slices.
+template <class Element, int kColumns>
+void sum_slices(const AttentionBackwardParams& params) {
+  const int key_heads = params.heads / params.heads_per_key_head;
+  const int64_t gradient_floats = int64_t{params.slices} * params.keys * kColumns;
+  sum_parts<Element, kColumns>(params, params.key_parts, params.slices, 2 * gradient_floats, key_heads, params.keys,
+                               params.channels_v, params.dv, params.stride_dv_batch, params.stride_dv_head,
+                               params.stride_dv_row, 1.0f);
+  sum_parts<Element, kColumns>(params, params.key_parts + gradient_floats, params.slices, 2 * gradient_floats, key_heads,
+                               params.keys, params.channels_qk, params.dk, params.stride_dk_batch, params.stride_dk_head,
+                               params.stride_dk_row, params.scale);
+}
+
 }  // namespace perceiver

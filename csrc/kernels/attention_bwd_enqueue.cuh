@@ -21,6 +21,7 @@ cudaError_t enqueue_attention_bwd(const AttentionBackwardMaps& maps, const Atten
   if (params.splits > 1) {
     attention_bwd_dq_kernel<Element, Shape><<<query_blocks * kConsumers, kWarpgroup, 0, stream>>>(params);
   }
+  if (params.slices > 1) sum_slices<Element, kColumns>(params);
   return cudaGetLastError();
 }
 

@@ -407,28 +407,4 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
 }
 
-// out [entries, heads, rows, channels] = factor times the sum of its parts [entries x heads, parts, rows, 256], in their order.
-// A thread has four columns of a row.
-template <class Out>
-__global__ void __launch_bounds__(256)
-    attention_bwd_sum_kernel(const float* gParts, int parts, int64_t lead_pitch, int64_t leads, int heads, int64_t rows, int channels, Out* gOut,
-                             int64_t batch_pitch, int64_t head_pitch, int64_t row_pitch, float factor) {
-  const int64_t index = int64_t{blockIdx.x} * 4 + threadIdx.x / 64, row = index % rows;
-  const int lead = static_cast<int>(index / rows), column = threadIdx.x % 64 * 4;
-  if (column >= channels || index >= leads * rows) return;
-  const float* gPart = gParts + lead * lead_pitch + row * WideShape::kColumns + column;
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    const float4 value = *reinterpret_cast<const float4*>(gPart + part * rows * WideShape::kColumns);
-    sum.x += value.x;
-    sum.y += value.y;
-    sum.z += value.z;
-    sum.w += value.w;
-  }
-  Out* gRow = gOut + lead / heads * batch_pitch + lead % heads * head_pitch + row * row_pitch + column;
-  store_pair(gRow, factor * sum.x, factor * sum.y);
-  store_pair(gRow + 2, factor * sum.z, factor * sum.w);
-}
-
 }  // namespace perceiver

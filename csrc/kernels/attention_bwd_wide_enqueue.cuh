@@ -8,8 +8,6 @@
 
 namespace perceiver {
 
-inline int ceil_div(int64_t value, int64_t divisor) { return static_cast<int>((value + divisor - 1) / divisor); }
-
 inline WideChunk chunk_of(const AttentionBackwardParams& params, int row, int key) {
   WideChunk chunk;
   chunk.row_begin = row;
@@ -38,15 +36,6 @@ struct WideRowsShape {
   static constexpr int kColumns = WideShape::kColumns, kBlockQ = kRowsBlock;
 };
 
-template <class Element>
-void sum_parts(const AttentionBackwardParams& params, const float* gParts, int parts, int64_t lead_pitch, int heads, int64_t rows,
-               int channels, void* out, int64_t batch_pitch, int64_t head_pitch, int64_t row_pitch, float factor) {
-  const int64_t leads = int64_t{params.batch} * heads;
-  attention_bwd_sum_kernel<Element><<<ceil_div(leads * rows, 4), 256, 0, static_cast<cudaStream_t>(params.stream)>>>(
-      gParts, parts, lead_pitch, leads, heads, rows, channels, static_cast<Element*>(out), batch_pitch, head_pitch, row_pitch,
-      factor);
-}
-
 template <ElementType kElement>
 cudaError_t enqueue_attention_bwd_wide(const AttentionBackwardMaps& maps, const AttentionBackwardParams& params) {
   using Element = typename ElementOf<kElement>::Type;
@@ -68,19 +57,11 @@ cudaError_t enqueue_attention_bwd_wide(const AttentionBackwardMaps& maps, const 
     }
   }
   if (params.splits > 1 || params.chunk_keys < params.keys) {
-    sum_parts<Element>(params, params.dq_parts, params.splits, int64_t{params.splits} * params.queries * WideShape::kColumns,
+    sum_parts<Element, WideShape::kColumns>(params, params.dq_parts, params.splits, int64_t{params.splits} * params.queries * WideShape::kColumns,
                        params.heads, params.queries, params.channels_qk, params.dq, params.stride_dq_batch,
                        params.stride_dq_head, params.stride_dq_row, params.scale);
   }
-  if (params.key_parts != nullptr) {
-    const int key_heads = params.heads / params.heads_per_key_head;
-    const int64_t gradient_floats = int64_t{params.slices} * params.keys * WideShape::kColumns;
-    sum_parts<Element>(params, params.key_parts, params.slices, 2 * gradient_floats, key_heads, params.keys, params.channels_v,
-                       params.dv, params.stride_dv_batch, params.stride_dv_head, params.stride_dv_row, 1.0f);
-    sum_parts<Element>(params, params.key_parts + gradient_floats, params.slices, 2 * gradient_floats, key_heads, params.keys,
-                       params.channels_qk, params.dk, params.stride_dk_batch, params.stride_dk_head, params.stride_dk_row,
-                       params.scale);
-  }
+  if (params.key_parts != nullptr) sum_slices<Element, WideShape::kColumns>(params);
   return cudaGetLastError();
 }
 

@@ -263,9 +263,14 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
         B * H_kv, tiles, 2.0 * BACKWARD_BLOCK_KV * H // H_kv * rows * (3 * d_qk + 2 * d_v), 8.0 * B * H * rows * columns,
         resident=1, device=device,
     )  # fmt: skip
-    items = B * H_kv * splits
+    slices = 1
+    if H == H_kv and B * H * tiles < device.sm_count and Lq > 16 * Lk:
+        # A decoder: few tiles of keys, each by as many programs as fill the GPU.
+        splits, per_split = 1, tiles
+        slices = math.ceil(query_blocks / math.ceil(query_blocks / max(1, device.sm_count // (B * H))))
+    items = B * H_kv * splits * slices
     keys_per_split, blocks = per_split * BACKWARD_BLOCK_KV, min(items, device.sm_count)
-    return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks)
+    return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks, slices=slices)
 
 
 def workspace_floats(made: BackwardPlan, sizes: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -273,7 +278,8 @@ def workspace_floats(made: BackwardPlan, sizes: tuple[int, ...]) -> tuple[int, i
     B, H, H_kv, Lq, Lk, *_ = sizes
     rows = B * H * made.query_blocks * made.block_q
     if made.columns <= 128:
-        return 2 * rows, made.splits * rows * made.columns, 0, 0
+        key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 else 0
+        return 2 * rows, made.splits * rows * made.columns, 0, key_parts
     row_blocks, tiles = math.ceil(made.chunk_rows / WIDE_BLOCK_Q), math.ceil(made.chunk_keys / WIDE_BLOCK_KV)
     parts = B * H * made.splits * Lq * made.columns if made.splits > 1 or made.chunk_keys < Lk else 0
     key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 or made.chunk_rows < Lq else 0
