@@ -40,6 +40,8 @@ BACKWARD_BLOCK_Q = {64: 128, 128: 64, 256: 32}
 BACKWARD_BLOCK_KV = 128
 # Of the kernels for 256 channels, whose rows of lse and delta lie in blocks of BACKWARD_BLOCK_Q: rows and keys of a tile.
 WIDE_BLOCK_Q, WIDE_BLOCK_KV = 128, 64
+# Parts of dq take no more than this, or than the operands and gradients where those are larger.
+PARTS_BYTES = 256 << 20
 
 
 def reasons_against(problem: AttentionProblem) -> list[str]:
@@ -127,6 +129,8 @@ def leaves_backward(sizes: tuple[int, ...]) -> str | None:
     tiles, least = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV), {64: 128, 128: 512, 256: 0}[d_qk]
     if tiles < least:
         return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
+    if B * H * most_splits(B, H, Lq, Lk, d_qk) < 64:
+        return f"parts of dq that fill the GPU would take more memory than the operands, with {B * H} heads of {Lq} queries"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
     return None
@@ -251,6 +255,12 @@ def plan_wide_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, device: Devi
     )  # fmt: skip
 
 
+def most_splits(B: int, H: int, Lq: int, Lk: int, d: int) -> int:
+    """Splits of the keys whose parts of dq, fp32 [B, H, Lq, d] each, PARTS_BYTES or the operands and gradients outweigh."""
+    operands = 8 * B * H * (Lq + Lk) * d
+    return max(1, max(PARTS_BYTES, operands) // (4 * B * H * Lq * d))
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: DeviceFacts) -> BackwardPlan:
     """Splits with the least estimated time; one block fills a multiprocessor, and every split has a part of dq of its own."""
@@ -263,6 +273,9 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
         B * H_kv, tiles, 2.0 * BACKWARD_BLOCK_KV * H // H_kv * rows * (3 * d_qk + 2 * d_v), 8.0 * B * H * rows * columns,
         resident=1, device=device,
     )  # fmt: skip
+    if splits > (most := most_splits(B, H, Lq, Lk, max(d_qk, d_v))):
+        per_split = math.ceil(tiles / most)
+        splits = math.ceil(tiles / per_split)
     slices = 1
     if H == H_kv and B * H * tiles < device.sm_count and Lq > 16 * Lk:
         # A decoder: few tiles of keys, each by as many programs as fill the GPU.

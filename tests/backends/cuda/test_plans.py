@@ -262,6 +262,13 @@ class TestAttention:
             assert (plan.query_blocks - 1) * plan.block_q < Lq <= plan.query_blocks * plan.block_q
             assert plan.items == B * H_kv * plan.splits and 1 <= plan.blocks <= min(plan.items, 132)
 
+    def test_parts_of_dq_take_no_more_than_the_operands_or_256_mib(self):
+        sizes = ((1, 1, 10**5, 10**5, 128), (1, 8, 65536, 65536, 64), (512, 8, 512, 512, 128), (1, 2, 10**6, 256, 64))
+        for B, H, Lq, Lk, d in sizes:
+            plan = attention.plan_backward(B, H, H, Lq, Lk, d, d, H200)
+            _, parts = attention.workspace_floats(plan, B * H)
+            assert 4 * parts <= 1.1 * max(256 << 20, 8 * B * H * (Lq + Lk) * d)
+
     @pytest.mark.parametrize(
         ("sizes", "reason"),
         [
@@ -275,6 +282,8 @@ class TestAttention:
             ((1, 8, 2**20, 256, 64, 64), "more than 16 queries a key"),
             ((4, 1, 8077, 2048, 64, 64), "fewer than 128 tiles of keys in all heads, got 64"),
             ((1, 8, 2048, 2048, 128, 128), "fewer than 512 tiles of keys in all heads, got 128"),
+            ((1, 16, 4096, 4096, 64, 64), None),
+            ((1, 1, 100_000, 100_000, 64, 64), "more memory than the operands, with 1 heads of 100000 queries"),
             ((32, 8, 128, 512, 64, 64), "less than 5 GFLOP"),
         ],
     )
