@@ -54,9 +54,8 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, uint32_t tile
       : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Without a branch, which would serialize products that are running.
+// Waits for this thread's stores. Without a branch, which would serialize products that are running.
 __device__ __forceinline__ void wait_stores_if(bool waits) {
   asm volatile("{\n.reg .pred waits;\nsetp.ne.b32 waits, %0, 0;\n@waits cp.async.bulk.wait_group 0;\n}" ::"r"(
                    static_cast<int>(waits))
