@@ -58,7 +58,8 @@ const char* broken_split(const AttentionBackwardParams& p) {
   if (p.slices > 1 && (p.heads_per_key_head > 1 || p.key_parts == nullptr)) {
     return "slices need a head of keys for every head, and a workspace";
   }
-  return p.dq_parts == nullptr && p.items > 0 ? "a pointer is null" : nullptr;
+  const bool has_parts = p.splits > 1 || p.keys > kAttentionBackwardBlockKV;
+  return has_parts && p.items > 0 && p.dq_parts == nullptr ? "a pointer is null" : nullptr;
 }
 
 // Of those for 256: all rows and some keys at a time, or some rows and all keys.

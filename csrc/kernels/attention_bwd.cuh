@@ -1,8 +1,8 @@
 // Attention backward on sm_90a, for heads of up to kColumns channels: with p = exp(scale q k^T - lse) and
 // ds = p (dout v^T - delta), dv = p^T dout, dk = scale ds^T q, dq = scale ds k.
 //
-// Work: items of (split of the keys, slice of the queries, head of keys, batch entry); blocks stay on their multiprocessors and take items in turn.
-// A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that read it, in blocks of
+// Work: items of (split of the keys, slice of the queries, head of keys, batch entry); blocks stay on their multiprocessors and
+// take items in turn. A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that read it, in blocks of
 // kBlockQ. dk and dv are sums in registers; dq of every step is staged in shared memory, from where the copy engine adds it to
 // the item's own part in device memory, one tile after the other: the same bits every time. The last tile of all keys takes the
 // part up and leaves dq. Threads: a producer warpgroup, whose first warp copies queries and the second one keys; two consumer
@@ -49,7 +49,7 @@ struct BackwardMemory {
 
 // One item of work. Heads that read one head of keys lie side by side, and so do their blocks of queries.
 struct BackwardWork {
-  int split, key_head, entry, key_begin, key_end, first_head, slice, block_begin, blocks;
+  int split, key_head, entry, key_begin, key_end, first_head, slice, blocks_per_slice, block_begin, blocks;
 
   __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item) {
     const int key_heads = params.heads / params.heads_per_key_head;
@@ -58,9 +58,9 @@ struct BackwardWork {
     item /= params.splits;
     work.slice = item % params.slices;
     item /= params.slices;
-    const int blocks_per_slice = (params.query_blocks + params.slices - 1) / params.slices;
-    work.block_begin = work.slice * blocks_per_slice;
-    work.blocks = min(blocks_per_slice, params.query_blocks - work.block_begin);
+    work.blocks_per_slice = (params.query_blocks + params.slices - 1) / params.slices;
+    work.block_begin = work.slice * work.blocks_per_slice;
+    work.blocks = min(work.blocks_per_slice, params.query_blocks - work.block_begin);
     work.key_head = item % key_heads;
     work.entry = item / key_heads;
     work.key_begin = work.split * params.keys_per_split;
@@ -179,8 +179,9 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
   const auto differentiate_tile = [&](auto ends, const BackwardWork& work, int key, bool is_first) {
     constexpr bool kEnds = decltype(ends)::value;
     const int keys_left = work.key_end - key - key_in_tile;
-    float* gPart = params.dq_parts + work.split * part_floats + work.first_block(params) * block_floats +
-                   warpgroup * Shape::kDqFloats;
+    // Of a slice, whose item is this block's alone, the block's own part.
+    const int64_t first_block = params.slices > 1 ? int64_t{blockIdx.x} * work.blocks_per_slice : work.first_block(params);
+    float* gPart = params.dq_parts + work.split * part_floats + first_block * block_floats + warpgroup * Shape::kDqFloats;
     const int steps = params.heads_per_key_head * work.blocks;
     for (int step = 0; step < steps; ++step, gPart += block_floats) {
       const bool last = step + 1 == steps;

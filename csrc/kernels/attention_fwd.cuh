@@ -3,8 +3,8 @@
 // Work: items of (128 query rows, split of the keys, head, batch entry), row blocks fastest; blocks stay on their
 // multiprocessors and take items in turn, so that the next item's tiles are copied while this one ends. Threads: a producer
 // warpgroup that copies tiles of kBlockKV keys and values ahead (TMA), two consumer warpgroups of 64 rows. Shared memory:
-// 2 (128 d + 2 kStages kBlockKV d) bytes. While the softmax of tile t runs, q k^T of tile t + 1 and p v of tile t - 1 are in
-// flight.
+// 2 (128 kQueryStages d + 2 kStages kBlockKV d) bytes. While the softmax of tile t runs, p v of tile t - 1 is in flight; with
+// two stages of queries, the next item's first q k^T is while an item's results leave.
 //
 // FLOPs 4 B H Lq Lk d. Device memory: every operand once while programs that share it run together, and 4 B H S Lq (d + 1)
 // bytes of partial states.
@@ -20,14 +20,15 @@ namespace perceiver {
 static_assert(kAttentionBlockQ == 64 * kConsumers, "a warpgroup owns 64 rows");
 
 // With kTakeTurns one warpgroup starts its products while the other one weighs.
-template <int kColumns_, int kBlockKV_, int kStages_, bool kTakeTurns_>
+template <int kColumns_, int kBlockKV_, int kStages_, int kQueryStages_, bool kTakeTurns_>
 struct AttentionShape : TileShape<kColumns_, kBlockKV_> {
   using Tile = TileShape<kColumns_, kBlockKV_>;
   static_assert(Tile::kTail == 0, "heads are whole slabs");
   static constexpr int kStages = kStages_;
   static constexpr bool kTakeTurns = kTakeTurns_;
-  static constexpr int kBarriers = 4 * kStages + 2;
-  static constexpr int kSharedBytes = 1024 + Tile::kQueryBytes + kBarriers * sizeof(uint64_t) +
+  static constexpr int kQueryStages = kQueryStages_;
+  static constexpr int kBarriers = 4 * kStages + 2 * kQueryStages;
+  static constexpr int kSharedBytes = 1024 + kQueryStages * Tile::kQueryBytes + kBarriers * sizeof(uint64_t) +
                                       kStages * 2 * Tile::kTileBytes;
 };
 
@@ -40,7 +41,7 @@ struct AttentionMemory {
   __device__ explicit AttentionMemory(unsigned char* shared) : query((shared_address(shared) + 1023) & ~1023u) {}
 
   __device__ __forceinline__ uint32_t keys(int stage) const {
-    return query + Shape::kQueryBytes + stage * Shape::kTileBytes;
+    return query + Shape::kQueryStages * Shape::kQueryBytes + stage * Shape::kTileBytes;
   }
   __device__ __forceinline__ uint32_t values(int stage) const { return keys(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t barrier(int index) const { return keys(2 * Shape::kStages) + 8 * index; }
@@ -48,8 +49,8 @@ struct AttentionMemory {
   __device__ __forceinline__ uint32_t keys_empty(int stage) const { return barrier(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t values_full(int stage) const { return barrier(2 * Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t values_empty(int stage) const { return barrier(3 * Shape::kStages + stage); }
-  __device__ __forceinline__ uint32_t query_full() const { return barrier(4 * Shape::kStages); }
-  __device__ __forceinline__ uint32_t query_empty() const { return barrier(4 * Shape::kStages + 1); }
+  __device__ __forceinline__ uint32_t query_full(int stage) const { return barrier(4 * Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t query_empty(int stage) const { return query_full(Shape::kQueryStages + stage); }
 };
 
 // One item of work.
@@ -83,16 +84,17 @@ __device__ __forceinline__ void load_heads(AttentionMemory<Shape> memory, const 
     }
   };
   Turn<Shape::kStages> turn;
-  uint32_t query_parity = 0;
+  Turn<Shape::kQueryStages> queries;
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
     const AttentionWork work = AttentionWork::of(params, item);
-    wait(memory.query_empty(), query_parity ^ 1);
-    query_parity ^= 1;
-    arrive_expecting(memory.query_full(), Shape::kQueryBytes);
+    wait(memory.query_empty(queries.stage), queries.parity ^ 1);
+    const uint32_t full = memory.query_full(queries.stage), query = memory.query + queries.stage * Shape::kQueryBytes;
+    queries.next();
+    arrive_expecting(full, Shape::kQueryBytes);
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
       for (int slab = 0; slab < Shape::kSlabs; ++slab) {
-        load_tile(memory.query + warpgroup * Shape::kWarpgroupQueryBytes + slab * Shape::kQuerySlabBytes, maps.query,
-                  memory.query_full(), 64 * slab, work.row + 64 * warpgroup, work.head, work.entry);
+        load_tile(query + warpgroup * Shape::kWarpgroupQueryBytes + slab * Shape::kQuerySlabBytes, maps.query,
+                  full, 64 * slab, work.row + 64 * warpgroup, work.head, work.entry);
       }
     }
     const int key_head = work.head / params.heads_per_key_head;
@@ -145,39 +147,62 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
   if (warpgroup == 1) pass_turn();
   const auto release = [](uint32_t barrier) { arrive_if(threadIdx.x % 32 == 0, barrier); };
   Turn<Shape::kStages> turn;
-  uint32_t query_parity = 0;
+  Turn<Shape::kQueryStages> queries;
+  ForwardRows<Element, Shape> rows;
+  const auto wait_first = [&] {
+    wait(memory.query_full(queries.stage), queries.parity);
+    wait(memory.keys_full(turn.stage), turn.parity);
+  };
+  const auto start_scores = [&] { rows.start_scores(query + queries.stage * Shape::kQueryBytes, memory.keys(turn.stage)); };
+  // The first scores of an item.
+  const auto begin = [&] {
+    wait_first();
+    take_turn();
+    fence_products();
+    start_scores();
+    pass_turn();
+    wait_products<0>();
+    pin(rows.scores);
+  };
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
     const AttentionWork work = AttentionWork::of(params, item);
+    // With two stages of queries, the item before began this one.
+    if (Shape::kQueryStages == 1 || item == static_cast<int>(blockIdx.x)) begin();
     // Keys that have not been weighed.
     int left = work.key_end - work.key_begin;
-    ForwardRows<Element, Shape> rows;
-    rows.clear();
     const auto weigh = [&](int stage) {
       if (left < Shape::kBlockKV) rows.hide_past(left);
       left -= Shape::kBlockKV;
       release(memory.keys_empty(stage));
       rows.softmax(scale_log2);
     };
-    wait(memory.query_full(), query_parity);
-    query_parity ^= 1;
-    wait(memory.keys_full(turn.stage), turn.parity);
-    take_turn();
-    fence_products();
-    rows.start_scores(query, memory.keys(turn.stage));
-    pass_turn();
-    wait_products<0>();
-    pin(rows.scores);
-    weigh(turn.stage);
-    rows.round_weights();
     Turn<Shape::kStages> before = turn;
+    const bool idles = work.row + 64 * warpgroup >= params.queries;
+    if (idles) {
+      // No row of the item is this warpgroup's: it lets its tiles pass.
+      for (; left > Shape::kBlockKV; left -= Shape::kBlockKV, before = turn) {
+        release(memory.keys_empty(turn.stage));
+        turn.next();
+        wait(memory.values_full(before.stage), before.parity);
+        release(memory.values_empty(before.stage));
+        wait(memory.keys_full(turn.stage), turn.parity);
+        take_turn();
+        pass_turn();
+      }
+      release(memory.keys_empty(turn.stage));
+    } else {
+      rows.clear();
+      weigh(turn.stage);
+      rows.round_weights();
+    }
     turn.next();
-    while (left > 0) {
+    while (left > 0 && !idles) {
       // Values that were copied before these keys: a wait between the two products would serialize them.
       wait(memory.values_full(before.stage), before.parity);
       wait(memory.keys_full(turn.stage), turn.parity);
       take_turn();
       fence_products();
-      rows.start_scores(query, memory.keys(turn.stage));
+      start_scores();
       rows.start_sums(memory.values(before.stage));
       pass_turn();
       wait_products<1>();
@@ -191,14 +216,30 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
       before = turn;
       turn.next();
     }
-    release(memory.query_empty());
+    release(memory.query_empty(queries.stage));
+    queries.next();
     wait(memory.values_full(before.stage), before.parity);
-    fence_products();
-    rows.start_sums(memory.values(before.stage));
-    wait_products<0>();
+    if constexpr (Shape::kQueryStages == 1) {
+      fence_products();
+      rows.start_sums(memory.values(before.stage));
+      wait_products<0>();
+    } else {
+      if (item + static_cast<int>(gridDim.x) < params.items) wait_first();
+      take_turn();
+      fence_products();
+      rows.start_sums(memory.values(before.stage));
+      // Of the last item, scores of what lies there, which nothing reads.
+      start_scores();
+      pass_turn();
+      wait_products<1>();
+    }
     rows.pin_sums();
     release(memory.values_empty(before.stage));
-    store_heads(rows, params, work, warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4);
+    if (!idles) store_heads(rows, params, work, warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4);
+    if constexpr (Shape::kQueryStages > 1) {
+      wait_products<0>();
+      pin(rows.scores);
+    }
   }
   if (warpgroup == 0) take_turn();
 }
@@ -219,8 +260,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       init_barrier(memory.values_full(stage), 1);
       init_barrier(memory.values_empty(stage), kConsumerWarps);
     }
-    init_barrier(memory.query_full(), 1);
-    init_barrier(memory.query_empty(), kConsumerWarps);
+    for (int stage = 0; stage < Shape::kQueryStages; ++stage) {
+      init_barrier(memory.query_full(stage), 1);
+      init_barrier(memory.query_empty(stage), kConsumerWarps);
+    }
     publish_barriers();
   }
   __syncthreads();

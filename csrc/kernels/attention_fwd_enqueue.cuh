@@ -5,17 +5,17 @@
 
 namespace perceiver {
 
-// Columns, keys of a tile, stages, whether warpgroups take turns. In ms on an H200: 128 channels, 512 x 512 in 256 heads 0.0742
+// Columns, keys of a tile, stages, those of the queries, whether warpgroups take turns. In ms on an H200: 128 channels, 512 x 512 in 256 heads 0.0742
 // with turns and 0.0762 without, 64 keys a tile 0.080; 64 channels 0.105 and 0.107, 64 keys 0.115; 256 channels, 1,048,576 x 512
 // 0.844 with tiles of 64 keys and 0.890 with 80.
 template <int kColumns>
 struct AttentionShapeOf;
 template <>
-struct AttentionShapeOf<64> : AttentionShape<64, 128, 4, false> {};
+struct AttentionShapeOf<64> : AttentionShape<64, 128, 4, 2, false> {};
 template <>
-struct AttentionShapeOf<128> : AttentionShape<128, 128, 2, true> {};
+struct AttentionShapeOf<128> : AttentionShape<128, 128, 2, 2, true> {};
 template <>
-struct AttentionShapeOf<256> : AttentionShape<256, 64, 2, false> {};
+struct AttentionShapeOf<256> : AttentionShape<256, 64, 2, 1, false> {};
 
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForwardParams& params) {

@@ -143,9 +143,7 @@ struct ForwardRows {
 #pragma unroll
     for (int i = 0; i < Shape::kBlockKV / 2; ++i) {
       const int half = i / 2 % 2;
-      const float power = fmaf(scores[i], scale_log2, -safe[half]);
-      // Where rows are narrow the exponentials take as long as the products: one in four leaves the special function unit.
-      scores[i] = Shape::kColumns <= 64 && i % 4 == 3 ? exp2_polynomial(power) : exp2_approx(power);
+      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -safe[half]));
       total[half] += scores[i];
     }
   }

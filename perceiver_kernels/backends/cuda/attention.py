@@ -278,9 +278,13 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
         splits = math.ceil(tiles / per_split)
     slices = 1
     if H == H_kv and B * H * tiles < device.sm_count and Lq > 16 * Lk:
-        # A decoder: few tiles of keys, each by as many programs as fill the GPU.
+        # A decoder: few tiles of keys, each by as many programs as fill the GPU, in more than one wave where their parts ask it.
         splits, per_split = 1, tiles
-        slices = math.ceil(query_blocks / math.ceil(query_blocks / max(1, device.sm_count // (B * H))))
+        for wave in itertools.count(1):
+            per_slice = math.ceil(query_blocks / max(1, wave * device.sm_count // (B * H)))
+            if tiles == 1 or per_slice == 1 or 4 * device.sm_count * per_slice * block_q * columns <= PARTS_BYTES:
+                break
+        slices = math.ceil(query_blocks / per_slice)
     items = B * H_kv * splits * slices
     keys_per_split, blocks = per_split * BACKWARD_BLOCK_KV, min(items, device.sm_count)
     return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks, slices=slices)
@@ -291,8 +295,12 @@ def workspace_floats(made: BackwardPlan, sizes: tuple[int, ...]) -> tuple[int, i
     B, H, H_kv, Lq, Lk, *_ = sizes
     rows = B * H * made.query_blocks * made.block_q
     if made.columns <= 128:
-        key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 else 0
-        return 2 * rows, made.splits * rows * made.columns, 0, key_parts
+        # Of one tile of keys dq has no parts; of slices every program has one, and dk and dv one of every slice.
+        part_rows = made.splits * rows
+        if made.slices > 1:
+            part_rows = made.blocks * math.ceil(made.query_blocks / made.slices) * made.block_q
+        parts = part_rows * made.columns if Lk > BACKWARD_BLOCK_KV else 0
+        return 2 * rows, parts, 0, 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 else 0
     row_blocks, tiles = math.ceil(made.chunk_rows / WIDE_BLOCK_Q), math.ceil(made.chunk_keys / WIDE_BLOCK_KV)
     parts = B * H * made.splits * Lq * made.columns if made.splits > 1 or made.chunk_keys < Lk else 0
     key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 or made.chunk_rows < Lq else 0

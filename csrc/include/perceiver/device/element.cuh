@@ -66,19 +66,6 @@ __device__ __forceinline__ float2 unpacked_pair<__nv_bfloat16>(uint32_t pair) {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// 2^x for x < 127 to a relative 3e-6, on the units that multiply: 2^(x - round(x)) as a polynomial of degree 4 (minimax on
-// [-1/2, 1/2] with the value 1 at 0), whose exponent round(x) is added to. 0 at -inf, below 2^-125 in places.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 x 2^23: adding it leaves round(x) in the low bits.
-  x = fmaxf(x, -127.0f);
-  const float shifted = x + kRound, fraction = x - (shifted - kRound);
-  float y = fmaf(0.00958283059f, fraction, 0.0559064262f);
-  y = fmaf(y, fraction, 0.240240991f);
-  y = fmaf(y, fraction, 0.693124175f);
-  y = fmaf(y, fraction, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
 // 2^x to 2 ulp, 0 below the normal numbers.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
