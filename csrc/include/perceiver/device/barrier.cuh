@@ -31,12 +31,13 @@ __device__ __forceinline__ void arrive_if(bool arrives, uint32_t barrier) {
       : "memory");
 }
 
-// The same at the barrier that lies at this address in block `rank` of the cluster.
+// The same at the barrier that lies at this address in block `rank` of the cluster. It orders no writes for that block (with the
+// scope of the cluster it would, and fence to device memory); reads of what copies then overwrite are over.
 __device__ __forceinline__ void arrive_in_cluster_if(bool arrives, uint32_t barrier, int rank) {
   asm volatile(
       "{\n.reg .pred arrives;\n.reg .b32 there;\nsetp.ne.b32 arrives, %2, 0;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "@arrives mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "@arrives mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank), "r"(static_cast<int>(arrives))
       : "memory");
 }
