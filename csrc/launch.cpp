@@ -69,6 +69,7 @@ cudaError_t enqueue_shared_kv(int columns, const SharedKVMaps& maps, const Share
     case 256: return enqueue_shared_kv<256>(maps, params);
     case 272: return enqueue_shared_kv<272>(maps, params);
     case 336: return enqueue_shared_kv<336>(maps, params);
+    case 512: return enqueue_shared_kv<512>(maps, params);
   }
   return cudaErrorInvalidValue;
 }
@@ -145,7 +146,9 @@ const char* pk_layout() noexcept {
 
 int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept {
 #if PK_HOPPER
-  if (std::strcmp(kernel, "shared_kv_fwd") == 0) return perceiver::shared_kv_shared_bytes(columns);
+  if (std::strcmp(kernel, "shared_kv_fwd") == 0 || std::strcmp(kernel, "shared_kv_fwd_wide") == 0) {
+    return perceiver::shared_kv_shared_bytes(columns);
+  }
   if (std::strcmp(kernel, "attention_fwd") == 0) return perceiver::attention_shared_bytes(columns);
   if (std::strcmp(kernel, "attention_bwd") == 0) return perceiver::attention_bwd_shared_bytes(columns);
 #endif

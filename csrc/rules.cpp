@@ -122,7 +122,7 @@ const char* broken_rule(const PackForwardParams& p) {
 
 const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
   if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
-  if (columns == 0) return "channels must be at most 336";
+  if (columns == 0) return "channels must be at most 512";
   if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
   if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
     return "z_out_type must be 0 (float32) or type";
@@ -133,7 +133,7 @@ const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<Ro
   }
   if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-  if (int64_t{p.batch} * p.splits * ((int64_t{p.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ) > kMostBlocks) {
+  if (int64_t{p.batch} * p.splits * shared_kv_row_blocks(p.rows, columns) > kMostBlocks) {
     return "there must be fewer than 2^31 blocks";
   }
   if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";

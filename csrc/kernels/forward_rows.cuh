@@ -52,24 +52,31 @@ struct ForwardRows {
     total[0] = total[1] = 0.0f;
   }
 
-  // Starts scores = q x^T for the tile at `tokens`.
-  __device__ __forceinline__ void start_scores(uint32_t query, uint32_t tokens) {
-    using Scores = Product<Element, Shape::kBlockKV>;
-    // Addresses of every step, kept through the loop, spill where rows are widest: there they are sums each time.
-    if constexpr (Shape::kSlabs > 5) asm volatile("" : "+r"(query));
+  // Adds q x^T over kCount slabs, of which the first lie at `query` and `tokens`, to scores that begin there or before.
+  template <int kCount>
+  __device__ __forceinline__ void add_scores(uint32_t query, uint32_t tokens, bool begun) {
     const OperandTile<16, 1024, Swizzle::k128Bytes> a(query), b(tokens);
-    const OperandTile<16, 256, Swizzle::k32Bytes> a_tail(query);
 #pragma unroll
-    for (int slab = 0; slab < Shape::kFullSlabs; ++slab) {
+    for (int slab = 0; slab < kCount; ++slab) {
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        Scores::template add<false>(scores, a.at(slab * Shape::kQuerySlabBytes + 32 * step),
-                                    b.at(slab * Shape::kSlabBytes + 32 * step), slab + step > 0);
+        Product<Element, Shape::kBlockKV>::template add<false>(scores, a.at(slab * Shape::kQuerySlabBytes + 32 * step),
+                                                               b.at(slab * Shape::kSlabBytes + 32 * step),
+                                                               begun || slab + step > 0);
       }
     }
+  }
+
+  // Starts scores = q x^T for the tile at `tokens`.
+  __device__ __forceinline__ void start_scores(uint32_t query, uint32_t tokens) {
+    // Addresses of every step, kept through the loop, spill where rows are widest: there they are sums each time.
+    if constexpr (Shape::kSlabs > 5) asm volatile("" : "+r"(query));
+    add_scores<Shape::kFullSlabs>(query, tokens, false);
     if constexpr (Shape::kTail > 0) {
-      Scores::template add<false>(scores, a_tail.at(Shape::kFullSlabs * Shape::kQuerySlabBytes),
-                                  b.at(Shape::kFullSlabs * Shape::kSlabBytes));
+      const OperandTile<16, 1024, Swizzle::k128Bytes> b(tokens);
+      const OperandTile<16, 256, Swizzle::k32Bytes> a_tail(query);
+      Product<Element, Shape::kBlockKV>::template add<false>(scores, a_tail.at(Shape::kFullSlabs * Shape::kQuerySlabBytes),
+                                                             b.at(Shape::kFullSlabs * Shape::kSlabBytes));
     }
     commit_products();
   }
@@ -115,8 +122,21 @@ struct ForwardRows {
     }
   }
 
-  // scores become weights relative to the maxima; `factor` brings older sums to maxima that were raised.
-  __device__ __forceinline__ void softmax(float scale_log2) {
+  // Maxima of rows become `raised`, which are no less; `factor` brings older sums to them. Where no row of the warp needs it,
+  // nothing is done.
+  __device__ __forceinline__ void raise(bool needed, const float (&raised)[2]) {
+    rescaled = __any_sync(0xffffffffu, needed);
+    if (!rescaled) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A row that has seen nothing yet is at -inf, and so is its new maximum where the tile is hidden from it.
+      factor[half] = maximum[half] == -INFINITY ? 0.0f : exp2_approx(maximum[half] - raised[half]);
+      maximum[half] = raised[half];
+      total[half] *= factor[half];
+    }
+  }
+
+  __device__ __forceinline__ void raise_to_scores(float scale_log2) {
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < Shape::kBlockKV / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
@@ -126,26 +146,27 @@ struct ForwardRows {
       largest[half] = fmaxf(largest[half], __shfl_xor_sync(0xffffffffu, largest[half], 1));
       largest[half] = fmaxf(largest[half], __shfl_xor_sync(0xffffffffu, largest[half], 2)) * scale_log2;
       outgrown |= largest[half] > maximum[half] + kRescaleAbove;
+      largest[half] = fmaxf(maximum[half], largest[half]);
     }
-    rescaled = __any_sync(0xffffffffu, outgrown);
+    raise(outgrown, largest);
+  }
+
+  // scores become weights relative to the maxima.
+  __device__ __forceinline__ void weigh_scores(float scale_log2) {
     float safe[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (rescaled) {
-        const float raised = fmaxf(maximum[half], largest[half]);
-        // A row that has seen nothing yet is at -inf, and so is its new maximum where the tile is hidden from it.
-        factor[half] = maximum[half] == -INFINITY ? 0.0f : exp2_approx(maximum[half] - raised);
-        maximum[half] = raised;
-        total[half] *= factor[half];
-      }
-      safe[half] = maximum[half] == -INFINITY ? 0.0f : maximum[half];
-    }
+    for (int half = 0; half < 2; ++half) safe[half] = maximum[half] == -INFINITY ? 0.0f : maximum[half];
 #pragma unroll
     for (int i = 0; i < Shape::kBlockKV / 2; ++i) {
       const int half = i / 2 % 2;
       scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -safe[half]));
       total[half] += scores[i];
     }
+  }
+
+  __device__ __forceinline__ void softmax(float scale_log2) {
+    raise_to_scores(scale_log2);
+    weigh_scores(scale_log2);
   }
 
   __device__ __forceinline__ void rescale_sums() {

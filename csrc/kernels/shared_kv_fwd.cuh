@@ -8,19 +8,18 @@
 // FLOPs 4 B R M C. Device memory: x once while row blocks share it through the L2, and 4 B S R (C + 1) bytes of partial states.
 #pragma once
 
-#include "kernels/forward_rows.cuh"
-#include "kernels/shared_kv_enqueue.h"
+#include "kernels/shared_kv_work.cuh"
 #include "perceiver/device/barrier.cuh"
 #include "perceiver/device/tma.cuh"
 
 namespace perceiver {
 
-static_assert(kSharedKVBlockQ == 64 * kConsumers, "a warpgroup owns 64 rows");
-
 template <int kColumns_, int kBlockKV_, int kStages_>
-struct SharedKVShape : TileShape<kColumns_, kBlockKV_> {
+struct SharedKVShape : TileShape<kColumns_, kBlockKV_>, SharedKVBlocks<kColumns_> {
   using Tile = TileShape<kColumns_, kBlockKV_>;
+  static_assert(SharedKVShape::kClusterRows == 64 * kConsumers, "a warpgroup owns 64 rows");
   static constexpr int kStages = kStages_;
+  static constexpr bool kConsumersShareRows = false;
   static constexpr int kSharedBytes = 1024 + Tile::kQueryBytes + sizeof(uint64_t) +
                                       kStages * (Tile::kTileBytes + 2 * sizeof(uint64_t) + Tile::kMaskWords * sizeof(uint32_t));
 };
@@ -39,29 +38,12 @@ struct SharedKVMemory {
   __device__ __forceinline__ uint32_t full(int stage) const { return tokens(Shape::kStages) + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t query_full() const { return full(2 * Shape::kStages); }
-  // A word of the visibility of a stage's tokens.
+  // The visibility of a stage's tokens comes and goes with them.
+  __device__ __forceinline__ uint32_t visible_full(int stage) const { return full(stage); }
+  __device__ __forceinline__ uint32_t visible_empty(int stage) const { return empty(stage); }
+  // A word of it.
   __device__ __forceinline__ uint32_t visible(int stage, int word) const {
     return full(2 * Shape::kStages + 1) + 4 * (stage * Shape::kMaskWords + word);
-  }
-};
-
-// The block's share of the work.
-struct SharedKVWork {
-  int row, split, entry, token_begin, token_end, tiles;
-
-  template <class Shape>
-  __device__ static SharedKVWork of(const SharedKVForwardParams& params) {
-    const int row_blocks = (params.rows + kSharedKVBlockQ - 1) / kSharedKVBlockQ;
-    SharedKVWork work;
-    work.row = static_cast<int>(blockIdx.x) % row_blocks * kSharedKVBlockQ;
-    const int rest = static_cast<int>(blockIdx.x) / row_blocks;
-    work.split = rest % params.splits;
-    work.entry = rest / params.splits;
-    work.token_begin = work.split * params.tokens_per_split;
-    work.token_end = min(work.token_begin + params.tokens_per_split, params.tokens);
-    if (params.lengths != nullptr) work.token_end = min(work.token_end, params.lengths[work.entry]);
-    work.tiles = max(0, (work.token_end - work.token_begin + Shape::kBlockKV - 1) / Shape::kBlockKV);
-    return work;
   }
 };
 
@@ -84,55 +66,6 @@ __device__ __forceinline__ void load_queries_and_tokens(SharedKVMemory<Shape> me
       load_tile(memory.tokens(turn.stage) + slab * Shape::kSlabBytes, maps.tokens, memory.full(turn.stage), 64 * slab,
                 work.token_begin + tile * Shape::kBlockKV, 0, work.entry);
     }
-  }
-}
-
-// One bit a token of every tile, by one warp: set where it is visible and inside the split.
-template <class Shape>
-__device__ __forceinline__ void load_visibility(SharedKVMemory<Shape> memory, const SharedKVForwardParams& params,
-                                                const SharedKVWork& work) {
-  const int lane = threadIdx.x % 32;
-  const auto* gMask = static_cast<const unsigned char*>(params.key_mask) + int64_t{work.entry} * params.tokens;
-  Turn<Shape::kStages> turn;
-  for (int tile = 0; tile < work.tiles; ++tile, turn.next()) {
-    wait(memory.empty(turn.stage), turn.parity ^ 1);
-#pragma unroll
-    for (int word = 0; word < Shape::kMaskWords; ++word) {
-      const int in_tile = 32 * word + lane, token = work.token_begin + tile * Shape::kBlockKV + in_tile;
-      const bool exists = in_tile < Shape::kBlockKV && token < work.token_end;
-      const uint32_t visible = __ballot_sync(0xffffffffu, exists && gMask[token] != 0);
-      if (lane == 0) store_shared(memory.visible(turn.stage, word), visible);
-    }
-    if (lane == 0) arrive(memory.full(turn.stage));
-  }
-}
-
-template <class Element, class Shape>
-__device__ __forceinline__ void store_state(ForwardRows<Element, Shape>& rows, const SharedKVForwardParams& params,
-                                            const SharedKVWork& work, int row_in_block) {
-  const int row = work.row + row_in_block;
-  const int64_t flat_row = (int64_t{work.entry} * params.splits + work.split) * params.rows + row;
-  const bool exists[2] = {row < params.rows, row + 8 < params.rows};
-  float inverse[2], lse[2];
-  finish_totals(rows, inverse, lse);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (threadIdx.x % 4 == 0 && exists[half]) {
-      params.lse_out[flat_row + 8 * half] = lse[half];
-      if (params.rho_out != nullptr) params.rho_out[flat_row + 8 * half] = rows.total[half] == 0.0f ? 0.0f : 1.0f;
-    }
-  }
-  const int64_t offset = flat_row * params.channels;
-  const auto store = [&](auto* gRow) {
-    store_sums(gRow, params.channels, rows.sums_first, inverse, exists, 0, params.channels);
-    if constexpr (Shape::kSecond > 0) {
-      store_sums(gRow, params.channels, rows.sums_second, inverse, exists, Shape::kFirst, params.channels);
-    }
-  };
-  if (params.z_out_type == static_cast<int32_t>(ElementType::kFloat32)) {
-    store(static_cast<float*>(params.z_out) + offset);
-  } else {
-    store(static_cast<Element*>(params.z_out) + offset);
   }
 }
 
@@ -187,7 +120,7 @@ __device__ __forceinline__ void attend(SharedKVMemory<Shape> memory, const Share
     wait_products<0>();
     rows.pin_sums();
   }
-  store_state(rows, params, work, warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4);
+  store_state(rows, params, work, warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4, 0, true);
 }
 
 template <class Element, class Shape, bool kMasked>

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kernels/shared_kv_fwd.cuh"
+#include "kernels/shared_kv_fwd_wide.cuh"
+
 namespace perceiver {
 
 // Columns, tokens of a tile, stages: as many stages as fit 227 KiB beside the queries.
@@ -17,6 +19,19 @@ template <>
 struct SharedKVShapeOf<272> : SharedKVShape<272, 80, 3> {};
 template <>
 struct SharedKVShapeOf<336> : SharedKVShape<336, 48, 3> {};
+template <>
+struct SharedKVShapeOf<512> : SharedKVWideShape<512, 64> {};
+
+using SharedKVKernel = void (*)(SharedKVMaps, SharedKVForwardParams);
+
+template <class Element, class Shape, bool kMasked>
+SharedKVKernel shared_kv_kernel() {
+  if constexpr (Shape::kConsumersShareRows) {
+    return &shared_kv_fwd_wide_kernel<Element, Shape, kMasked>;
+  } else {
+    return &shared_kv_fwd_kernel<Element, Shape, kMasked>;
+  }
+}
 
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwardParams& params) {
@@ -24,14 +39,22 @@ cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwar
   using Shape = SharedKVShapeOf<kColumns>;
   static_assert(Shape::kSharedBytes <= 232448, "a block may have 227 KiB of shared memory");
   static_assert(Shape::kBlockKV == shared_kv_block_kv(kColumns), "launch.cpp describes tiles of this size");
-  const auto kernel = params.key_mask != nullptr ? &shared_kv_fwd_kernel<Element, Shape, true>
-                                                 : &shared_kv_fwd_kernel<Element, Shape, false>;
+  const SharedKVKernel kernel =
+      params.key_mask != nullptr ? shared_kv_kernel<Element, Shape, true>() : shared_kv_kernel<Element, Shape, false>();
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int64_t row_blocks = (int64_t{params.rows} + kSharedKVBlockQ - 1) / kSharedKVBlockQ;
-  const auto blocks = static_cast<unsigned>(row_blocks * params.splits * params.batch);
-  kernel<<<blocks, kBlockThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Shape::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shared_kv_row_blocks(params.rows, kColumns) * params.splits * params.batch);
+  config.blockDim = kBlockThreads;
+  config.dynamicSmemBytes = Shape::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(params.stream);
+  config.attrs = &cluster;
+  config.numAttrs = Shape::kCluster > 1 ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, maps, params);
+  return error == cudaSuccess ? cudaGetLastError() : error;
 }
 
 }  // namespace perceiver

@@ -64,7 +64,7 @@ def test_hopper_kernels_use_its_instructions(tmp_path: Path, capsys: pytest.Capt
     assert main(["check", "--kernels", "--plain", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert all(row["spills"] == 0 and row["registers"] > 0 for row in rows)
-    names = ("shared_kv_fwd", "attention_fwd", "attention_bwd")
+    names = ("shared_kv_fwd", "shared_kv_fwd_wide", "attention_fwd", "attention_bwd")
     hopper = {(row["name"], row["variant"]): row for row in rows if row["name"] in names}
     widths = 2 * len(shared_kv.BLOCK_KV) + len(attention.BLOCK_KV) + len(attention.BACKWARD_BLOCK_Q)
     assert len(hopper) == 2 * widths

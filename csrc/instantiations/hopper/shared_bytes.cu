@@ -12,6 +12,7 @@ int shared_kv_shared_bytes(int columns) {
     case 256: return SharedKVShapeOf<256>::kSharedBytes;
     case 272: return SharedKVShapeOf<272>::kSharedBytes;
     case 336: return SharedKVShapeOf<336>::kSharedBytes;
+    case 512: return SharedKVShapeOf<512>::kSharedBytes;
   }
   return 0;
 }

@@ -30,9 +30,9 @@ from perceiver_kernels.problem import SharedKVProblem
 
 COMPOSITE = False
 
-# Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile.
-BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48}
-BLOCK_Q = 128
+# Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile; the query rows of a block.
+BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48, 512: 64}
+BLOCK_Q = {64: 128, 128: 128, 256: 128, 272: 128, 336: 128, 512: 64}
 
 
 def reasons_against(problem: SharedKVProblem) -> list[str]:
@@ -59,10 +59,11 @@ class ForwardPlan:
 @functools.lru_cache(maxsize=1024)
 def plan_forward(B: int, R: int, M: int, C: int, device: DeviceFacts) -> ForwardPlan:
     """Splits with the least estimated time: exactly one full wave is usually best. One block fills a multiprocessor."""
-    block_kv = next(tokens for columns, tokens in BLOCK_KV.items() if columns >= C)
-    blocks, tiles = B * math.ceil(R / BLOCK_Q), math.ceil(M / block_kv)
+    columns = next(columns for columns in BLOCK_KV if columns >= C)
+    block_q, block_kv = BLOCK_Q[columns], BLOCK_KV[columns]
+    blocks, tiles = B * math.ceil(R / block_q), math.ceil(M / block_kv)
     splits, per_split = fastest_splits(
-        blocks, tiles, 4.0 * BLOCK_Q * block_kv * C, 8.0 * B * R * C, resident=1, device=device
+        blocks, tiles, 4.0 * block_q * block_kv * C, 8.0 * B * R * C, resident=1, device=device
     )
     return ForwardPlan(block_kv, splits, per_split * block_kv)
 
@@ -107,7 +108,7 @@ def shared_kv_attention_forward(
     """(z, lse, rho), continued from the ``state`` of earlier tokens where one is given.
 
     Args:
-        q: bf16 or fp16 ``[B, R, C]``, C a multiple of 8 up to 336.
+        q: bf16 or fp16 ``[B, R, C]``, C a multiple of 8 up to 512.
         x: keys and values, as q, ``[B, M, C]``.
         key_mask: bool ``[B, M]``, True where a token is visible, or None.
         lengths: int32 ``[B]``, tokens that count, or None.

@@ -223,7 +223,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
-            ({"channels": 344}, "channels must be at most 336"),
+            ({"channels": 520}, "channels must be at most 512"),
             ({"channels": 12}, "channels must be a multiple of 8"),
             ({"rows": -1}, "sizes must not be negative"),
             ({"type": 0}, "type must be 1"),
@@ -376,11 +376,11 @@ class TestLibrary:
     def test_plan_knows_the_tiles_of_the_library(self):
         header = (ROOT / "csrc" / "kernels" / "shared_kv_enqueue.h").read_text()
         columns = re.search(r"kSharedKVColumns\[\] = \{([\d, ]+)\}", header).group(1)
-        steps = re.search(r"return columns <= (\d+) \? (\d+) : columns <= (\d+) \? (\d+) : (\d+);", header).groups()
-        first, of_first, second, of_second, of_rest = map(int, steps)
-        tiles = {c: of_first if c <= first else of_second if c <= second else of_rest for c in map(int, columns.split(", "))}
-        assert tiles == shared_kv.BLOCK_KV
-        assert int(re.search(r"kSharedKVBlockQ = (\d+)", header).group(1)) == shared_kv.BLOCK_Q
+        for function, table in (("block_kv", shared_kv.BLOCK_KV), ("block_q", shared_kv.BLOCK_Q)):
+            (rule,) = re.findall(rf"shared_kv_{function}\(int columns\) \{{\s+return ([^;]+);", header)
+            *steps, (_, of_rest) = re.findall(r"(?:columns <= (\d+) \? )?(\d+)(?: : |$)", rule)
+            tiles = {c: next((of for up_to, of in steps if c <= int(up_to)), of_rest) for c in map(int, columns.split(", "))}
+            assert {c: int(of) for c, of in tiles.items()} == table
         header = (ROOT / "csrc" / "kernels" / "attention_enqueue.h").read_text()
         columns = re.search(r"kAttentionColumns\[\] = \{([\d, ]+)\}", header).group(1)
         first, of_first, of_rest = map(int, re.search(r"return columns <= (\d+) \? (\d+) : (\d+);", header).groups())

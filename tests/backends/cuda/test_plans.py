@@ -153,7 +153,7 @@ class TestSharedKV:
         ("changes", "reason"),
         [
             ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
-            ({"C": 352}, "rows of up to 336 channels, got 352"),
+            ({"C": 528}, "rows of up to 512 channels, got 528"),
             ({"dropout": True}, "without dropout"),
             ({"needs_grad": True}, "no gradient of shared_kv_attention"),
         ],
@@ -178,8 +178,12 @@ class TestSharedKV:
         # 8 x 4 blocks of rows, 4 splits: 128 blocks on 132 multiprocessors.
         assert shared_kv.plan(self.problem(), H200) == shared_kv.ForwardPlan(80, 4, 12560)
 
+    def test_wide_rows_have_blocks_of_64(self):
+        # 8 x 8 blocks of rows, 2 splits: again 128 blocks.
+        assert shared_kv.plan(self.problem(C=512), H200) == shared_kv.ForwardPlan(64, 2, 25088)
+
     def test_splits_cover_the_tokens_in_whole_tiles(self):
-        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336)):
+        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336, 512)):
             plan = shared_kv.plan(self.problem(B=B, R=R, M=M, C=C), H200)
             assert plan.tokens_per_split % plan.block_kv == 0
             assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split

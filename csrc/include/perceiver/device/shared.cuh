@@ -30,6 +30,23 @@ __device__ __forceinline__ void store_shared(uint32_t address, float a, float b,
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+// Four registers, on 16 bytes.
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&value)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value[0]), "r"(value[1]), "r"(value[2]),
+               "r"(value[3])
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t (&value)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
 // Writes four 8 x 8 matrices of 16-bit elements, spread over a warp as sums of products are; lane 8 i + r gives where row r of
 // matrix i goes, 16 bytes.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&value)[4]) {
