@@ -92,18 +92,18 @@ def plan_forward(B: int, H: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: 
 def leaves(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves a call of sizes (B, H, Lq, Lk, d_qk, d_v) to the next backend, or None.
 
-    In ms on an H200, CUDA and Triton: 512 x 512 in 256 heads of 128 channels 0.074 and 0.117, 256 x 256 in 256 of 160 0.042
-    and 0.047, 1,048,576 x 512 of 256 0.84 and 1.19, 256 x 1,048,576 of 256 0.36 and 0.53, 512 x 50,176 of 128 0.160 and 0.230;
-    of 64 channels 2,048 x 2,048 0.163 and 0.170, but 784 x 784 0.140 and 0.128, 1,048,576 x 256 1.62 and 1.53, 64 x 16,384
-    0.161 and 0.152.
+    In ms on an H200, CUDA and Triton: 512 x 512 in 256 heads of 128 channels 0.073 and 0.116, 256 x 256 in 256 of 160 0.042
+    and 0.046, 1,048,576 x 512 of 256 0.84 and 1.19, 256 x 1,048,576 of 256 0.36 and 0.53, 512 x 50,176 of 128 0.160 and 0.230,
+    48 x 8,192 in 32 of 128 0.036 and 0.048; of 64 channels 512 x 512 in 512 heads 0.098 and 0.113, 2,048 x 2,048 0.161 and
+    0.170, 64 x 16,384 0.147 and 0.154, but 784 x 784 0.132 and 0.127, 1,048,576 x 256 1.71 and 1.55.
     """
     B, H, Lq, Lk, d_qk, d_v = sizes
     if d_qk != d_v or d_qk not in (64, 128, 160, 256):
         return f"heads of {d_qk} and {d_v} channels were not measured against triton"
-    if d_qk == 64 and Lk < 2048:
-        return f"triton is faster with heads of 64 channels and fewer than 2,048 keys, got {Lk}"
-    if BLOCK_Q * math.ceil(Lq / BLOCK_Q) > 1.25 * Lq:
-        return f"{Lq} queries leave more than a fifth of their blocks of {BLOCK_Q} empty"
+    if d_qk == 64 and Lk < 512:
+        return f"triton is faster with heads of 64 channels and fewer than 512 keys, got {Lk}"
+    if BLOCK_Q // 2 * math.ceil(2 * Lq / BLOCK_Q) > 1.25 * Lq:
+        return f"{Lq} queries leave more than a fifth of their blocks of {BLOCK_Q // 2} empty"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
     return None
@@ -113,26 +113,32 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
 def leaves_backward(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None.
 
-    In ms on an H200, CUDA and Triton: of 128 channels, 512 x 512 in 256 heads 0.262 and 0.289, in 128 heads 0.138 and 0.147,
-    4,096 x 4,096 in 16 0.82 and 0.83, 512 x 50,176 in 8 0.50 and 0.71, but 2,048 x 2,048 in 8 0.131 and 0.120; of 64 channels,
-    784 x 784 in 256 heads 0.341 and 0.381, 2,048 x 2,048 in 64 0.46 and 0.53, 4,096 x 256 in 64 0.162 and 0.190, but
-    8,077 x 2,048 in 4 0.215 and 0.198, 64 x 16,384 in 128 0.53 and 0.31.
+    In ms on an H200, CUDA and Triton: of 256 channels, 256 x 1,048,576 1.64 and 2.70, 1,048,576 x 512 3.46 and 5.31,
+    512 x 512 in 64 heads 0.119 and 0.168, 20,000 x 512 0.098 and 0.124; of 128 channels, 512 x 512 in 256 heads 0.262 and 0.289,
+    in 128 heads 0.138 and 0.147, 4,096 x 4,096 in 16 0.82 and 0.83, 512 x 50,176 in 8 0.50 and 0.71, but 2,048 x 2,048 in 8 0.131
+    and 0.120; of 64 channels, 784 x 784 in 256 heads 0.341 and 0.381, 2,048 x 2,048 in 64 0.46 and 0.53, 4,096 x 256 in 64 0.162
+    and 0.190, but 8,077 x 2,048 in 4 0.215 and 0.198, 64 x 16,384 in 128 0.53 and 0.31. Decoders: 1,048,576 x 256 in 8 heads of 64
+    3.76 and 4.74, 1,048,576 x 128 of 64 0.287 and 0.370, 524,288 x 256 in 4 of 128 1.87 and 2.30, but 100,352 x 256 in 2 of 64
+    0.146 and 0.138, 1,048,576 x 512 of 128 2.06 and 1.83.
     """
     B, H, Lq, Lk, d_qk, d_v = sizes
     if d_qk != d_v or d_qk not in BACKWARD_BLOCK_Q:
         return f"gradients of heads of {d_qk} and {d_v} channels were not measured against triton"
-    block_q = BACKWARD_BLOCK_Q[d_qk]
-    if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
-        return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
-    if Lq > 16 * Lk:
-        return f"more than 16 queries a key were not measured against triton, got {Lq} and {Lk}"
-    tiles, least = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV), {64: 128, 128: 512, 256: 0}[d_qk]
-    if tiles < least:
-        return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
-    if B * H * most_splits(B, H, Lq, Lk, d_qk) < 64:
-        return f"parts of dq that fill the GPU would take more memory than the operands, with {B * H} heads of {Lq} queries"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
+    block_q = WIDE_BLOCK_Q // 2 if d_qk == 256 else BACKWARD_BLOCK_Q[d_qk]
+    if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
+        return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
+    tiles = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV)
+    if d_qk == 256:
+        return None
+    if Lq > 16 * Lk:
+        if Lk > 2 * BACKWARD_BLOCK_KV or B * H * Lq < 1 << 19:
+            return f"triton is faster with more than 16 queries a key, unless of 2^19 queries and 256 keys, got {Lq} and {Lk}"
+    elif tiles < (least := {64: 128, 128: 512}[d_qk]):
+        return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
+    elif B * H * most_splits(B, H, Lq, Lk, d_qk) < 64:
+        return f"parts of dq that fill the GPU would take more memory than the operands, with {B * H} heads of {Lq} queries"
     return None
 
 
