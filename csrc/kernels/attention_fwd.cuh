@@ -153,7 +153,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     ForwardRows<Element, Shape> rows;
     rows.clear();
     const auto weigh = [&](int stage) {
-      if (left < Shape::kBlockKV) rows.hide_past(left);
+      if (left < Shape::kBlockKV) hide_past(rows.scores, left);
       left -= Shape::kBlockKV;
       release(memory.keys_empty(stage));
       rows.softmax(scale_log2);
@@ -163,7 +163,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     wait(memory.keys_full(turn.stage), turn.parity);
     take_turn();
     fence_products();
-    rows.start_scores(query, memory.keys(turn.stage));
+    start_scores<Element, Shape>(rows.scores, query, memory.keys(turn.stage));
     pass_turn();
     wait_products<0>();
     pin(rows.scores);
@@ -177,8 +177,8 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
       wait(memory.keys_full(turn.stage), turn.parity);
       take_turn();
       fence_products();
-      rows.start_scores(query, memory.keys(turn.stage));
-      rows.start_sums(memory.values(before.stage));
+      start_scores<Element, Shape>(rows.scores, query, memory.keys(turn.stage));
+      rows.start_sums(rows.weights, memory.values(before.stage));
       pass_turn();
       wait_products<1>();
       pin(rows.scores);
@@ -194,7 +194,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     release(memory.query_empty());
     wait(memory.values_full(before.stage), before.parity);
     fence_products();
-    rows.start_sums(memory.values(before.stage));
+    rows.start_sums(rows.weights, memory.values(before.stage));
     wait_products<0>();
     rows.pin_sums();
     release(memory.values_empty(before.stage));
