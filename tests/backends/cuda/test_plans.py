@@ -155,12 +155,12 @@ class TestSharedKV:
             ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
             ({"C": 352}, "rows of up to 336 channels, got 352"),
             ({"dropout": True}, "without dropout"),
-            ({"needs_grad": True}, "no gradient of shared_kv_attention"),
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
         monkeypatch.setattr(cuda, "reasons_against_hopper", list)
         assert shared_kv.reasons_against(self.problem()) == []
+        assert shared_kv.reasons_against(self.problem(needs_grad=True)) == []
         (sentence,) = shared_kv.reasons_against(self.problem(**changes))
         assert reason in sentence
 
@@ -184,9 +184,21 @@ class TestSharedKV:
             assert plan.tokens_per_split % plan.block_kv == 0
             assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
 
-    def test_small_calls_are_left_to_the_next_backend(self):
-        assert shared_kv.leaves((8, 512, 50176, 272)) is None
-        assert "less than 5 GFLOP" in shared_kv.leaves((4, 128, 4096, 256))
+    @pytest.mark.parametrize("rule", [shared_kv.leaves, shared_kv.leaves_backward])
+    def test_small_calls_are_left_to_the_next_backend(self, rule):
+        assert rule((8, 512, 50176, 272)) is None
+        assert "less than 5 GFLOP" in rule((4, 128, 4096, 256))
+
+    def test_gradients_of_imagenet_on_h200(self):
+        # dq as the forward, in tiles of 64 tokens; dx in 3,136 blocks of tokens, which 132 resident blocks share.
+        assert shared_kv.plan_backward(8, 512, 50176, 272, H200) == shared_kv.BackwardPlan(64, 4, 12544, 132)
+
+    def test_splits_of_dq_cover_the_tokens_in_whole_tiles(self):
+        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336)):
+            plan = shared_kv.plan_backward(B, R, M, C, H200)
+            assert plan.tokens_per_split % plan.block_kv == 0
+            assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
+            assert 1 <= plan.blocks <= min(B * -(-M // 128), 132)
 
 
 class TestAttention:
