@@ -13,6 +13,8 @@ using perceiver::AttentionBackwardParams;
 using perceiver::AttentionForwardParams;
 using perceiver::MergeStatesParams;
 using perceiver::PackForwardParams;
+using perceiver::RowProductsParams;
+using perceiver::SharedKVBackwardParams;
 using perceiver::SharedKVForwardParams;
 
 namespace {
@@ -58,6 +60,8 @@ PYBIND11_MODULE(_C, module) {
              "Shared memory of a block of a kernel for Hopper, by its width; 0: not built.");
   bind_params<PackForwardParams>(module, "PackForwardParams");
   bind_params<SharedKVForwardParams>(module, "SharedKVForwardParams");
+  bind_params<SharedKVBackwardParams>(module, "SharedKVBackwardParams");
+  bind_params<RowProductsParams>(module, "RowProductsParams");
   bind_params<AttentionForwardParams>(module, "AttentionForwardParams");
   bind_params<AttentionBackwardParams>(module, "AttentionBackwardParams");
   bind_params<MergeStatesParams>(module, "MergeStatesParams");
@@ -65,6 +69,10 @@ PYBIND11_MODULE(_C, module) {
              "Enqueue the forward of pack_inputs. Raises RuntimeError with the library's sentence.");
   module.def("shared_kv_fwd", raising(&pk_shared_kv_fwd), py::arg("params"),
              "Enqueue the forward of shared_kv_attention. Raises RuntimeError with the library's sentence.");
+  module.def("shared_kv_bwd", raising(&pk_shared_kv_bwd), py::arg("params"),
+             "Enqueue the backward of shared_kv_attention. Raises RuntimeError with the library's sentence.");
+  module.def("row_products", raising(&pk_row_products), py::arg("params"),
+             "Enqueue the row products that a backward starts from. Raises RuntimeError with the library's sentence.");
   module.def("attention_fwd", raising(&pk_attention_fwd), py::arg("params"),
              "Enqueue the forward of attention. Raises RuntimeError with the library's sentence.");
   module.def("attention_bwd", raising(&pk_attention_bwd), py::arg("params"),

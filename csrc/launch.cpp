@@ -75,6 +75,50 @@ cudaError_t enqueue_shared_kv(int columns, const SharedKVMaps& maps, const Share
 }
 
 template <int kColumns>
+cudaError_t enqueue_shared_kv_dq(const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params) {
+  return params.type == static_cast<int32_t>(ElementType::kFloat16)
+             ? enqueue_shared_kv_bwd_dq<ElementType::kFloat16, kColumns>(maps, params)
+             : enqueue_shared_kv_bwd_dq<ElementType::kBFloat16, kColumns>(maps, params);
+}
+
+cudaError_t enqueue_shared_kv_dq(int columns, const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params) {
+  switch (columns) {
+    case 64: return enqueue_shared_kv_dq<64>(maps, params);
+    case 128: return enqueue_shared_kv_dq<128>(maps, params);
+    case 256: return enqueue_shared_kv_dq<256>(maps, params);
+    case 272: return enqueue_shared_kv_dq<272>(maps, params);
+    case 336: return enqueue_shared_kv_dq<336>(maps, params);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <int kColumns>
+cudaError_t enqueue_shared_kv_dx(const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params) {
+  return params.type == static_cast<int32_t>(ElementType::kFloat16)
+             ? enqueue_shared_kv_bwd_dx<ElementType::kFloat16, kColumns>(maps, params)
+             : enqueue_shared_kv_bwd_dx<ElementType::kBFloat16, kColumns>(maps, params);
+}
+
+cudaError_t enqueue_shared_kv_dx(int columns, const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params) {
+  switch (columns) {
+    case 64: return enqueue_shared_kv_dx<64>(maps, params);
+    case 128: return enqueue_shared_kv_dx<128>(maps, params);
+    case 256: return enqueue_shared_kv_dx<256>(maps, params);
+    case 272: return enqueue_shared_kv_dx<272>(maps, params);
+    case 336: return enqueue_shared_kv_dx<336>(maps, params);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Maps of rows and tokens in tiles of a kernel; those of the tails are for widths of 16 modulo 64.
+bool encode_shared_kv(SharedKVBackwardMaps& maps, const RowTensor& q, const RowTensor& dz, const RowTensor& x, int block_q,
+                      int block_kv) {
+  return encode_tiles(&maps.query, q, block_q, 64) && encode_tiles(&maps.query_tail, q, block_q, 16) &&
+         encode_tiles(&maps.dz, dz, block_q, 64) && encode_tiles(&maps.dz_tail, dz, block_q, 16) &&
+         encode_tiles(&maps.tokens, x, block_kv, 64) && encode_tiles(&maps.tokens_tail, x, block_kv, 16);
+}
+
+template <int kColumns>
 cudaError_t enqueue_attention(const AttentionMaps& maps, const AttentionForwardParams& params) {
   return params.type == static_cast<int32_t>(ElementType::kFloat16)
              ? enqueue_attention_fwd<ElementType::kFloat16, kColumns>(maps, params)
@@ -119,6 +163,17 @@ int columns_for(const int (&widths)[kCount], int channels) {
   return 0;
 }
 
+struct SharedKVOperands {
+  RowTensor q, x;
+};
+
+template <class Params>
+SharedKVOperands shared_kv_operands(const Params& p) {
+  const auto type = static_cast<ElementType>(p.type);
+  return {{p.q, type, p.batch, 1, p.rows, p.channels, p.stride_q_batch, 0, p.stride_q_row},
+          {p.x, type, p.batch, 1, p.tokens, p.channels, p.stride_x_batch, 0, p.stride_x_token}};
+}
+
 struct AttentionOperands {
   RowTensor query, key, value;
 };
@@ -149,7 +204,10 @@ int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept {
   if (std::strcmp(kernel, "shared_kv_fwd") == 0 || std::strcmp(kernel, "shared_kv_fwd_wide") == 0) {
     return perceiver::shared_kv_shared_bytes(columns);
   }
+  if (std::strcmp(kernel, "shared_kv_bwd_dq") == 0) return perceiver::shared_kv_bwd_dq_shared_bytes(columns);
+  if (std::strcmp(kernel, "shared_kv_bwd_dx") == 0) return perceiver::shared_kv_bwd_dx_shared_bytes(columns);
   if (std::strcmp(kernel, "attention_fwd") == 0) return perceiver::attention_shared_bytes(columns);
+  if (std::strcmp(kernel, "attention_fwd_long") == 0) return perceiver::attention_long_shared_bytes(columns);
   if (std::strcmp(kernel, "attention_bwd") == 0) return perceiver::attention_bwd_shared_bytes(columns);
 #endif
   return 0;
@@ -168,11 +226,7 @@ void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* st
 
 void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept {
   using namespace perceiver;
-  const auto type = static_cast<ElementType>(params->type);
-  const RowTensor q{params->q, type, params->batch, 1, params->rows, params->channels, params->stride_q_batch,
-                    0,         params->stride_q_row};
-  const RowTensor x{params->x, type, params->batch, 1, params->tokens, params->channels, params->stride_x_batch,
-                    0,         params->stride_x_token};
+  const auto [q, x] = shared_kv_operands(*params);
   const int columns = columns_for(kSharedKVColumns, params->channels);
   if (const char* rule = broken_rule(*params, {q, x}, columns)) {
     return refuse(status, PK_INVALID_ARGUMENT, "shared_kv_fwd: %s", rule);
@@ -195,6 +249,46 @@ void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* 
 #endif
 }
 
+void pk_shared_kv_bwd(const perceiver::SharedKVBackwardParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  const auto& p = *params;
+  const auto [q, x] = shared_kv_operands(p);
+  const RowTensor dz{p.dz, q.type, p.batch, 1, p.rows, p.channels, p.stride_dz_batch, 0, p.stride_dz_row};
+  const int columns = columns_for(kSharedKVGradientColumns, p.channels);
+  if (const char* rule = broken_rule(p, {q, dz, x}, columns)) {
+    return refuse(status, PK_INVALID_ARGUMENT, "shared_kv_bwd: %s", rule);
+  }
+  if (p.batch == 0 || p.rows == 0 || p.tokens == 0) return succeed(status);
+#if PK_HOPPER
+  cudaError_t error = cudaSetDevice(p.device);
+  SharedKVBackwardMaps maps;
+  if (error == cudaSuccess && p.dq_out != nullptr) {
+    if (!encode_shared_kv(maps, q, dz, x, 64, shared_kv_dq_block_kv(columns))) {
+      return refuse(status, PK_CUDA_ERROR, kNoMaps, "shared_kv_bwd");
+    }
+    error = enqueue_shared_kv_dq(columns, maps, p);
+  }
+  if (error == cudaSuccess && p.dx != nullptr) {
+    if (!encode_shared_kv(maps, q, dz, x, shared_kv_dx_block_q(columns), 64)) {
+      return refuse(status, PK_CUDA_ERROR, kNoMaps, "shared_kv_bwd");
+    }
+    error = enqueue_shared_kv_dx(columns, maps, p);
+  }
+  report_cuda(status, "shared_kv_bwd", error);
+#else
+  refuse(status, PK_INVALID_ARGUMENT, kNoHopper, "shared_kv_bwd");
+#endif
+}
+
+void pk_row_products(const perceiver::RowProductsParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  if (const char* rule = broken_rule(*params)) return refuse(status, PK_INVALID_ARGUMENT, "row_products: %s", rule);
+  if (params->batch == 0 || params->rows == 0) return succeed(status);
+  cudaError_t error = cudaSetDevice(params->device);
+  if (error == cudaSuccess) error = enqueue_row_products(*params);
+  report_cuda(status, "row_products", error);
+}
+
 void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept {
   using namespace perceiver;
   const auto& p = *params;
@@ -208,9 +302,8 @@ void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus*
   cudaError_t error = cudaSetDevice(p.device);
   AttentionMaps maps;
   if (error == cudaSuccess) {
-    const int block_kv = attention_block_kv(columns);
-    const bool encoded = encode_tiles(&maps.query, query, 64, 64) && encode_tiles(&maps.key, key, block_kv, 64) &&
-                         encode_tiles(&maps.value, value, block_kv, 64);
+    const bool encoded = encode_tiles(&maps.query, query, 64, 64) && encode_tiles(&maps.key, key, p.block_kv, 64) &&
+                         encode_tiles(&maps.value, value, p.block_kv, 64);
     if (!encoded) return refuse(status, PK_CUDA_ERROR, kNoMaps, "attention_fwd");
     error = enqueue_attention(columns, maps, p);
   }

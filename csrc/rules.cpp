@@ -36,6 +36,33 @@ const char* broken_size(const Params& p, int columns, const char* widest) {
   return is_half(p.type) ? nullptr : "type must be 1 (float16) or 2 (bfloat16)";
 }
 
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+
+bool is_half_or_float(int32_t out_type, int32_t type) {
+  return out_type == type || out_type == static_cast<int32_t>(ElementType::kFloat32);
+}
+
+// What both passes of shared-KV attention ask of sizes; rows of `columns` channels, 0 where there are `too_many`.
+template <class Params>
+const char* broken_rows(const Params& p, int columns, const char* too_many) {
+  if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
+  if (columns == 0) return too_many;
+  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
+  return p.channels % 8 == 0 ? nullptr : "channels must be a multiple of 8";
+}
+
+template <class Params>
+const char* broken_splits(const Params& p, int block_kv, int block_q) {
+  if (p.splits < 1 || p.tokens_per_split < 1 || (p.splits > 1 && p.tokens_per_split % block_kv != 0)) {
+    return "splits must be positive, and of whole tiles of tokens";
+  }
+  if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
+  if (int64_t{p.batch} * p.splits * ((int64_t{p.rows} + block_q - 1) / block_q) > kMostBlocks) {
+    return "there must be fewer than 2^31 blocks";
+  }
+  return nullptr;
+}
+
 // Whether rows of a gradient or result of heads start on 16 bytes.
 bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
   return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
@@ -121,21 +148,9 @@ const char* broken_rule(const PackForwardParams& p) {
 }
 
 const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
-  if (p.batch < 0 || p.rows < 0 || p.tokens < 0 || p.channels < 1) return "sizes must not be negative, channels positive";
-  if (columns == 0) return "channels must be at most 512";
-  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
-  if (p.z_out_type != p.type && p.z_out_type != static_cast<int32_t>(ElementType::kFloat32)) {
-    return "z_out_type must be 0 (float32) or type";
-  }
-  if (p.channels % 8 != 0) return "channels must be a multiple of 8";
-  if (p.splits < 1 || p.tokens_per_split < 1 || (p.splits > 1 && p.tokens_per_split % shared_kv_block_kv(columns) != 0)) {
-    return "splits must be positive, and of whole tiles of tokens";
-  }
-  if (int64_t{p.splits} * p.tokens_per_split < p.tokens) return "the splits must cover the tokens";
-  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-  if (int64_t{p.batch} * p.splits * shared_kv_row_blocks(p.rows, columns) > kMostBlocks) {
-    return "there must be fewer than 2^31 blocks";
-  }
+  if (const char* rule = broken_rows(p, columns, "channels must be at most 512")) return rule;
+  if (!is_half_or_float(p.z_out_type, p.type)) return "z_out_type must be 0 (float32) or type";
+  if (const char* rule = broken_splits(p, shared_kv_block_kv(columns), shared_kv_block_q(columns))) return rule;
   if (!(p.scale_log2 > 0.0f)) return "scale_log2 must be positive";
   if (p.batch == 0 || p.rows == 0) return nullptr;
   if (p.tokens == 0) return "there must be tokens";
@@ -146,12 +161,31 @@ const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<Ro
   return is_aligned(p.z_out) ? nullptr : "z_out must lie on 16 bytes";
 }
 
+const char* broken_rule(const SharedKVBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
+  if (const char* rule = broken_rows(p, columns, "channels must be at most 336")) return rule;
+  if (!is_half_or_float(p.dq_out_type, p.type)) return "dq_out_type must be 0 (float32) or type";
+  if (const char* rule = broken_splits(p, shared_kv_dq_block_kv(columns), shared_kv_block_q(columns))) return rule;
+  const int64_t token_blocks = (int64_t{p.tokens} + kSharedKVGradientBlockKV - 1) / kSharedKVGradientBlockKV;
+  if (token_blocks * p.batch > kMostBlocks / 2) return "there must be fewer than 2^30 blocks of tokens";
+  if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
+  if (p.batch == 0 || p.rows == 0 || p.tokens == 0) return nullptr;
+  if (p.dx != nullptr && p.blocks < 1) return "blocks must be positive";
+  if (p.q == nullptr || p.dz == nullptr || p.x == nullptr || p.lse == nullptr || p.delta == nullptr) {
+    return "a pointer is null";
+  }
+  if (!can_encode_all(tiled)) return "q, dz and x must have a base and pitches of 16 bytes";
+  return is_aligned(p.dq_out) && is_aligned(p.dx) ? nullptr : "gradients must lie on 16 bytes";
+}
+
 const char* broken_rule(const AttentionForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
   if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
   if (p.out_type != p.type && p.out_type != static_cast<int32_t>(ElementType::kFloat32)) {
     return "out_type must be 0 (float32) or type";
   }
-  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % attention_block_kv(columns) != 0)) {
+  if (p.block_kv != attention_block_kv(columns) && (columns != 64 || p.block_kv != kAttentionLongBlockKV)) {
+    return "block_kv must be the keys of a tile of a kernel";
+  }
+  if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % p.block_kv != 0)) {
     return "splits must be positive, and of whole tiles of keys";
   }
   if (int64_t{p.splits} * p.keys_per_split < p.keys) return "the splits must cover the keys";
@@ -187,16 +221,29 @@ const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<
   return aligned && is_aligned(p.rows) && is_aligned(p.dq_parts) ? nullptr : "out and workspaces must lie on 16 bytes";
 }
 
+const char* broken_rule(const RowProductsParams& p) {
+  if (p.batch < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
+    return "sizes must not be negative, channels a positive multiple of 4";
+  }
+  if (!is_half(p.type)) return "type must be 1 (float16) or 2 (bfloat16)";
+  if (p.batch == 0 || p.rows == 0) return nullptr;
+  if (p.dz == nullptr || p.z == nullptr || p.delta == nullptr) return "a pointer is null";
+  if (int64_t{p.batch} * p.rows > kMostBlocks) return "there must be fewer than 2^31 rows";
+  const bool aligned = rows_aligned(p.dz, p.stride_dz_batch, 0, p.stride_dz_row) && is_aligned(p.z);
+  return aligned ? nullptr : "dz and z must lie on 16 bytes, rows of dz too";
+}
+
 const char* broken_rule(const MergeStatesParams& p) {
   if (p.batch < 0 || p.splits < 0 || p.rows < 0 || p.channels < 4 || p.channels % 4 != 0) {
     return "sizes must not be negative, channels a positive multiple of 4";
   }
   if (!is_element_type(p.z_type)) return "z_type must be 0 (float32), 1 (float16) or 2 (bfloat16)";
   if (p.batch == 0 || p.rows == 0) return nullptr;
-  if ((p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
+  const bool sums = p.lse == nullptr;
+  if (sums && (p.lse_part != nullptr || p.lse_state != nullptr || p.rho != nullptr)) return "sums have no lse and no rho";
+  if (!sums && (p.z_state == nullptr) != (p.lse_state == nullptr)) return "an earlier state is z_state and lse_state";
   if (p.heads < 1 || p.batch % p.heads != 0) return "heads must divide batch";
-  if (p.z == nullptr || p.lse == nullptr ||
-      (p.splits > 0 && (p.z_part == nullptr || p.lse_part == nullptr))) {
+  if (p.z == nullptr || (p.splits > 0 && (p.z_part == nullptr || (!sums && p.lse_part == nullptr)))) {
     return "a pointer is null";
   }
   if (!is_aligned(p.z) || !is_aligned(p.z_part) || !is_aligned(p.z_state)) return "z must lie on 16 bytes everywhere";

@@ -12,8 +12,10 @@ namespace perceiver {
 // the copy engine.
 const char* broken_rule(const PackForwardParams& params);
 const char* broken_rule(const SharedKVForwardParams& params, std::initializer_list<RowTensor> tiled, int columns);
+const char* broken_rule(const SharedKVBackwardParams& params, std::initializer_list<RowTensor> tiled, int columns);
 const char* broken_rule(const AttentionForwardParams& params, std::initializer_list<RowTensor> tiled, int columns);
 const char* broken_rule(const AttentionBackwardParams& params, std::initializer_list<RowTensor> tiled, int columns);
+const char* broken_rule(const RowProductsParams& params);
 const char* broken_rule(const MergeStatesParams& params);
 
 }  // namespace perceiver

@@ -5,19 +5,20 @@ namespace perceiver {
 
 namespace {
 
-template <class Out, int kGroups>
+template <class Out, int kGroups, bool kStates>
 cudaError_t enqueue(const MergeStatesParams& params) {
   constexpr int kPlaces = kMergeThreads / kGroups;
   const int64_t places = int64_t{params.batch} * params.rows * (params.channels / 4);
   const auto blocks = static_cast<unsigned>((places + kPlaces - 1) / kPlaces);
-  merge_states_kernel<Out, kGroups><<<blocks, kMergeThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(params);
+  merge_states_kernel<Out, kGroups, kStates><<<blocks, kMergeThreads, 0, static_cast<cudaStream_t>(params.stream)>>>(params);
   return cudaGetLastError();
 }
 
 // Many splits are those of few rows, which would be few threads.
 template <class Out>
 cudaError_t enqueue(const MergeStatesParams& params) {
-  return params.splits > 8 ? enqueue<Out, 8>(params) : enqueue<Out, 1>(params);
+  if (params.lse == nullptr) return params.splits > 8 ? enqueue<Out, 8, false>(params) : enqueue<Out, 1, false>(params);
+  return params.splits > 8 ? enqueue<Out, 8, true>(params) : enqueue<Out, 1, true>(params);
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
 // Attention backward on sm_90a, for heads of up to kColumns channels: with p = exp(scale q k^T - lse) and
 // ds = p (dout v^T - delta), dv = p^T dout, dk = scale ds^T q, dq = scale ds k.
 //
-// Work: items of (split of the keys, slice of the queries, head of keys, batch entry); blocks stay on their multiprocessors and
-// take items in turn. A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that read it, in blocks of
-// kBlockQ. dk and dv are sums in registers; dq of every step is staged in shared memory, from where the copy engine adds it to
-// the item's own part in device memory, one tile after the other: the same bits every time. The last tile of all keys takes the
-// part up and leaves dq. Threads: a producer warpgroup, whose first warp copies queries and the second one keys; two consumer
-// warpgroups of 64 keys each, which exchange ds in shared memory. While the weights of a block are computed dout v^T is in
-// flight, and while ds is, p^T dout.
+// Work: items of (split of the keys, slice of the queries, head of keys, batch entry); blocks stay on their multiprocessors
+// and take items in turn. A block walks the tiles of 128 keys of an item and for each of them all queries of the heads that
+// read it, in blocks of kBlockQ. dk and dv are sums in registers; dq of every step is staged in shared memory, from where the
+// copy engine adds it to the item's own part in device memory, one tile after the other: the same bits every time. The last
+// tile of all keys takes the part up and leaves dq. Threads: a producer warpgroup, whose first warp copies queries and the
+// second one keys; two consumer warpgroups of 64 keys each, which exchange ds in shared memory. While the weights of a block
+// are computed dout v^T is in flight, and while ds is, p^T dout.
 //
 // FLOPs 10 B H Lq Lk d. Device memory: keys, values and their gradients once; queries, dout and 8 B H Lq d bytes of dq per
 // tile of keys, which the L2 holds where there are few.
@@ -21,7 +21,8 @@
 
 namespace perceiver {
 
-// The block's shared memory: tiles, which start on 1,024 bytes, of two stages but for the values; rows of lse and delta; barriers.
+// The block's shared memory: tiles, which start on 1,024 bytes, of two stages but for the values; rows of lse and delta;
+// barriers.
 template <class Shape>
 struct BackwardMemory {
   uint32_t base;
@@ -30,7 +31,9 @@ struct BackwardMemory {
 
   __device__ __forceinline__ uint32_t keys(int stage) const { return base + stage * Shape::kKeyBytes; }
   __device__ __forceinline__ uint32_t values() const { return keys(Shape::kStages); }
-  __device__ __forceinline__ uint32_t queries(int stage) const { return values() + Shape::kKeyBytes + stage * Shape::kQueryBytes; }
+  __device__ __forceinline__ uint32_t queries(int stage) const {
+    return values() + Shape::kKeyBytes + stage * Shape::kQueryBytes;
+  }
   __device__ __forceinline__ uint32_t douts(int stage) const { return queries(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t scores(int stage) const {
     return queries(2 * Shape::kStages) + stage * Shape::kScoreBytes;
@@ -49,24 +52,26 @@ struct BackwardMemory {
 
 // One item of work. Heads that read one head of keys lie side by side, and so do their blocks of queries.
 struct BackwardWork {
-  int split, key_head, entry, key_begin, key_end, first_head, slice, blocks_per_slice, block_begin, blocks;
+  int split, key_head, entry, key_begin, key_end, first_head, block_begin, blocks;
 
   __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item) {
     const int key_heads = params.heads / params.heads_per_key_head;
     BackwardWork work;
     work.split = item % params.splits;
     item /= params.splits;
-    work.slice = item % params.slices;
+    work.block_begin = item % params.slices * blocks_per_slice(params);
     item /= params.slices;
-    work.blocks_per_slice = (params.query_blocks + params.slices - 1) / params.slices;
-    work.block_begin = work.slice * work.blocks_per_slice;
-    work.blocks = min(work.blocks_per_slice, params.query_blocks - work.block_begin);
+    work.blocks = min(blocks_per_slice(params), params.query_blocks - work.block_begin);
     work.key_head = item % key_heads;
     work.entry = item / key_heads;
     work.key_begin = work.split * params.keys_per_split;
     work.key_end = min(work.key_begin + params.keys_per_split, params.keys);
     work.first_head = work.key_head * params.heads_per_key_head;
     return work;
+  }
+
+  __device__ __forceinline__ static int blocks_per_slice(const AttentionBackwardParams& params) {
+    return (params.query_blocks + params.slices - 1) / params.slices;
   }
 
   // Blocks of queries before this item's first one.
@@ -132,8 +137,8 @@ __device__ __forceinline__ void load_queries(BackwardMemory<Shape> memory, const
 }
 
 // Named barriers: of both consumers, and of the threads of one.
-__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-__device__ __forceinline__ void sync_warpgroup(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(2 + warpgroup) : "memory"); }
+__device__ __forceinline__ void sync_consumers() { sync_at(1, kConsumers * kWarpgroup); }
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) { sync_at(2 + warpgroup, kWarpgroup); }
 
 // What a single tile of keys adds to: a warpgroup's share of zeros.
 static __device__ float no_sums[32 * kWarpgroup];
@@ -145,7 +150,7 @@ __device__ __forceinline__ void store_key_parts(const BackwardRows<Element, Shap
   const int64_t key_heads = params.heads / params.heads_per_key_head;
   const int64_t gradient_floats = int64_t{params.slices} * params.keys * Shape::kColumns;
   float* gRow = params.key_parts + (work.entry * key_heads + work.key_head) * 2 * gradient_floats +
-                (int64_t{work.slice} * params.keys + key) * Shape::kColumns;
+                (int64_t{work.block_begin / work.blocks_per_slice(params)} * params.keys + key) * Shape::kColumns;
   const bool exists[2] = {key < params.keys, key + 8 < params.keys};
   const float one[2] = {1.0f, 1.0f};
   store_sums(gRow, Shape::kColumns, rows.dv, one, exists, 0, Shape::kColumns);
@@ -165,7 +170,7 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
   const uint32_t dq_scores = Shape::kDqByRows ? warpgroup * Shape::kKeySlabBytes : 0;
   const uint32_t dq_keys = Shape::kDqByRows ? 0 : warpgroup * Shape::kKeySlabBytes;
   const int64_t block_floats = kConsumers * Shape::kDqFloats;
-  const int64_t part_floats = int64_t{params.batch} * params.heads * params.query_blocks * block_floats;
+  const int all_blocks = params.batch * params.heads * params.query_blocks;
   uint32_t value_parity = 0;
   BackwardRows<Element, Shape> rows;
   Turn<Shape::kStages> key_turn, turn;
@@ -180,8 +185,9 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
     constexpr bool kEnds = decltype(ends)::value;
     const int keys_left = work.key_end - key - key_in_tile;
     // Of a slice, whose item is this block's alone, the block's own part.
-    const int64_t first_block = params.slices > 1 ? int64_t{blockIdx.x} * work.blocks_per_slice : work.first_block(params);
-    float* gPart = params.dq_parts + work.split * part_floats + first_block * block_floats + warpgroup * Shape::kDqFloats;
+    const int64_t first_block = params.slices > 1 ? static_cast<int>(blockIdx.x) * work.blocks_per_slice(params)
+                                                  : int64_t{work.split} * all_blocks + work.first_block(params);
+    float* gPart = params.dq_parts + first_block * block_floats + warpgroup * Shape::kDqFloats;
     const int steps = params.heads_per_key_head * work.blocks;
     for (int step = 0; step < steps; ++step, gPart += block_floats) {
       const bool last = step + 1 == steps;

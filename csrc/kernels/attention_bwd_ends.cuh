@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kWarpgroup) attention_bwd_dq_kernel(const Atte
              params.stride_dq_row, sums, scale, exists, Shape::kDqByRows ? 0 : 64 * warpgroup, params.channels_qk);
 }
 
-// out [entries, heads, rows, channels] = factor times the sum of its parts [entries x heads, parts, rows, kColumns], in their order.
-// A thread has four columns of a row.
+// out [entries, heads, rows, channels] = factor times the sum of its parts [entries x heads, parts, rows, kColumns], in their
+// order. A thread has four columns of a row.
 template <class Out, int kColumns>
 __global__ void __launch_bounds__(kRowThreads)
     attention_bwd_sum_kernel(const float* gParts, int parts, int64_t lead_pitch, int64_t leads, int heads, int64_t rows,

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "kernels/attention_bwd_ends.cuh"
-#include "kernels/attention_bwd_wide.cuh"
+#include "kernels/attention_bwd_products.cuh"
 
 namespace perceiver {
 
@@ -57,9 +57,10 @@ cudaError_t enqueue_attention_bwd_wide(const AttentionBackwardMaps& maps, const 
     }
   }
   if (params.splits > 1 || params.chunk_keys < params.keys) {
-    sum_parts<Element, WideShape::kColumns>(params, params.dq_parts, params.splits, int64_t{params.splits} * params.queries * WideShape::kColumns,
-                       params.heads, params.queries, params.channels_qk, params.dq, params.stride_dq_batch,
-                       params.stride_dq_head, params.stride_dq_row, params.scale);
+    sum_parts<Element, WideShape::kColumns>(params, params.dq_parts, params.splits,
+                                            int64_t{params.splits} * params.queries * WideShape::kColumns, params.heads,
+                                            params.queries, params.channels_qk, params.dq, params.stride_dq_batch,
+                                            params.stride_dq_head, params.stride_dq_row, params.scale);
   }
   if (params.key_parts != nullptr) sum_slices<Element, WideShape::kColumns>(params);
   return cudaGetLastError();

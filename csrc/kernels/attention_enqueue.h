@@ -18,13 +18,14 @@ struct AttentionMaps {
 // The head widths that there are kernels for: heads take the first that holds them.
 constexpr int kAttentionColumns[] = {64, 128, 256};
 
-// Keys of a tile.
+// Keys of a tile; and of the other kernel for 64 columns, of heads that read many keys.
 constexpr int attention_block_kv(int columns) { return columns <= 128 ? 128 : 64; }
+constexpr int kAttentionLongBlockKV = 192;
 
 // Query rows of a block.
 constexpr int kAttentionBlockQ = 128;
 
-// The kernel for heads of up to kColumns channels of one element type.
+// The kernel for heads of up to kColumns channels of one element type, of tiles of params.block_kv keys.
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_attention_fwd(const AttentionMaps& maps, const AttentionForwardParams& params);
 
@@ -54,6 +55,7 @@ cudaError_t enqueue_attention_bwd_wide(const AttentionBackwardMaps& maps, const 
 
 // Shared memory of a block of the kernel for `columns`; 0: there is none.
 int attention_shared_bytes(int columns);
+int attention_long_shared_bytes(int columns);
 int attention_bwd_shared_bytes(int columns);
 
 }  // namespace perceiver

@@ -139,10 +139,10 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
   const float scale_log2 = params.scale_log2;
   // Named barriers 1 and 2: the warpgroup's turn, and the other one's.
   const auto take_turn = [&] {
-    if constexpr (Shape::kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+    if constexpr (Shape::kTakeTurns) sync_at(1 + warpgroup, kConsumers * kWarpgroup);
   };
   const auto pass_turn = [&] {
-    if constexpr (Shape::kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
+    if constexpr (Shape::kTakeTurns) arrive_at(2 - warpgroup, kConsumers * kWarpgroup);
   };
   if (warpgroup == 1) pass_turn();
   const auto release = [](uint32_t barrier) { arrive_if(threadIdx.x % 32 == 0, barrier); };
@@ -153,13 +153,15 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     wait(memory.query_full(queries.stage), queries.parity);
     wait(memory.keys_full(turn.stage), turn.parity);
   };
-  const auto start_scores = [&] { rows.start_scores(query + queries.stage * Shape::kQueryBytes, memory.keys(turn.stage)); };
+  const auto start_keys = [&] {
+    start_scores<Element, Shape>(rows.scores, query + queries.stage * Shape::kQueryBytes, memory.keys(turn.stage));
+  };
   // The first scores of an item.
   const auto begin = [&] {
     wait_first();
     take_turn();
     fence_products();
-    start_scores();
+    start_keys();
     pass_turn();
     wait_products<0>();
     pin(rows.scores);
@@ -171,7 +173,7 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     // Keys that have not been weighed.
     int left = work.key_end - work.key_begin;
     const auto weigh = [&](int stage) {
-      if (left < Shape::kBlockKV) rows.hide_past(left);
+      if (left < Shape::kBlockKV) hide_past(rows.scores, left);
       left -= Shape::kBlockKV;
       release(memory.keys_empty(stage));
       rows.softmax(scale_log2);
@@ -202,8 +204,8 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
       wait(memory.keys_full(turn.stage), turn.parity);
       take_turn();
       fence_products();
-      start_scores();
-      rows.start_sums(memory.values(before.stage));
+      start_keys();
+      rows.start_sums(rows.weights, memory.values(before.stage));
       pass_turn();
       wait_products<1>();
       pin(rows.scores);
@@ -221,15 +223,15 @@ __device__ __forceinline__ void attend(AttentionMemory<Shape> memory, const Atte
     wait(memory.values_full(before.stage), before.parity);
     if constexpr (Shape::kQueryStages == 1) {
       fence_products();
-      rows.start_sums(memory.values(before.stage));
+      rows.start_sums(rows.weights, memory.values(before.stage));
       wait_products<0>();
     } else {
       if (item + static_cast<int>(gridDim.x) < params.items) wait_first();
       take_turn();
       fence_products();
-      rows.start_sums(memory.values(before.stage));
+      rows.start_sums(rows.weights, memory.values(before.stage));
       // Of the last item, scores of what lies there, which nothing reads.
-      start_scores();
+      start_keys();
       pass_turn();
       wait_products<1>();
     }

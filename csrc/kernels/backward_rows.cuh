@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/attention_enqueue.h"
+#include "kernels/backward_columns.cuh"
 #include "kernels/warpgroups.cuh"
 #include "perceiver/device/element.cuh"
 #include "perceiver/device/shared.cuh"
@@ -76,34 +77,14 @@ struct BackwardRows {
     commit_products();
   }
 
-  // scores become weights.
   __device__ __forceinline__ void weigh(uint32_t lse, float scale_log2) {
-#pragma unroll
-    for (int i = 0; i < Shape::kBlockQ / 2; i += 4) {
-      const float2 row = load_shared_pair(lse + 8 * i + 8 * (threadIdx.x % 4));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        scores[i + j] = exp2_approx(fmaf(scores[i + j], scale_log2, -(j % 2 == 0 ? row.x : row.y)));
-      }
-      weights[i / 8][i / 4 % 2 * 2] = packed_pair<Element>(scores[i], scores[i + 1]);
-      weights[i / 8][i / 4 % 2 * 2 + 1] = packed_pair<Element>(scores[i + 2], scores[i + 3]);
-    }
+    weigh_columns<Element>(scores, weights, lse, scale_log2);
   }
 
   // The thread's first row exists where `keys_left` is more than 0, the other one where it is more than 8: others have ds 0.
   __device__ __forceinline__ void differentiate(uint32_t delta, int keys_left) {
     const uint32_t exists[2] = {keys_left > 0 ? ~0u : 0u, keys_left > 8 ? ~0u : 0u};
-#pragma unroll
-    for (int i = 0; i < Shape::kBlockQ / 2; i += 4) {
-      const float2 row = load_shared_pair(delta + 8 * i + 8 * (threadIdx.x % 4));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = i / 4 % 2 * 2 + half, j = i + 2 * half;
-        const float2 weight = unpacked_pair<Element>(weights[i / 8][at]);
-        dscores[i / 8][at] =
-            packed_pair<Element>(weight.x * (dweights[j] - row.x), weight.y * (dweights[j + 1] - row.y)) & exists[half];
-      }
-    }
+    differentiate_columns<Element, false>(dweights, weights, dscores, delta, 1.0f, exists);
   }
 
   // dq becomes this thread's share of a block's sum so far.

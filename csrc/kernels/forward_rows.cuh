@@ -1,113 +1,26 @@
 // One tile of attention's forward in the registers of a warpgroup: scores, weights, sums of rows, and their softmax state.
-//
-// A tile of kBlockKV tokens lies in shared memory as slabs of 64 columns, rows of 128 bytes swizzled; so do 64 query rows. The
-// same tile is B of q k^T (K-major) and of p v (MN-major).
 #pragma once
 
-#include "kernels/warpgroups.cuh"
-#include "perceiver/device/element.cuh"
+#include "kernels/tile_products.cuh"
 #include "perceiver/device/shared.cuh"
-#include "perceiver/device/wgmma.cuh"
 
 namespace perceiver {
 
 // A row's maximum is raised only when scores outgrow it by 2^8: weights stay below 2^8, and the division at the end is exact.
 constexpr float kRescaleAbove = 8.0f;
 
-// Rows of kColumns columns; a last piece of 16 columns is the front of one more slab.
-template <int kColumns_, int kBlockKV_>
-struct TileShape {
-  static constexpr int kColumns = kColumns_, kBlockKV = kBlockKV_;
-  static constexpr int kFullSlabs = kColumns / 64, kTail = kColumns % 64;
-  static constexpr int kSlabs = kFullSlabs + (kTail > 0 ? 1 : 0);
-  static_assert(kTail == 0 || kTail == 16, "a tail is one step of a product");
-  static_assert(kBlockKV % 16 == 0 && kBlockKV <= 128, "weights are taken 16 tokens at a time, masks 32 in four words");
-  // The columns of the sums: two products where one of at most 256 columns does not do.
-  static constexpr int kFirst = kTail > 0 ? 64 * (kFullSlabs - 1) : kColumns, kSecond = kColumns - kFirst;
-  // The queries of a warpgroup: slabs of 64 rows of 128 bytes, and their tail, 64 rows of 32.
-  static constexpr int kQuerySlabBytes = 64 * 128;
-  static constexpr int kWarpgroupQueryBytes = kFullSlabs * kQuerySlabBytes + 64 * 2 * kTail;
-  static constexpr int kQueryBytes = kConsumers * kWarpgroupQueryBytes;
-  static constexpr int kSlabBytes = kBlockKV * 128;
-  static constexpr int kTileBytes = kSlabs * kSlabBytes;
-  static constexpr int kMaskWords = (kBlockKV + 31) / 32;
-};
-
 // Two rows of one thread: scores and weights of a tile, and the softmax state. Maxima are in powers of two.
 template <class Element, class Shape>
-struct ForwardRows {
-  float sums_first[Shape::kFirst / 2];
-  float sums_second[Shape::kSecond > 0 ? Shape::kSecond / 2 : 1];
+struct ForwardRows : RowSums<Element, Shape> {
   float scores[Shape::kBlockKV / 2];
   uint32_t weights[Shape::kBlockKV / 16][4];
   float maximum[2], total[2], factor[2];
   bool rescaled;
 
   __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (float& sum : sums_first) sum = 0.0f;
-#pragma unroll
-    for (float& sum : sums_second) sum = 0.0f;
+    this->clear_sums();
     maximum[0] = maximum[1] = -INFINITY;
     total[0] = total[1] = 0.0f;
-  }
-
-  // Adds q x^T over kCount slabs, of which the first lie at `query` and `tokens`, to scores that begin there or before.
-  template <int kCount>
-  __device__ __forceinline__ void add_scores(uint32_t query, uint32_t tokens, bool begun) {
-    const OperandTile<16, 1024, Swizzle::k128Bytes> a(query), b(tokens);
-#pragma unroll
-    for (int slab = 0; slab < kCount; ++slab) {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        Product<Element, Shape::kBlockKV>::template add<false>(scores, a.at(slab * Shape::kQuerySlabBytes + 32 * step),
-                                                               b.at(slab * Shape::kSlabBytes + 32 * step),
-                                                               begun || slab + step > 0);
-      }
-    }
-  }
-
-  // Starts scores = q x^T for the tile at `tokens`.
-  __device__ __forceinline__ void start_scores(uint32_t query, uint32_t tokens) {
-    // Addresses of every step, kept through the loop, spill where rows are widest: there they are sums each time.
-    if constexpr (Shape::kSlabs > 5) asm volatile("" : "+r"(query));
-    add_scores<Shape::kFullSlabs>(query, tokens, false);
-    if constexpr (Shape::kTail > 0) {
-      const OperandTile<16, 1024, Swizzle::k128Bytes> b(tokens);
-      const OperandTile<16, 256, Swizzle::k32Bytes> a_tail(query);
-      Product<Element, Shape::kBlockKV>::template add<false>(scores, a_tail.at(Shape::kFullSlabs * Shape::kQuerySlabBytes),
-                                                             b.at(Shape::kFullSlabs * Shape::kSlabBytes));
-    }
-    commit_products();
-  }
-
-  // Starts sums += weights x for the tile at `tokens`.
-  __device__ __forceinline__ void start_sums(uint32_t tokens) {
-    const OperandTile<Shape::kSlabBytes, 1024, Swizzle::k128Bytes> b(tokens);
-#pragma unroll
-    for (int step = 0; step < Shape::kBlockKV / 16; ++step) {
-      Product<Element, Shape::kFirst>::template add<true>(sums_first, weights[step], b.at(2048 * step));
-      if constexpr (Shape::kSecond > 0) {
-        Product<Element, Shape::kSecond>::template add<true>(
-            sums_second, weights[step], b.at(2048 * step + Shape::kFirst / 64 * Shape::kSlabBytes));
-      }
-    }
-    commit_products();
-  }
-
-  __device__ __forceinline__ void pin_sums() {
-    pin(sums_first);
-    if constexpr (Shape::kSecond > 0) pin(sums_second);
-  }
-
-  // The token of the tile that score i belongs to.
-  __device__ __forceinline__ static int token_of(int i) { return 8 * (i / 4) + 2 * (threadIdx.x % 4) + i % 2; }
-
-  __device__ __forceinline__ void hide_past(int count) {
-#pragma unroll
-    for (int i = 0; i < Shape::kBlockKV / 2; ++i) {
-      if (token_of(i) >= count) scores[i] = -INFINITY;
-    }
   }
 
   // Bit j of the words at `visible` says whether token j of the tile is.
@@ -172,10 +85,10 @@ struct ForwardRows {
   __device__ __forceinline__ void rescale_sums() {
     if (!rescaled) return;
 #pragma unroll
-    for (int i = 0; i < Shape::kFirst / 2; ++i) sums_first[i] *= factor[i / 2 % 2];
+    for (int i = 0; i < Shape::kFirst / 2; ++i) this->sums_first[i] *= factor[i / 2 % 2];
     if constexpr (Shape::kSecond > 0) {
 #pragma unroll
-      for (int i = 0; i < Shape::kSecond / 2; ++i) sums_second[i] *= factor[i / 2 % 2];
+      for (int i = 0; i < Shape::kSecond / 2; ++i) this->sums_second[i] *= factor[i / 2 % 2];
     }
   }
 

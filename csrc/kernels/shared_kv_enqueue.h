@@ -26,22 +26,45 @@ constexpr int shared_kv_block_kv(int columns) {
 // Query rows of a block.
 constexpr int shared_kv_block_q(int columns) { return columns <= 336 ? 128 : 64; }
 
-// Neighbouring blocks of rows that bring in tokens together, each a share for all (a cluster): 1, of the widest rows 1 or 2.
-constexpr int kSharedKVWideCluster = 1;
-constexpr int shared_kv_cluster(int columns) { return columns <= 336 ? 1 : kSharedKVWideCluster; }
-
-// Blocks of rows: whole clusters, of which the last may have blocks without rows.
-constexpr int64_t shared_kv_row_blocks(int64_t rows, int columns) {
-  const int64_t in_cluster = int64_t{shared_kv_block_q(columns)} * shared_kv_cluster(columns);
-  return (rows + in_cluster - 1) / in_cluster * shared_kv_cluster(columns);
-}
-
 // The kernel for rows of up to kColumns channels of one element type, of tiles of shared_kv_block_kv(kColumns) tokens.
 template <ElementType kElement, int kColumns>
 cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwardParams& params);
 
+// Of the gradients: the same of the queries and of dz, and of tokens.
+struct SharedKVBackwardMaps {
+  CUtensorMap query;
+  CUtensorMap query_tail;
+  CUtensorMap dz;
+  CUtensorMap dz_tail;
+  CUtensorMap tokens;
+  CUtensorMap tokens_tail;
+};
+
+// The widths that there are kernels of gradients for.
+constexpr int kSharedKVGradientColumns[] = {64, 128, 256, 272, 336};
+
+// Tokens of a tile of the gradient of the queries.
+constexpr int shared_kv_dq_block_kv(int columns) {
+  return columns <= 64 ? 128 : columns <= 128 ? 96 : columns <= 272 ? 64 : 32;
+}
+
+// Query rows of a tile of the gradient of the tokens, and its tokens.
+constexpr int shared_kv_dx_block_q(int columns) { return columns <= 128 ? 128 : columns <= 272 ? 64 : 32; }
+constexpr int kSharedKVGradientBlockKV = 128;
+
+// The gradient of the queries, of every split of the tokens; that of the tokens.
+template <ElementType kElement, int kColumns>
+cudaError_t enqueue_shared_kv_bwd_dq(const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params);
+template <ElementType kElement, int kColumns>
+cudaError_t enqueue_shared_kv_bwd_dx(const SharedKVBackwardMaps& maps, const SharedKVBackwardParams& params);
+
 // Shared memory of a block of the kernel for `columns`; 0: there is none.
 int shared_kv_shared_bytes(int columns);
+int shared_kv_bwd_dq_shared_bytes(int columns);
+int shared_kv_bwd_dx_shared_bytes(int columns);
+
+// delta of every row.
+cudaError_t enqueue_row_products(const RowProductsParams& params);
 
 // Merges the softmax states of all splits, and that of earlier tokens.
 cudaError_t enqueue_merge_states(const MergeStatesParams& params);

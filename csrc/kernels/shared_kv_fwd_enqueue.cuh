@@ -39,22 +39,15 @@ cudaError_t enqueue_shared_kv_fwd(const SharedKVMaps& maps, const SharedKVForwar
   using Shape = SharedKVShapeOf<kColumns>;
   static_assert(Shape::kSharedBytes <= 232448, "a block may have 227 KiB of shared memory");
   static_assert(Shape::kBlockKV == shared_kv_block_kv(kColumns), "launch.cpp describes tiles of this size");
+  static_assert(Shape::kBlockQ == shared_kv_block_q(kColumns), "rules.cpp counts blocks of this size");
   const SharedKVKernel kernel =
       params.key_mask != nullptr ? shared_kv_kernel<Element, Shape, true>() : shared_kv_kernel<Element, Shape, false>();
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Shape::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(shared_kv_row_blocks(params.rows, kColumns) * params.splits * params.batch);
-  config.blockDim = kBlockThreads;
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.stream = static_cast<cudaStream_t>(params.stream);
-  config.attrs = &cluster;
-  config.numAttrs = Shape::kCluster > 1 ? 1 : 0;
-  error = cudaLaunchKernelEx(&config, kernel, maps, params);
-  return error == cudaSuccess ? cudaGetLastError() : error;
+  const int64_t row_blocks = (int64_t{params.rows} + Shape::kBlockQ - 1) / Shape::kBlockQ;
+  const auto blocks = static_cast<unsigned>(row_blocks * params.splits * params.batch);
+  kernel<<<blocks, kBlockThreads, Shape::kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(maps, params);
+  return cudaGetLastError();
 }
 
 }  // namespace perceiver

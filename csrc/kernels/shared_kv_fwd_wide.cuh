@@ -10,16 +10,17 @@
 // 4 B S R (C + 1) bytes of partial states.
 #pragma once
 
-#include "kernels/shared_kv_work.cuh"
+#include "kernels/shared_kv_state.cuh"
 #include "perceiver/device/tma.cuh"
 
 namespace perceiver {
 
 // A buffer is filled and released in units of kUnitSlabs slabs: two in each half of the columns, one for each array of sums.
 template <int kColumns_, int kBlockKV_>
-struct SharedKVWideShape : TileShape<kColumns_, kBlockKV_>, SharedKVBlocks<kColumns_> {
+struct SharedKVWideShape : TileShape<kColumns_, kBlockKV_> {
   using Tile = TileShape<kColumns_, kBlockKV_>;
-  static_assert(kColumns_ % 256 == 0 && SharedKVWideShape::kBlockQ == 64, "four units of whole slabs, the rows of a warpgroup");
+  static_assert(kColumns_ % 256 == 0, "four units of whole slabs");
+  static constexpr int kBlockQ = 64;
   static constexpr bool kConsumersShareRows = true;
   static constexpr int kStages = 2, kUnits = 4, kUnitSlabs = Tile::kSlabs / kUnits;
   static constexpr int kUnitBytes = kUnitSlabs * Tile::kSlabBytes;
@@ -69,7 +70,6 @@ struct SharedKVWideMemory {
   }
 };
 
-// In a cluster every block copies its share of each unit's slabs to all.
 template <class Shape>
 __device__ __forceinline__ void load_queries_and_tokens(SharedKVWideMemory<Shape> memory, const SharedKVMaps& maps,
                                                         const SharedKVWork& work) {
@@ -78,15 +78,6 @@ __device__ __forceinline__ void load_queries_and_tokens(SharedKVWideMemory<Shape
     load_tile(memory.query + slab * Shape::kQuerySlabBytes, maps.query, memory.query_full(), 64 * slab, work.row, 0,
               work.entry);
   }
-  const auto load_slab = [&](uint32_t tile, uint32_t full, int slab, int token) {
-    if constexpr (Shape::kCluster > 1) {
-      load_tile_in_cluster(tile, maps.tokens, full, 64 * slab, token, 0, work.entry, (1 << Shape::kCluster) - 1);
-    } else {
-      load_tile(tile, maps.tokens, full, 64 * slab, token, 0, work.entry);
-    }
-  };
-  constexpr int kShare = Shape::kUnitSlabs / Shape::kCluster;
-  const int first = Shape::kCluster > 1 ? rank_in_cluster() * kShare : 0;
   Turn<Shape::kStages> turn;
   for (int tile = 0; tile < work.tiles; ++tile, turn.next()) {
     for (int i = 0; i < Shape::kUnits; ++i) {
@@ -94,9 +85,9 @@ __device__ __forceinline__ void load_queries_and_tokens(SharedKVWideMemory<Shape
       const uint32_t full = memory.full(turn.stage, unit);
       wait(memory.empty(turn.stage, unit), turn.parity ^ 1);
       arrive_expecting(full, Shape::kUnitBytes);
-      for (int slab = first; slab < first + kShare; ++slab) {
-        load_slab(memory.unit(turn.stage, unit) + slab * Shape::kSlabBytes, full, unit * Shape::kUnitSlabs + slab,
-                  work.token_begin + tile * Shape::kBlockKV);
+      for (int slab = 0; slab < Shape::kUnitSlabs; ++slab) {
+        load_tile(memory.unit(turn.stage, unit) + slab * Shape::kSlabBytes, maps.tokens, full,
+                  64 * (unit * Shape::kUnitSlabs + slab), work.token_begin + tile * Shape::kBlockKV, 0, work.entry);
       }
     }
   }
@@ -119,8 +110,8 @@ struct SharedKVWideConsumer {
       const int unit = memory.unit_at(half, i);
       wait(memory.full(half, unit), parity);
       fence_products();
-      rows.template add_scores<Shape::kUnitSlabs>(memory.query + unit * Shape::kUnitSlabs * Shape::kQuerySlabBytes,
-                                                  memory.unit(half, unit), i > 0);
+      add_scores<Element, Shape, Shape::kUnitSlabs>(
+          rows.scores, memory.query + unit * Shape::kUnitSlabs * Shape::kQuerySlabBytes, memory.unit(half, unit), i > 0);
       commit_products();
     }
   }
@@ -154,11 +145,7 @@ struct SharedKVWideConsumer {
     release(stage, 2 * half + 1);
   }
   __device__ __forceinline__ void release(int stage, int unit) {
-    if constexpr (Shape::kCluster > 1) {
-      arrive_in_cluster_if(threadIdx.x % 32 < Shape::kCluster, memory.empty(stage, unit), threadIdx.x % 32 % Shape::kCluster);
-    } else {
-      arrive_if(threadIdx.x % 32 == 0, memory.empty(stage, unit));
-    }
+    arrive_if(threadIdx.x % 32 == 0, memory.empty(stage, unit));
   }
 
   // Named barriers 1 and 2: what consumer 0 and 1 left is there. It is read before the other one leaves its next weights, which
@@ -186,7 +173,7 @@ struct SharedKVWideConsumer {
     if constexpr (kMasked) {
       rows.hide_masked(memory.visible(half, 0));
     } else if (left < Shape::kBlockKV) {
-      rows.hide_past(left);
+      hide_past(rows.scores, left);
     }
     rows.raise_to_scores(scale_log2);
   }
@@ -259,14 +246,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       for (int unit = 0; unit < Shape::kUnits; ++unit) {
         init_barrier(memory.full(stage, unit), kMasked && unit == memory.unit_at(stage, 3) ? 2 : 1);
-        init_barrier(memory.empty(stage, unit), Shape::kCluster * kWarpgroup / 32);
+        init_barrier(memory.empty(stage, unit), kWarpgroup / 32);
       }
     }
     init_barrier(memory.query_full(), 1);
     publish_barriers();
   }
   __syncthreads();
-  if constexpr (Shape::kCluster > 1) sync_cluster();
   const SharedKVWork work = SharedKVWork::of<Shape>(params);
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
@@ -282,11 +268,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     consumer.attend(work);
     consumer.join_totals();
     store_state(consumer.rows, params, work, thread / 32 * 16 + thread % 32 / 4, half * Shape::kHalf, half == 0);
-  }
-  // Nobody ends before the others' copies and arrivals here.
-  if constexpr (Shape::kCluster > 1) {
-    __syncwarp();
-    sync_cluster();
   }
 }
 

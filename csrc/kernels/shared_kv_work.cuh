@@ -1,27 +1,16 @@
-// What the kernels of shared-KV attention share: a block's part of the work, the visibility of its tokens, and the softmax
-// state of its rows that it leaves.
+// A block's share of the work of shared-KV attention: blocks of rows, fastest, splits of the tokens, batch entries.
 #pragma once
 
-#include "kernels/forward_rows.cuh"
 #include "kernels/shared_kv_enqueue.h"
-#include "perceiver/device/barrier.cuh"
 
 namespace perceiver {
 
-// How rows are shared out to blocks, and those to clusters.
-template <int kColumns>
-struct SharedKVBlocks {
-  static constexpr int kBlockQ = shared_kv_block_q(kColumns), kCluster = shared_kv_cluster(kColumns);
-  static constexpr int kClusterRows = kBlockQ * kCluster;
-};
-
-// The block's share of the work.
 struct SharedKVWork {
   int row, split, entry, token_begin, token_end, tiles;
 
-  template <class Shape>
-  __device__ static SharedKVWork of(const SharedKVForwardParams& params) {
-    const int row_blocks = (params.rows + Shape::kClusterRows - 1) / Shape::kClusterRows * Shape::kCluster;
+  template <class Shape, class Params>
+  __device__ static SharedKVWork of(const Params& params) {
+    const int row_blocks = (params.rows + Shape::kBlockQ - 1) / Shape::kBlockQ;
     SharedKVWork work;
     work.row = static_cast<int>(blockIdx.x) % row_blocks * Shape::kBlockQ;
     const int rest = static_cast<int>(blockIdx.x) / row_blocks;
@@ -34,55 +23,5 @@ struct SharedKVWork {
     return work;
   }
 };
-
-// One bit a token of every tile, by one warp: set where it is visible and inside the split.
-template <class Shape, class Memory>
-__device__ __forceinline__ void load_visibility(Memory memory, const SharedKVForwardParams& params,
-                                                const SharedKVWork& work) {
-  const int lane = threadIdx.x % 32;
-  const auto* gMask = static_cast<const unsigned char*>(params.key_mask) + int64_t{work.entry} * params.tokens;
-  Turn<Shape::kStages> turn;
-  for (int tile = 0; tile < work.tiles; ++tile, turn.next()) {
-    wait(memory.visible_empty(turn.stage), turn.parity ^ 1);
-#pragma unroll
-    for (int word = 0; word < Shape::kMaskWords; ++word) {
-      const int in_tile = 32 * word + lane, token = work.token_begin + tile * Shape::kBlockKV + in_tile;
-      const bool exists = in_tile < Shape::kBlockKV && token < work.token_end;
-      const uint32_t visible = __ballot_sync(0xffffffffu, exists && gMask[token] != 0);
-      if (lane == 0) store_shared(memory.visible(turn.stage, word), visible);
-    }
-    if (lane == 0) arrive(memory.visible_full(turn.stage));
-  }
-}
-
-// Writes the sums, which begin with column first_column, and with `whole` what there is once a row.
-template <class Element, class Shape>
-__device__ __forceinline__ void store_state(ForwardRows<Element, Shape>& rows, const SharedKVForwardParams& params,
-                                            const SharedKVWork& work, int row_in_block, int first_column, bool whole) {
-  const int row = work.row + row_in_block;
-  const int64_t flat_row = (int64_t{work.entry} * params.splits + work.split) * params.rows + row;
-  const bool exists[2] = {row < params.rows, row + 8 < params.rows};
-  float inverse[2], lse[2];
-  finish_totals(rows, inverse, lse);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (whole && threadIdx.x % 4 == 0 && exists[half]) {
-      params.lse_out[flat_row + 8 * half] = lse[half];
-      if (params.rho_out != nullptr) params.rho_out[flat_row + 8 * half] = rows.total[half] == 0.0f ? 0.0f : 1.0f;
-    }
-  }
-  const int64_t offset = flat_row * params.channels;
-  const auto store = [&](auto* gRow) {
-    store_sums(gRow, params.channels, rows.sums_first, inverse, exists, first_column, params.channels);
-    if constexpr (Shape::kSecond > 0) {
-      store_sums(gRow, params.channels, rows.sums_second, inverse, exists, first_column + Shape::kFirst, params.channels);
-    }
-  };
-  if (params.z_out_type == static_cast<int32_t>(ElementType::kFloat32)) {
-    store(static_cast<float*>(params.z_out) + offset);
-  } else {
-    store(static_cast<Element*>(params.z_out) + offset);
-  }
-}
 
 }  // namespace perceiver

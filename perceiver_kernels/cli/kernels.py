@@ -105,7 +105,8 @@ def instructions(text: str) -> collections.defaultdict[tuple[str, str], collecti
 def _kernel(arch: str, symbol: str, used: dict[str, int], counts: collections.Counter[str]) -> Kernel:
     name, variant = split_symbol(symbol)
     columns = re.search(r"ShapeOfILi(\d+)E", symbol)
-    shared = int(binding().shared_bytes(name, int(columns.group(1)))) if columns else None
+    of_shape = f"{name}_long" if "LongShapeOf" in symbol else name
+    shared = int(binding().shared_bytes(of_shape, int(columns.group(1)))) or None if columns else None
     return Kernel(name, variant, arch, used["REG"], used["STACK"], shared, counts["wgmma"], counts["tma"], counts["spills"])
 
 
@@ -117,6 +118,7 @@ def split_symbol(symbol: str) -> tuple[str, str]:
     length = int(match.group(1))
     name, rest = match.group(2)[:length].removesuffix("_kernel"), match.group(2)[length:]
     parts = [columns.group(1) for columns in re.finditer(r"ShapeOfILi(\d+)E", rest)]
+    parts += ["long"] if "LongShapeOf" in rest else []
     parts += [{"13__nv_bfloat16": "bf16", "6__half": "fp16"}[found] for found in re.findall(r"13__nv_bfloat16|6__half", rest)]
     if rest.startswith("If") or "EfE" in rest:
         parts.append("fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_back
 State = tuple[Tensor, Tensor, Tensor]
 
 
+def _serving(q: Tensor, x: Tensor, backend: str, rule: str = "leaves") -> ModuleType:
+    """The module that serves the call."""
+    sizes = *q.shape[:2], x.shape[1], q.shape[2]
+    return load("shared_kv_attention", serving("shared_kv_attention", backend, sizes, rule))
+
+
 def _forward(
     q: Tensor, x: Tensor, key_mask: Tensor | None, lengths: Tensor | None, dropout_seed: Tensor | None, scale: float,
     dropout_p: float, key_offset: int, z_state: Tensor | None, lse_state: Tensor | None, rho_state: Tensor | None,
     out_dtype: torch.dtype | None, backend: str,
 ) -> State:  # fmt: skip
     state = None if z_state is None else (z_state, lse_state, rho_state)
-    backend = serving("shared_kv_attention", backend, (*q.shape[:2], x.shape[1], q.shape[2]))
-    return load("shared_kv_attention", backend).shared_kv_attention_forward(
+    return _serving(q, x, backend).shared_kv_attention_forward(
         q, x, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, key_offset=key_offset,
         state=state, out_dtype=out_dtype,
     )  # fmt: skip
@@ -41,7 +47,8 @@ def _forward_fake(
 def _delta(
     dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor, backend: str
 ) -> Tensor:
-    return load("shared_kv_attention", backend).shared_kv_attention_delta(dz, z, dlse, drho, rho)
+    # Of two alternatives for the backward either takes the other's.
+    return load("shared_kv_attention", backend.split(",")[0]).shared_kv_attention_delta(dz, z, dlse, drho, rho)
 
 
 def _delta_fake(
@@ -55,7 +62,7 @@ def _backward(
     lengths: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dq: bool,
     needs_dx: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dq, dx = load("shared_kv_attention", backend).shared_kv_attention_backward(
+    dq, dx = _serving(q, x, backend, "leaves_backward").shared_kv_attention_backward(
         dz, delta, drho, q, x, lse, key_mask, lengths, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
         key_offset=key_offset, needs_dq=needs_dq, needs_dx=needs_dx,
     )  # fmt: skip
@@ -75,7 +82,7 @@ def _backward_add(
     key_mask: Tensor | None, dropout_seed: Tensor | None, scale: float, dropout_p: float, key_offset: int, needs_dx: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    _, dx = load("shared_kv_attention", backend).shared_kv_attention_backward(
+    _, dx = _serving(q, x, backend, "leaves_backward").shared_kv_attention_backward(
         dz, delta, drho, q, x, lse, key_mask, None, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
         key_offset=key_offset, needs_dq=dq_sum is not None, needs_dx=needs_dx, dq_sum=dq_sum,
     )  # fmt: skip

@@ -16,8 +16,8 @@ from perceiver_kernels.testing.cases import EncodeCase
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
-# Kernels that lack some gradients, or all: tests of those take Triton's, which start from what this forward leaves.
-LACKS_GRADIENTS = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
+# Kernels that lack some gradients: tests of those take Triton's, which start from what this forward leaves.
+LACKS_GRADIENTS = {("shared_kv_attention", "cuda")}
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def function_of(target: Target) -> Function:
 
     def run(q: Tensor, x: Tensor, *, key_mask: Any = None, lengths: Any = None, scale: float = 1.0, dropout_p: float = 0.0,
             dropout_seed: Any = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return op.shared_kv_attention(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, target.passes)
+        passes = target.passes_of(SharedKVProblem.of(q, x, key_mask, lengths, scale, dropout_p, True))
+        return op.shared_kv_attention(q, x, key_mask, lengths, dropout_seed, scale, dropout_p, passes)
 
     return run
 

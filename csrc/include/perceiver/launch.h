@@ -7,7 +7,7 @@
 #include "perceiver/params.h"
 
 // Raised whenever a struct or a function of this interface changes.
-#define PK_ABI_VERSION 4
+#define PK_ABI_VERSION 5
 
 #define PK_API extern "C" __attribute__((visibility("default")))
 
@@ -24,7 +24,8 @@ PK_API int32_t pk_abi_version() noexcept;
 // The layout of the parameter structs as this library was compiled with them (perceiver/layout.h).
 PK_API const char* pk_layout() noexcept;
 
-// Shared memory of a block of a kernel for Hopper ("shared_kv_fwd", "attention_fwd", "attention_bwd") for rows of up to `columns`; 0: not built.
+// Shared memory of a block of a kernel for Hopper ("shared_kv_fwd", "shared_kv_bwd_dq", "shared_kv_bwd_dx", "attention_fwd",
+// "attention_fwd_long", "attention_bwd") for rows of up to `columns`; 0: not built.
 PK_API int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept;
 
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
@@ -33,11 +34,18 @@ PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkSta
 // Enqueues the shared-KV attention forward of 16-bit rows of up to 336 channels, on compute capability 9.0.
 PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept;
 
+// Enqueues the gradients of shared-KV attention that are not null, of 16-bit rows of up to 336 channels, on compute capability
+// 9.0.
+PK_API void pk_shared_kv_bwd(const perceiver::SharedKVBackwardParams* params, PkStatus* status) noexcept;
+
+// Enqueues the row products that those start from.
+PK_API void pk_row_products(const perceiver::RowProductsParams* params, PkStatus* status) noexcept;
+
 // Enqueues the attention forward of 16-bit heads of up to 256 channels, on compute capability 9.0.
 PK_API void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept;
 
 // Enqueues the attention backward of 16-bit heads of up to 128 channels, on compute capability 9.0.
 PK_API void pk_attention_bwd(const perceiver::AttentionBackwardParams* params, PkStatus* status) noexcept;
 
-// Enqueues the merge of softmax states.
+// Enqueues the merge of softmax states, or sums of parts.
 PK_API void pk_merge_states(const perceiver::MergeStatesParams* params, PkStatus* status) noexcept;

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "perceiver/params.h"
+#include "perceiver/fields.h"
 
 namespace perceiver {
 
@@ -20,6 +20,7 @@ std::string describe_layout() {
 // All structs of the interface.
 inline std::string describe_layouts() {
   return describe_layout<PackForwardParams>() + " | " + describe_layout<SharedKVForwardParams>() + " | " +
+         describe_layout<SharedKVBackwardParams>() + " | " + describe_layout<RowProductsParams>() + " | " +
          describe_layout<AttentionForwardParams>() + " | " + describe_layout<AttentionBackwardParams>() + " | " +
          describe_layout<MergeStatesParams>();
 }

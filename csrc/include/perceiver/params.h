@@ -1,8 +1,6 @@
 // Parameters of every kernel as plain structs: pointers, strides in elements, sizes, and Python's plan.
-// Each struct has one list of its fields: the binding's properties and both sides' layouts are made from it.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace perceiver {
@@ -50,40 +48,6 @@ struct PackForwardParams {
   void* stream;
 };
 
-template <typename Visit>
-void visit_fields(const PackForwardParams*, Visit&& visit) {
-#define PK_FIELD(name) visit(#name, &PackForwardParams::name, offsetof(PackForwardParams, name))
-  PK_FIELD(content);
-  PK_FIELD(stride_content_batch);
-  PK_FIELD(stride_content_token);
-  PK_FIELD(stride_content_channel);
-  PK_FIELD(positions);
-  PK_FIELD(stride_positions_batch);
-  PK_FIELD(stride_positions_token);
-  PK_FIELD(stride_positions_channel);
-  PK_FIELD(key_mask);
-  PK_FIELD(stride_key_mask_batch);
-  PK_FIELD(stride_key_mask_token);
-  PK_FIELD(packed);
-  PK_FIELD(rstd);
-  PK_FIELD(batch);
-  PK_FIELD(tokens);
-  PK_FIELD(content_channels);
-  PK_FIELD(position_channels);
-  PK_FIELD(packed_channels);
-  PK_FIELD(content_type);
-  PK_FIELD(positions_type);
-  PK_FIELD(packed_type);
-  PK_FIELD(normalize);
-  PK_FIELD(eps);
-  PK_FIELD(flat);
-  PK_FIELD(rows_per_tile);
-  PK_FIELD(blocks);
-  PK_FIELD(device);
-  PK_FIELD(stream);
-#undef PK_FIELD
-}
-
 // The softmax states (z, lse) of one shared-KV attention: of every split of the tokens, or the result where there is one split.
 struct SharedKVForwardParams {
   // [batch, rows, channels], any batch and row pitch of a multiple of 16 bytes, on 16 bytes.
@@ -113,6 +77,47 @@ struct SharedKVForwardParams {
   int32_t splits;
   int32_t tokens_per_split;
   float scale_log2;
+  int32_t device;
+  void* stream;
+};
+
+// The gradients of shared-KV attention: dq of every split of the tokens, dx, each where it is not null.
+struct SharedKVBackwardParams {
+  // As in SharedKVForwardParams.
+  const void* q;
+  int64_t stride_q_batch;
+  int64_t stride_q_row;
+  // [batch, rows, channels], as q.
+  const void* dz;
+  int64_t stride_dz_batch;
+  int64_t stride_dz_row;
+  const void* x;
+  int64_t stride_x_batch;
+  int64_t stride_x_token;
+  // [batch, rows] float, contiguous; delta is dz . z - dlse.
+  const float* lse;
+  const float* delta;
+  // As in SharedKVForwardParams; tokens that are masked are zeros.
+  const void* key_mask;
+  const int32_t* lengths;
+  // [batch, splits, rows, channels], contiguous; float, or q's type.
+  void* dq_out;
+  // [batch, tokens, channels], contiguous.
+  void* dx;
+  int32_t batch;
+  int32_t rows;
+  int32_t tokens;
+  int32_t channels;
+  int32_t type;
+  int32_t dq_out_type;
+  // The plan: splits and their tokens are of dq, blocks those of dx that run at a time.
+  int32_t splits;
+  int32_t tokens_per_split;
+  int32_t blocks;
+  float scale;
+  float scale_log2;
+  // scale, or less than 0 where q was negated for a scale above 0, or 0.
+  float dq_scale;
   int32_t device;
   void* stream;
 };
@@ -150,8 +155,9 @@ struct AttentionForwardParams {
   int32_t channels_v;
   int32_t type;
   int32_t out_type;
-  // The plan: a multiple of the kernel's tile of keys but for the last split; items are all blocks of rows of all splits,
+  // The plan: the keys of a tile, of which a split is a multiple but for the last one; items are all blocks of rows of all splits,
   // blocks what runs at a time.
+  int32_t block_kv;
   int32_t splits;
   int32_t keys_per_split;
   int32_t items;
@@ -233,7 +239,8 @@ struct AttentionBackwardParams {
   void* stream;
 };
 
-// (z, lse, rho) of the states of all splits, and of an earlier one where there is one.
+// (z, lse, rho) of the states of all splits, and of an earlier one where there is one; where lse is null, z is the sum of all
+// z_part and z_state.
 struct MergeStatesParams {
   // [batch, splits, rows, channels] and [batch, splits, rows] float, contiguous.
   const float* z_part;
@@ -259,146 +266,22 @@ struct MergeStatesParams {
   void* stream;
 };
 
-template <typename Visit>
-void visit_fields(const SharedKVForwardParams*, Visit&& visit) {
-#define PK_FIELD(name) visit(#name, &SharedKVForwardParams::name, offsetof(SharedKVForwardParams, name))
-  PK_FIELD(q);
-  PK_FIELD(stride_q_batch);
-  PK_FIELD(stride_q_row);
-  PK_FIELD(x);
-  PK_FIELD(stride_x_batch);
-  PK_FIELD(stride_x_token);
-  PK_FIELD(key_mask);
-  PK_FIELD(lengths);
-  PK_FIELD(z_out);
-  PK_FIELD(lse_out);
-  PK_FIELD(rho_out);
-  PK_FIELD(batch);
-  PK_FIELD(rows);
-  PK_FIELD(tokens);
-  PK_FIELD(channels);
-  PK_FIELD(type);
-  PK_FIELD(z_out_type);
-  PK_FIELD(splits);
-  PK_FIELD(tokens_per_split);
-  PK_FIELD(scale_log2);
-  PK_FIELD(device);
-  PK_FIELD(stream);
-#undef PK_FIELD
-}
-
-// Of a [batch, heads, rows, channels] tensor.
-#define PK_STRIDES(name)           \
-  PK_FIELD(stride_##name##_batch); \
-  PK_FIELD(stride_##name##_head);  \
-  PK_FIELD(stride_##name##_row)
-
-template <typename Visit>
-void visit_fields(const AttentionForwardParams*, Visit&& visit) {
-#define PK_FIELD(name) visit(#name, &AttentionForwardParams::name, offsetof(AttentionForwardParams, name))
-  PK_FIELD(query);
-  PK_STRIDES(query);
-  PK_FIELD(key);
-  PK_STRIDES(key);
-  PK_FIELD(value);
-  PK_STRIDES(value);
-  PK_FIELD(out);
-  PK_FIELD(stride_out_batch);
-  PK_FIELD(stride_out_head);
-  PK_FIELD(stride_out_split);
-  PK_FIELD(stride_out_row);
-  PK_FIELD(lse_out);
-  PK_FIELD(batch);
-  PK_FIELD(heads);
-  PK_FIELD(heads_per_key_head);
-  PK_FIELD(queries);
-  PK_FIELD(keys);
-  PK_FIELD(channels_qk);
-  PK_FIELD(channels_v);
-  PK_FIELD(type);
-  PK_FIELD(out_type);
-  PK_FIELD(splits);
-  PK_FIELD(keys_per_split);
-  PK_FIELD(items);
-  PK_FIELD(blocks);
-  PK_FIELD(scale_log2);
-  PK_FIELD(device);
-  PK_FIELD(stream);
-#undef PK_FIELD
-}
-
-template <typename Visit>
-void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
-#define PK_FIELD(name) visit(#name, &AttentionBackwardParams::name, offsetof(AttentionBackwardParams, name))
-  PK_FIELD(query);
-  PK_STRIDES(query);
-  PK_FIELD(key);
-  PK_STRIDES(key);
-  PK_FIELD(value);
-  PK_STRIDES(value);
-  PK_FIELD(out);
-  PK_STRIDES(out);
-  PK_FIELD(dout);
-  PK_STRIDES(dout);
-  PK_FIELD(lse);
-  PK_FIELD(dlse);
-  PK_FIELD(rows);
-  PK_FIELD(dq_parts);
-  PK_FIELD(tiles);
-  PK_FIELD(key_parts);
-  PK_FIELD(dq);
-  PK_STRIDES(dq);
-  PK_FIELD(dk);
-  PK_STRIDES(dk);
-  PK_FIELD(dv);
-  PK_STRIDES(dv);
-  PK_FIELD(batch);
-  PK_FIELD(heads);
-  PK_FIELD(heads_per_key_head);
-  PK_FIELD(queries);
-  PK_FIELD(keys);
-  PK_FIELD(channels_qk);
-  PK_FIELD(channels_v);
-  PK_FIELD(type);
-  PK_FIELD(query_blocks);
-  PK_FIELD(splits);
-  PK_FIELD(keys_per_split);
-  PK_FIELD(chunk_rows);
-  PK_FIELD(chunk_keys);
-  PK_FIELD(slices);
-  PK_FIELD(items);
-  PK_FIELD(blocks);
-  PK_FIELD(scale);
-  PK_FIELD(scale_log2);
-  PK_FIELD(device);
-  PK_FIELD(stream);
-#undef PK_FIELD
-}
-
-#undef PK_STRIDES
-
-template <typename Visit>
-void visit_fields(const MergeStatesParams*, Visit&& visit) {
-#define PK_FIELD(name) visit(#name, &MergeStatesParams::name, offsetof(MergeStatesParams, name))
-  PK_FIELD(z_part);
-  PK_FIELD(lse_part);
-  PK_FIELD(z_state);
-  PK_FIELD(lse_state);
-  PK_FIELD(z);
-  PK_FIELD(stride_z_batch);
-  PK_FIELD(stride_z_head);
-  PK_FIELD(stride_z_row);
-  PK_FIELD(lse);
-  PK_FIELD(rho);
-  PK_FIELD(heads);
-  PK_FIELD(batch);
-  PK_FIELD(splits);
-  PK_FIELD(rows);
-  PK_FIELD(channels);
-  PK_FIELD(z_type);
-  PK_FIELD(device);
-  PK_FIELD(stream);
-#undef PK_FIELD
-}
+// delta = dz . z - dlse of every row.
+struct RowProductsParams {
+  // [batch, rows, channels], 16-bit, rows on 8 bytes.
+  const void* dz;
+  int64_t stride_dz_batch;
+  int64_t stride_dz_row;
+  // [batch, rows, channels] and [batch, rows], contiguous; dlse may be null.
+  const float* z;
+  const float* dlse;
+  float* delta;
+  int32_t batch;
+  int32_t rows;
+  int32_t channels;
+  int32_t type;
+  int32_t device;
+  void* stream;
+};
 
 }  // namespace perceiver

@@ -1,6 +1,7 @@
 #include "kernels/attention_bwd_enqueue.cuh"
 #include "kernels/attention_bwd_wide_enqueue.cuh"
 #include "kernels/attention_fwd_enqueue.cuh"
+#include "kernels/shared_kv_bwd_enqueue.cuh"
 #include "kernels/shared_kv_fwd_enqueue.cuh"
 
 namespace perceiver {
@@ -17,6 +18,28 @@ int shared_kv_shared_bytes(int columns) {
   return 0;
 }
 
+int shared_kv_bwd_dq_shared_bytes(int columns) {
+  switch (columns) {
+    case 64: return SharedKVQueryGradientShapeOf<64>::kSharedBytes;
+    case 128: return SharedKVQueryGradientShapeOf<128>::kSharedBytes;
+    case 256: return SharedKVQueryGradientShapeOf<256>::kSharedBytes;
+    case 272: return SharedKVQueryGradientShapeOf<272>::kSharedBytes;
+    case 336: return SharedKVQueryGradientShapeOf<336>::kSharedBytes;
+  }
+  return 0;
+}
+
+int shared_kv_bwd_dx_shared_bytes(int columns) {
+  switch (columns) {
+    case 64: return SharedKVTokenGradientShapeOf<64>::kSharedBytes;
+    case 128: return SharedKVTokenGradientShapeOf<128>::kSharedBytes;
+    case 256: return SharedKVTokenGradientShapeOf<256>::kSharedBytes;
+    case 272: return SharedKVTokenGradientShapeOf<272>::kSharedBytes;
+    case 336: return SharedKVTokenGradientShapeOf<336>::kSharedBytes;
+  }
+  return 0;
+}
+
 int attention_shared_bytes(int columns) {
   switch (columns) {
     case 64: return AttentionShapeOf<64>::kSharedBytes;
@@ -25,6 +48,8 @@ int attention_shared_bytes(int columns) {
   }
   return 0;
 }
+
+int attention_long_shared_bytes(int columns) { return columns == 64 ? AttentionLongShapeOf<64>::kSharedBytes : 0; }
 
 int attention_bwd_shared_bytes(int columns) {
   switch (columns) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,26 +22,26 @@ from perceiver_kernels.backends.cuda import (
     reasons_against_attending,
     stream_of,
 )
+from perceiver_kernels.backends.cuda.attention_plans import (
+    BACKWARD_BLOCK_KV,
+    BACKWARD_BLOCK_Q,
+    BLOCK_KV,
+    BLOCK_Q,
+    WIDE_BLOCK_Q,
+    BackwardPlan,
+    ForwardPlan,
+    most_splits,
+    plan_backward,
+    plan_forward,
+    workspace_floats,
+)
 from perceiver_kernels.backends.cuda.states import merge_states
 from perceiver_kernels.device import DeviceFacts, device_facts
 from perceiver_kernels.layouts import empty_heads, positive_scale
 from perceiver_kernels.masks import Masks
-from perceiver_kernels.plan.splits import WEIGHTS_BYTES, fastest_splits
 from perceiver_kernels.problem import AttentionProblem
 
 COMPOSITE = False
-
-# Of csrc/kernels/attention_enqueue.h: the widest head of a kernel, and the keys of its tile.
-BLOCK_KV = {64: 128, 128: 128, 256: 64}
-BLOCK_Q = 128
-# The same of the backward: the queries of a block, by width, and the keys of a tile.
-BACKWARD_BLOCK_Q = {64: 128, 128: 64, 256: 32}
-BACKWARD_BLOCK_KV = 128
-# Of the kernels for 256 channels, whose rows of lse and delta lie in blocks of BACKWARD_BLOCK_Q: rows and keys of a tile.
-WIDE_BLOCK_Q, WIDE_BLOCK_KV = 128, 64
-# Parts of dq take no more than this, or than the operands and gradients where those are larger.
-PARTS_BYTES = 256 << 20
-
 
 def reasons_against(problem: AttentionProblem) -> list[str]:
     """Sentences that say why these kernels cannot serve ``problem``."""
@@ -58,34 +57,7 @@ def reasons_against(problem: AttentionProblem) -> list[str]:
         "a causal mask": problem.causal != "none", "two segments": problem.segments > 1, "dropout": problem.dropout,
     }  # fmt: skip
     reasons += [f"cuda attends without {what}" for what, asked in refused.items() if asked]
-    if problem.needs_grad and max(problem.d_qk, problem.d_v) > max(BACKWARD_BLOCK_Q):
-        reasons.append(
-            f"cuda has the gradient of heads of up to {max(BACKWARD_BLOCK_Q)} channels, got {problem.d_qk} and {problem.d_v}"
-        )
     return reasons
-
-
-@dataclass(frozen=True)
-class ForwardPlan:
-    """Keys of a tile, splits of the keys, the keys of a split, items of work, and the blocks that share them."""
-
-    block_kv: int
-    splits: int
-    keys_per_split: int
-    items: int
-    blocks: int
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_forward(B: int, H: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: DeviceFacts) -> ForwardPlan:
-    """Splits with the least estimated time; one block fills a multiprocessor."""
-    block_kv = next(keys for columns, keys in BLOCK_KV.items() if max(d_qk, d_v) <= columns)
-    row_blocks, tiles = B * H * math.ceil(Lq / BLOCK_Q), math.ceil(Lk / block_kv)
-    splits, per_split = fastest_splits(
-        row_blocks, tiles, 2.0 * BLOCK_Q * block_kv * (d_qk + d_v), 8.0 * B * H * Lq * d_v, resident=1, device=device
-    )
-    items = row_blocks * splits
-    return ForwardPlan(block_kv, splits, per_split * block_kv, items, min(items, device.sm_count))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,13 +85,13 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
 def leaves_backward(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None.
 
-    In ms on an H200, CUDA and Triton: of 256 channels, 256 x 1,048,576 1.64 and 2.70, 1,048,576 x 512 3.46 and 5.31,
-    512 x 512 in 64 heads 0.119 and 0.168, 20,000 x 512 0.098 and 0.124; of 128 channels, 512 x 512 in 256 heads 0.262 and 0.289,
-    in 128 heads 0.138 and 0.147, 4,096 x 4,096 in 16 0.82 and 0.83, 512 x 50,176 in 8 0.50 and 0.71, but 2,048 x 2,048 in 8 0.131
-    and 0.120; of 64 channels, 784 x 784 in 256 heads 0.341 and 0.381, 2,048 x 2,048 in 64 0.46 and 0.53, 4,096 x 256 in 64 0.162
-    and 0.190, but 8,077 x 2,048 in 4 0.215 and 0.198, 64 x 16,384 in 128 0.53 and 0.31. Decoders: 1,048,576 x 256 in 8 heads of 64
-    3.76 and 4.74, 1,048,576 x 128 of 64 0.287 and 0.370, 524,288 x 256 in 4 of 128 1.87 and 2.30, but 100,352 x 256 in 2 of 64
-    0.146 and 0.138, 1,048,576 x 512 of 128 2.06 and 1.83.
+    In ms on an H200, CUDA and Triton: of 256 channels, 256 x 1,048,576 1.64 and 2.70, 1,048,576 x 512 3.46 and 5.31, 512 x
+    512 in 64 heads 0.119 and 0.168, 20,000 x 512 0.098 and 0.124; of 128 channels, 512 x 512 in 256 heads 0.262 and 0.289, in
+    128 heads 0.138 and 0.147, 4,096 x 4,096 in 16 0.82 and 0.83, 512 x 50,176 in 8 0.50 and 0.71, but 2,048 x 2,048 in 8
+    0.131 and 0.120; of 64 channels, 784 x 784 in 256 heads 0.341 and 0.381, 2,048 x 2,048 in 64 0.46 and 0.53, 4,096 x 256 in
+    64 0.162 and 0.190, but 8,077 x 2,048 in 4 0.215 and 0.198, 64 x 16,384 in 128 0.53 and 0.31. Decoders: 1,048,576 x 256 in
+    8 heads of 64 3.76 and 4.74, 1,048,576 x 128 of 64 0.287 and 0.370, 524,288 x 256 in 4 of 128 1.87 and 2.30, but 100,352 x
+    256 in 2 of 64 0.146 and 0.138, 1,048,576 x 512 of 128 2.06 and 1.83.
     """
     B, H, Lq, Lk, d_qk, d_v = sizes
     if d_qk != d_v or d_qk not in BACKWARD_BLOCK_Q:
@@ -134,7 +106,7 @@ def leaves_backward(sizes: tuple[int, ...]) -> str | None:
         return None
     if Lq > 16 * Lk:
         if Lk > 2 * BACKWARD_BLOCK_KV or B * H * Lq < 1 << 19:
-            return f"triton is faster with more than 16 queries a key, unless of 2^19 queries and 256 keys, got {Lq} and {Lk}"
+            return f"triton is faster with more than 16 queries a key, but of 2^19 and up to 256 keys, got {Lq} and {Lk}"
     elif tiles < (least := {64: 128, 128: 512}[d_qk]):
         return f"triton is faster with fewer than {least} tiles of keys in all heads, got {tiles}"
     elif B * H * most_splits(B, H, Lq, Lk, d_qk) < 64:
@@ -162,9 +134,9 @@ def _forward_params(
     names = [*_stride_names("query", "key", "value"), *(f"stride_out_{axis}" for axis in ("batch", "head", "split", "row"))]
     fields = dict(zip(names, strides, strict=True)) | {
         "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
-        "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "out_type": ELEMENT_TYPES[out_dtype], "splits": made.splits,
-        "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks, "scale_log2": scale * LOG2_E,
-        "device": device,
+        "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "out_type": ELEMENT_TYPES[out_dtype], "block_kv": made.block_kv,
+        "splits": made.splits, "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks,
+        "scale_log2": scale * LOG2_E, "device": device,
     }  # fmt: skip
     return filled(binding().AttentionForwardParams(), fields)
 
@@ -220,97 +192,6 @@ def attention_forward(
         if merged:
             merge_states(part, lse_part, None, out, lse, None, stream)
     return out, lse, statistics
-
-
-@dataclass(frozen=True)
-class BackwardPlan:
-    """Columns and queries of a block, blocks that cover the queries, splits of the keys, their keys, items, programs."""
-
-    columns: int
-    block_q: int
-    query_blocks: int
-    splits: int
-    keys_per_split: int
-    items: int
-    blocks: int
-    chunk_rows: int = 0
-    chunk_keys: int = 0
-    slices: int = 1
-
-
-def plan_wide_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, device: DeviceFacts) -> BackwardPlan:
-    """Chunks whose weights and their gradients fit WEIGHTS_BYTES: of the rows where they outnumber the keys, else of the keys."""
-    row_blocks, key_tiles = math.ceil(Lq / WIDE_BLOCK_Q), math.ceil(Lk / WIDE_BLOCK_KV)
-    most = max(1, WEIGHTS_BYTES // (4 * B * H * WIDE_BLOCK_Q * WIDE_BLOCK_KV))
-    rows_at_once, tiles_at_once, splits = row_blocks, key_tiles, 1
-    if Lq > Lk:
-        rows_at_once, wave = max(1, most // key_tiles), max(1, device.sm_count // (B * H))
-        rows_at_once = min(row_blocks, rows_at_once // wave * wave or rows_at_once)
-    else:
-        tiles_at_once = min(key_tiles, max(1, most // row_blocks))
-        splits = min(tiles_at_once, max(1, device.sm_count // (B * H * row_blocks)))
-        if tiles_at_once < key_tiles:
-            tiles_at_once = tiles_at_once // splits * splits
-        splits = math.ceil(tiles_at_once / math.ceil(tiles_at_once / splits))
-    products, strips = 2 * B * H_kv * math.ceil(tiles_at_once / 2), 2 * rows_at_once
-    per_slice = math.ceil(strips / min(strips, max(1, device.sm_count // products)))
-    return BackwardPlan(
-        256, BACKWARD_BLOCK_Q[256], math.ceil(Lq / BACKWARD_BLOCK_Q[256]), splits, math.ceil(tiles_at_once / splits) * WIDE_BLOCK_KV,
-        B * H * rows_at_once * splits, device.sm_count, min(Lq, rows_at_once * WIDE_BLOCK_Q),
-        min(Lk, tiles_at_once * WIDE_BLOCK_KV), math.ceil(strips / per_slice),
-    )  # fmt: skip
-
-
-def most_splits(B: int, H: int, Lq: int, Lk: int, d: int) -> int:
-    """Splits of the keys whose parts of dq, fp32 [B, H, Lq, d] each, PARTS_BYTES or the operands and gradients outweigh."""
-    operands = 8 * B * H * (Lq + Lk) * d
-    return max(1, max(PARTS_BYTES, operands) // (4 * B * H * Lq * d))
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: DeviceFacts) -> BackwardPlan:
-    """Splits with the least estimated time; one block fills a multiprocessor, and every split has a part of dq of its own."""
-    columns, block_q = next(pair for pair in BACKWARD_BLOCK_Q.items() if max(d_qk, d_v) <= pair[0])
-    if columns > 128:
-        return plan_wide_backward(B, H, H_kv, Lq, Lk, device)
-    query_blocks, tiles = math.ceil(Lq / block_q), math.ceil(Lk / BACKWARD_BLOCK_KV)
-    rows = query_blocks * block_q
-    splits, per_split = fastest_splits(
-        B * H_kv, tiles, 2.0 * BACKWARD_BLOCK_KV * H // H_kv * rows * (3 * d_qk + 2 * d_v), 8.0 * B * H * rows * columns,
-        resident=1, device=device,
-    )  # fmt: skip
-    if splits > (most := most_splits(B, H, Lq, Lk, max(d_qk, d_v))):
-        per_split = math.ceil(tiles / most)
-        splits = math.ceil(tiles / per_split)
-    slices = 1
-    if H == H_kv and B * H * tiles < device.sm_count and Lq > 16 * Lk:
-        # A decoder: few tiles of keys, each by as many programs as fill the GPU, in more than one wave where their parts ask it.
-        splits, per_split = 1, tiles
-        for wave in itertools.count(1):
-            per_slice = math.ceil(query_blocks / max(1, wave * device.sm_count // (B * H)))
-            if tiles == 1 or per_slice == 1 or 4 * device.sm_count * per_slice * block_q * columns <= PARTS_BYTES:
-                break
-        slices = math.ceil(query_blocks / per_slice)
-    items = B * H_kv * splits * slices
-    keys_per_split, blocks = per_split * BACKWARD_BLOCK_KV, min(items, device.sm_count)
-    return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks, slices=slices)
-
-
-def workspace_floats(made: BackwardPlan, sizes: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """fp32 values that hold lse and delta of all rows, the parts of dq, weights and their gradients, the parts of dk and dv."""
-    B, H, H_kv, Lq, Lk, *_ = sizes
-    rows = B * H * made.query_blocks * made.block_q
-    if made.columns <= 128:
-        # Of one tile of keys dq has no parts; of slices every program has one, and dk and dv one of every slice.
-        part_rows = made.splits * rows
-        if made.slices > 1:
-            part_rows = made.blocks * math.ceil(made.query_blocks / made.slices) * made.block_q
-        parts = part_rows * made.columns if Lk > BACKWARD_BLOCK_KV else 0
-        return 2 * rows, parts, 0, 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 else 0
-    row_blocks, tiles = math.ceil(made.chunk_rows / WIDE_BLOCK_Q), math.ceil(made.chunk_keys / WIDE_BLOCK_KV)
-    parts = B * H * made.splits * Lq * made.columns if made.splits > 1 or made.chunk_keys < Lk else 0
-    key_parts = 2 * B * H_kv * made.slices * Lk * made.columns if made.slices > 1 or made.chunk_rows < Lq else 0
-    return 2 * rows, parts, B * H * row_blocks * tiles * WIDE_BLOCK_Q * WIDE_BLOCK_KV, key_parts
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""shared_kv_attention on CUDA C++: plan, fill the parameter structs, launch, merge. Forward only, on Hopper."""
+"""shared_kv_attention on CUDA C++: plan, fill the parameter structs, launch, merge. On Hopper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perceiver_kernels.backends.cuda import (
     reasons_against_attending,
     stream_of,
 )
-from perceiver_kernels.backends.cuda.states import merge_states
+from perceiver_kernels.backends.cuda.states import merge_states, row_products, sum_parts
 from perceiver_kernels.device import DeviceFacts, device_facts
 from perceiver_kernels.layouts import positive_scale
 from perceiver_kernels.plan.splits import fastest_splits
@@ -33,6 +33,10 @@ COMPOSITE = False
 # Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile; the query rows of a block.
 BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48, 512: 64}
 BLOCK_Q = {64: 128, 128: 128, 256: 128, 272: 128, 336: 128, 512: 64}
+# The same of the gradients: the tokens of a tile of dq, the query rows of a tile of dx, and the tokens of its block.
+DQ_BLOCK_KV = {64: 128, 128: 96, 256: 64, 272: 64, 336: 32}
+DX_BLOCK_Q = {64: 128, 128: 128, 256: 64, 272: 64, 336: 32}
+DX_BLOCK_KV = 128
 
 
 def reasons_against(problem: SharedKVProblem) -> list[str]:
@@ -40,10 +44,10 @@ def reasons_against(problem: SharedKVProblem) -> list[str]:
     reasons = reasons_against_attending(problem.device_type, problem.dtype)
     if max(BLOCK_KV) < problem.C:
         reasons.append(f"cuda attends to rows of up to {max(BLOCK_KV)} channels, got {problem.C}")
+    elif problem.needs_grad and max(DQ_BLOCK_KV) < problem.C:
+        reasons.append(f"cuda has the gradients of rows of up to {max(DQ_BLOCK_KV)} channels, got {problem.C}")
     if problem.dropout:
         reasons.append("cuda attends without dropout")
-    if problem.needs_grad:
-        reasons.append("cuda has no gradient of shared_kv_attention")
     return reasons
 
 
@@ -79,6 +83,12 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
     if 4 * B * R * M * C < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def leaves_backward(sizes: tuple[int, ...]) -> str | None:
+    """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None."""
+    return leaves(sizes)
 
 
 def plan(problem: SharedKVProblem, device: DeviceFacts) -> ForwardPlan:
@@ -154,3 +164,103 @@ def shared_kv_attention_forward(
         if merged:
             merge_states(z_part, lse_part, None if state is None else state[:2], z[:, None], lse, rho, stream)
     return z, lse, rho
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Tokens of a tile of dq, splits of the tokens, the tokens of a split; blocks that share dx."""
+
+    block_kv: int
+    splits: int
+    tokens_per_split: int
+    blocks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_backward(B: int, R: int, M: int, C: int, device: DeviceFacts) -> BackwardPlan:
+    """Splits of dq with the least estimated time; one block of either kernel fills a multiprocessor."""
+    columns, block_kv = next(pair for pair in DQ_BLOCK_KV.items() if pair[0] >= C)
+    block_q = BLOCK_Q[columns]
+    splits, per_split = fastest_splits(
+        B * math.ceil(R / block_q), math.ceil(M / block_kv), 6.0 * block_q * block_kv * C, 8.0 * B * R * C, resident=1,
+        device=device,
+    )  # fmt: skip
+    blocks = min(B * math.ceil(M / DX_BLOCK_KV), device.sm_count)
+    return BackwardPlan(block_kv, splits, per_split * block_kv, blocks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_params(
+    sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, dq_dtype: torch.dtype, made: BackwardPlan,
+    scales: tuple[float, float], device: int,
+) -> Any:  # fmt: skip
+    """What calls alike have in common; strides are q's, dz's and x's of batch entry and row. Copied, not changed."""
+    (B, R, M, C), (scale, dq_scale) = sizes, scales
+    names = ("q_batch", "q_row", "dz_batch", "dz_row", "x_batch", "x_token")
+    fields = {f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)} | {
+        "batch": B, "rows": R, "tokens": M, "channels": C, "type": ELEMENT_TYPES[dtype], "dq_out_type": ELEMENT_TYPES[dq_dtype],
+        "splits": made.splits, "tokens_per_split": made.tokens_per_split, "blocks": made.blocks, "scale": scale,
+        "scale_log2": scale * LOG2_E, "dq_scale": dq_scale, "device": device,
+    }  # fmt: skip
+    return filled(binding().SharedKVBackwardParams(), fields)
+
+
+def shared_kv_attention_delta(
+    dz: Tensor, z: Tensor, dlse: Tensor | None, drho: Tensor | None, rho: Tensor
+) -> Tensor:
+    """delta = dz . z - dlse, fp32 ``[B, R]``; rho is constant without dropout, and its gradient cancels."""
+    if z.numel() == 0:
+        return torch.zeros(z.shape[:2], dtype=torch.float32, device=z.device)
+    dz, z, dlse = readable(dz), z.float().contiguous(), None if dlse is None else dlse.contiguous()
+    with on_device_of(z):
+        return row_products(dz, z, dlse, stream_of(z))
+
+
+def shared_kv_attention_backward(
+    dz: Tensor, delta: Tensor, drho: Tensor | None, q: Tensor, x: Tensor, lse: Tensor, key_mask: Tensor | None,
+    lengths: Tensor | None, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, key_offset: int,
+    needs_dq: bool, needs_dx: bool, dq_sum: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dq = scale ds x and dx = scale ds^T q + p^T dz, ds = p (dz x^T - delta); None for what is not needed.
+
+    Args:
+        dz: the gradient of z, ``[B, R, C]`` in the dtype of q.
+        delta, lse: fp32 ``[B, R]``; of shared_kv_attention_delta and of the forward, over all tokens.
+        q, x, key_mask, lengths, scale: as in the forward; tokens that are masked are zeros.
+        drho, dropout_p, dropout_seed, key_offset: of dropout, as in the forward.
+        dq_sum: fp32 ``[B, R, C]``, contiguous; dq is added to it in place, and it is returned.
+
+    Raises:
+        RuntimeError: the library refused or the launch failed; the message says why.
+    """
+    assert dropout_p == 0.0, "reasons_against refuses dropout"
+    (B, R, C), M = q.shape, x.shape[1]
+    if B * R == 0 or M == 0:
+        nothing = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum
+        return nothing if needs_dq else None, torch.zeros_like(x) if needs_dx else None
+    operand, positive = positive_scale(q, scale)
+    operand, dz, tokens = readable(operand), readable(dz), readable(x)
+    delta, lse = delta.contiguous(), lse.contiguous()
+    key_mask, lengths = (None if t is None else t.contiguous() for t in (key_mask, lengths))
+    made = plan_backward(B, R, M, C, device_facts(q.device))
+    dq: Tensor | None = None
+    part: Tensor | None = None
+    if needs_dq:
+        dq = torch.empty(B, R, C, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum
+        alone = made.splits == 1 and dq_sum is None
+        part = dq if alone else torch.empty(B, made.splits, R, C, dtype=torch.float32, device=q.device)
+    dx = torch.empty(B, M, C, dtype=x.dtype, device=x.device) if needs_dx else None
+    with on_device_of(q):
+        stream, strides = stream_of(q), (*operand.stride()[:2], *dz.stride()[:2], *tokens.stride()[:2])
+        dq_dtype = torch.float32 if part is None else part.dtype
+        scales = positive, float(scale)
+        params = _backward_params((B, R, M, C), strides, q.dtype, dq_dtype, made, scales, q.get_device())
+        addresses = {
+            "q": operand.data_ptr(), "dz": dz.data_ptr(), "x": tokens.data_ptr(), "lse": lse.data_ptr(),
+            "delta": delta.data_ptr(), "key_mask": address(key_mask), "lengths": address(lengths), "dq_out": address(part),
+            "dx": address(dx), "stream": stream,
+        }  # fmt: skip
+        binding().shared_kv_bwd(filled(binding().SharedKVBackwardParams(params), addresses))
+        if part is not None and dq is not None and part is not dq:
+            sum_parts(part, dq_sum, dq, stream)
+    return dq, dx

@@ -1,4 +1,4 @@
-"""Merging softmax states on CUDA C++, on any GPU: of the splits of a forward, and of earlier tokens."""
+"""What follows and precedes attention on CUDA C++, on any GPU: merged softmax states, sums of parts, products of rows."""
 
 from __future__ import annotations
 
@@ -42,3 +42,27 @@ def merge_states(
     }  # fmt: skip
     params = _params(B, H, z_part.shape[1], R, C, z.stride()[:3], z.dtype, z.get_device())
     binding().merge_states(filled(binding().MergeStatesParams(params), addresses))
+
+
+def sum_parts(part: Tensor, earlier: Tensor | None, out: Tensor, stream: int) -> None:
+    """Write the sum of ``earlier`` and of the splits of ``part`` to ``out`` ``[B, R, C]``, rows on 16 bytes.
+
+    ``part`` ``[B, S, R, C]`` and ``earlier`` are fp32, contiguous; ``earlier`` may be ``out``.
+    """
+    B, S, R, C = part.shape
+    addresses = {"z_part": part.data_ptr(), "z_state": address(earlier), "z": out.data_ptr(), "stream": stream}
+    params = _params(B, 1, S, R, C, (out.stride(0), 0, out.stride(1)), out.dtype, out.get_device())
+    binding().merge_states(filled(binding().MergeStatesParams(params), addresses))
+
+
+def row_products(dz: Tensor, z: Tensor, dlse: Tensor | None, stream: int) -> Tensor:
+    """dz . z - dlse, fp32 ``[B, R]``: dz is bf16 or fp16 ``[B, R, C]``, rows on 16 bytes; z and dlse are fp32, contiguous."""
+    B, R, C = z.shape
+    delta = torch.empty(B, R, dtype=torch.float32, device=z.device)
+    fields = {
+        "dz": dz.data_ptr(), "stride_dz_batch": dz.stride(0), "stride_dz_row": dz.stride(1), "z": z.data_ptr(),
+        "dlse": address(dlse), "delta": delta.data_ptr(), "batch": B, "rows": R, "channels": C,
+        "type": ELEMENT_TYPES[dz.dtype], "device": dz.get_device(), "stream": stream,
+    }  # fmt: skip
+    binding().row_products(filled(binding().RowProductsParams(), fields))
+    return delta

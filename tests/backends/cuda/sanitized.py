@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import reference
-from perceiver_kernels.backends.cuda import attention, pack, shared_kv
+from perceiver_kernels.backends.cuda import attention, attention_plans, pack, shared_kv
 from perceiver_kernels.masks import NO_MASKS
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -49,11 +49,36 @@ def shared_kv_attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
                     yield f"shared-KV attention, {channels} channels, {M} tokens, {dtype}", found, expected
 
 
+def shared_kv_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """One split and several, rows and tokens that end within a tile, an entry that sees nothing; dq alone, and added up."""
+    for dtype in DTYPES:
+        for columns in shared_kv.DQ_BLOCK_KV:
+            for channels in (columns, columns - 16):
+                for B, R, M, kind in ((2, 130, 70, "lengths"), (1, 200, 1300, "mask"), (70, 130, 300, "all")):
+                    q, x, dz = (randn(B, rows, channels, dtype=dtype) for rows in (R, M, R))
+                    mask = torch.rand(B, M, device="cuda") < 0.8 if kind == "mask" else None
+                    lengths = torch.tensor([M - 7, 0], dtype=torch.int32, device="cuda") if kind == "lengths" else None
+                    visible = reference.visible_keys(M, mask, lengths)
+                    x = x if visible is None else x.masked_fill(~visible[..., None], 0)
+                    options = {"scale": channels**-0.5, "dropout_p": 0.0}
+                    leaves = q.double().requires_grad_(), x.double().requires_grad_()
+                    z, lse, rho = reference.shared_kv_attention(*leaves, key_mask=mask, lengths=lengths, **options)
+                    expected = torch.autograd.grad(z, leaves, dz.double())
+                    lse = lse.detach().float()
+                    delta = shared_kv.shared_kv_attention_delta(dz, z.detach().float(), None, None, rho)
+                    total = torch.ones(B, R, channels, device="cuda") if kind == "mask" else None
+                    options |= {"dropout_seed": None, "key_offset": 0, "needs_dq": True, "needs_dx": True, "dq_sum": total}
+                    found = shared_kv.shared_kv_attention_backward(dz, delta, None, q, x, lse, mask, lengths, **options)
+                    for name, ours, theirs in zip(("dq", "dx"), found, expected, strict=True):
+                        theirs = theirs + 1 if total is not None and name == "dq" else theirs
+                        yield f"{name} of shared-KV attention, {channels} channels, {B} x {R} x {M}, {dtype}", ours, theirs
+
+
 def attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
     for dtype in DTYPES:
-        for columns in attention.BLOCK_KV:
+        for columns in attention_plans.BLOCK_KV:
             for channels in (columns, columns - 24):
-                for Lq, Lk in ((200, 130), (20, 1500)):
+                for Lq, Lk in ((200, 130), (20, 1500), (70, 8200)):
                     query = randn(2, 4, Lq, channels, dtype=dtype)
                     key, value = (randn(2, 2, Lk, channels, dtype=dtype) for _ in range(2))
                     found, *_ = attention.attention_forward(
@@ -65,15 +90,15 @@ def attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def attention_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """One split and several; queries and keys that end within a block, heads of keys that several heads read."""
+    """One split and several, slices of the queries; rows that end within a block, heads of keys that several heads read."""
     for dtype in DTYPES:
-        for columns in attention.BACKWARD_BLOCK_Q:
+        for columns in attention_plans.BACKWARD_BLOCK_Q:
             for channels in (columns, columns - 24):
-                for B, Lq, Lk in ((40, 200, 300), (1, 130, 1500)):
+                for B, H_kv, Lq, Lk in ((40, 2, 200, 300), (1, 2, 130, 1500), (1, 4, 4500, 200)):
                     query, dout = (randn(B, 4, Lq, channels, dtype=dtype) for _ in range(2))
-                    key, value = (randn(B, 2, Lk, channels, dtype=dtype) for _ in range(2))
+                    key, value = (randn(B, H_kv, Lk, channels, dtype=dtype) for _ in range(2))
                     leaves = [t.double().requires_grad_() for t in (query, key, value)]
-                    keys, values = (t.repeat_interleave(2, 1) for t in leaves[1:])
+                    keys, values = (t.repeat_interleave(4 // H_kv, 1) for t in leaves[1:])
                     scores = leaves[0] @ keys.mT * channels**-0.5
                     expected = torch.autograd.grad(scores.softmax(-1) @ values, leaves, dout.double())
                     out = (scores.softmax(-1) @ values).detach().to(dtype)
@@ -89,7 +114,7 @@ def attention_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
 def main() -> None:
     torch.manual_seed(0)
     count = 0
-    for calls in (packs(), shared_kv_attentions(), attentions(), attention_backwards()):
+    for calls in (packs(), shared_kv_attentions(), shared_kv_backwards(), attentions(), attention_backwards()):
         for name, found, expected in calls:
             error = ((found.double() - expected).norm() / expected.norm()).item()
             assert error < 0.01, f"{name}: relative error {error:.2g}"

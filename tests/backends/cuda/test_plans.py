@@ -11,7 +11,7 @@ import torch
 
 from perceiver_kernels import build_info
 from perceiver_kernels.backends import cuda
-from perceiver_kernels.backends.cuda import attention, pack, shared_kv
+from perceiver_kernels.backends.cuda import attention, attention_plans, pack, shared_kv
 from perceiver_kernels.device import A100, H200
 from perceiver_kernels.layouts import can_describe
 from perceiver_kernels.problem import AttentionProblem, PackProblem, SharedKVProblem
@@ -155,12 +155,13 @@ class TestSharedKV:
             ({"dtype": torch.float32}, "in bfloat16 and float16, got float32"),
             ({"C": 528}, "rows of up to 512 channels, got 528"),
             ({"dropout": True}, "without dropout"),
-            ({"needs_grad": True}, "no gradient of shared_kv_attention"),
+            ({"C": 352, "needs_grad": True}, "the gradients of rows of up to 336 channels, got 352"),
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
         monkeypatch.setattr(cuda, "reasons_against_hopper", list)
         assert shared_kv.reasons_against(self.problem()) == []
+        assert shared_kv.reasons_against(self.problem(needs_grad=True)) == []
         (sentence,) = shared_kv.reasons_against(self.problem(**changes))
         assert reason in sentence
 
@@ -188,9 +189,21 @@ class TestSharedKV:
             assert plan.tokens_per_split % plan.block_kv == 0
             assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
 
-    def test_small_calls_are_left_to_the_next_backend(self):
-        assert shared_kv.leaves((8, 512, 50176, 272)) is None
-        assert "less than 5 GFLOP" in shared_kv.leaves((4, 128, 4096, 256))
+    @pytest.mark.parametrize("rule", [shared_kv.leaves, shared_kv.leaves_backward])
+    def test_small_calls_are_left_to_the_next_backend(self, rule):
+        assert rule((8, 512, 50176, 272)) is None
+        assert "less than 5 GFLOP" in rule((4, 128, 4096, 256))
+
+    def test_gradients_of_imagenet_on_h200(self):
+        # dq as the forward, in tiles of 64 tokens; dx in 3,136 blocks of tokens, which 132 resident blocks share.
+        assert shared_kv.plan_backward(8, 512, 50176, 272, H200) == shared_kv.BackwardPlan(64, 4, 12544, 132)
+
+    def test_splits_of_dq_cover_the_tokens_in_whole_tiles(self):
+        for B, R, M, C in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 80, 50176, 10**8), (8, 64, 272, 336)):
+            plan = shared_kv.plan_backward(B, R, M, C, H200)
+            assert plan.tokens_per_split % plan.block_kv == 0
+            assert (plan.splits - 1) * plan.tokens_per_split < M <= plan.splits * plan.tokens_per_split
+            assert 1 <= plan.blocks <= min(B * -(-M // 128), 132)
 
 
 class TestAttention:
@@ -215,7 +228,6 @@ class TestAttention:
             ({"packed": True}, "without packed sequences"),
             ({"causal": "upper_left"}, "without a causal mask"),
             ({"segments": 2}, "without two segments"),
-            ({"needs_grad": True, "d_v": 160}, "the gradient of heads of up to 128 channels, got 128 and 160"),
         ],
     )
     def test_refusals_are_sentences(self, changes, reason, monkeypatch):
@@ -226,7 +238,7 @@ class TestAttention:
         assert reason in sentence
 
     def test_latents_are_items_of_resident_blocks(self):
-        assert attention.plan(self.problem(), H200) == attention.ForwardPlan(128, 1, 512, 1024, 132)
+        assert attention.plan(self.problem(), H200) == attention_plans.ForwardPlan(128, 1, 512, 1024, 132)
 
     def test_splits_cover_the_keys_in_whole_tiles(self):
         for B, Lq, Lk, d in itertools.product((1, 8, 500), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128, 256)):
@@ -241,9 +253,11 @@ class TestAttention:
             ((32, 8, 512, 512, 128, 128), None),
             ((8, 8, 2048, 2048, 64, 64), None),
             ((32, 8, 256, 256, 160, 160), None),
-            ((32, 8, 512, 512, 64, 64), "fewer than 2,048 keys, got 512"),
+            ((32, 8, 512, 512, 64, 64), None),
+            ((1, 8, 2**20, 256, 64, 64), "fewer than 512 keys, got 256"),
+            ((8, 16, 64, 16384, 64, 64), None),
             ((32, 8, 512, 512, 128, 64), "heads of 128 and 64 channels were not measured"),
-            ((8, 16, 64, 16384, 128, 128), "64 queries leave more than a fifth"),
+            ((8, 16, 72, 16384, 128, 128), "72 queries leave more than a fifth"),
             ((1, 1, 128, 512, 128, 128), "less than 5 GFLOP"),
         ],
     )
@@ -252,25 +266,41 @@ class TestAttention:
         assert found is None if reason is None else reason in found
 
     def test_latents_are_differentiated_a_head_a_block(self):
-        latents = attention.plan_backward(32, 8, 8, 512, 512, 128, 128, H200)
-        assert latents == attention.BackwardPlan(128, 64, 8, 1, 512, 256, 132)
-        inputs = attention.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200)
-        assert inputs == attention.BackwardPlan(128, 64, 8, 16, 3200, 128, 128)
+        latents = attention_plans.plan_backward(32, 8, 8, 512, 512, 128, 128, H200)
+        assert latents == attention_plans.BackwardPlan(128, 64, 8, 1, 512, 256, 132)
+        inputs = attention_plans.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200)
+        assert inputs == attention_plans.BackwardPlan(128, 64, 8, 16, 3200, 128, 128)
 
     def test_splits_of_the_backward_cover_the_keys_in_whole_tiles(self):
-        sizes = itertools.product((1, 8, 500), ((8, 8), (8, 2)), (1, 128, 2048), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128))
+        sizes = itertools.product((1, 8, 500), ((8, 8), (8, 2)), (1, 128, 10**5), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128))
         for B, (H, H_kv), Lq, Lk, d in sizes:
-            plan = attention.plan_backward(B, H, H_kv, Lq, Lk, d, d, H200)
-            assert plan.keys_per_split % attention.BACKWARD_BLOCK_KV == 0
+            plan = attention_plans.plan_backward(B, H, H_kv, Lq, Lk, d, d, H200)
+            assert plan.keys_per_split % attention_plans.BACKWARD_BLOCK_KV == 0
             assert (plan.splits - 1) * plan.keys_per_split < Lk <= plan.splits * plan.keys_per_split
             assert (plan.query_blocks - 1) * plan.block_q < Lq <= plan.query_blocks * plan.block_q
-            assert plan.items == B * H_kv * plan.splits and 1 <= plan.blocks <= min(plan.items, 132)
+            assert (plan.slices - 1) * -(-plan.query_blocks // plan.slices) < plan.query_blocks
+            assert plan.items == B * H_kv * plan.splits * plan.slices and 1 <= plan.blocks <= min(plan.items, 132)
+
+    def test_queries_of_a_decoder_are_sliced(self):
+        # 8 heads of two tiles of keys would be eight programs. In nine waves the parts of dq of 132 programs are 231 MiB.
+        plan = attention_plans.plan_backward(1, 8, 8, 2**20, 256, 64, 64, H200)
+        assert plan == attention_plans.BackwardPlan(64, 128, 8192, 1, 256, 1176, 132, slices=147)
+
+    def test_wide_backwards_are_chunks(self):
+        for B, (H, H_kv), Lq, Lk in itertools.product((1, 8), ((1, 1), (8, 2)), (1, 128, 512, 10**6), (1, 65, 512, 10**6)):
+            plan = attention_plans.plan_backward(B, H, H_kv, Lq, Lk, 256, 256, H200)
+            assert plan.chunk_rows in (Lq, plan.chunk_rows // 128 * 128) and 1 <= plan.chunk_rows <= Lq
+            assert plan.chunk_keys in (Lk, plan.chunk_keys // 64 * 64) and 1 <= plan.chunk_keys <= Lk
+            assert plan.chunk_rows == Lq or plan.chunk_keys == Lk
+            tiles = attention_plans.workspace_floats(plan, (B, H, H_kv, Lq, Lk, 256, 256))[2]
+            least = 4 * B * H * 128 * min(max(Lq, Lk), min(Lq, Lk) + 128)
+            assert 4 * tiles <= max(96 << 20, 2 * least)
 
     def test_parts_of_dq_take_no_more_than_the_operands_or_256_mib(self):
         sizes = ((1, 1, 10**5, 10**5, 128), (1, 8, 65536, 65536, 64), (512, 8, 512, 512, 128), (1, 2, 10**6, 256, 64))
         for B, H, Lq, Lk, d in sizes:
-            plan = attention.plan_backward(B, H, H, Lq, Lk, d, d, H200)
-            _, parts = attention.workspace_floats(plan, B * H)
+            plan = attention_plans.plan_backward(B, H, H, Lq, Lk, d, d, H200)
+            _, parts, *_ = attention_plans.workspace_floats(plan, (B, H, H, Lq, Lk, d, d))
             assert 4 * parts <= 1.1 * max(256 << 20, 8 * B * H * (Lq + Lk) * d)
 
     @pytest.mark.parametrize(
@@ -283,7 +313,13 @@ class TestAttention:
             ((32, 8, 512, 512, 96, 96), "heads of 96 and 96 channels were not measured"),
             ((8, 16, 64, 16384, 64, 64), "64 queries leave more than a fifth"),
             ((8, 8, 4096, 256, 64, 64), None),
-            ((1, 8, 2**20, 256, 64, 64), "more than 16 queries a key"),
+            ((1, 8, 2**20, 256, 64, 64), None),
+            ((1, 4, 2**19, 256, 128, 128), None),
+            ((1, 2, 100_352, 256, 64, 64), "more than 16 queries a key"),
+            ((1, 1, 2**20, 512, 128, 128), "more than 16 queries a key"),
+            ((1, 1, 256, 2**20, 256, 256), None),
+            ((1, 1, 2**20, 512, 256, 256), None),
+            ((8, 8, 72, 16384, 256, 256), "72 queries leave more than a fifth"),
             ((4, 1, 8077, 2048, 64, 64), "fewer than 128 tiles of keys in all heads, got 64"),
             ((1, 8, 2048, 2048, 128, 128), "fewer than 512 tiles of keys in all heads, got 128"),
             ((1, 16, 4096, 4096, 64, 64), None),

@@ -31,28 +31,6 @@ __device__ __forceinline__ void arrive_if(bool arrives, uint32_t barrier) {
       : "memory");
 }
 
-// The same at the barrier that lies at this address in block `rank` of the cluster. It orders no writes for that block (with the
-// scope of the cluster it would, and fence to device memory); reads of what copies then overwrite are over.
-__device__ __forceinline__ void arrive_in_cluster_if(bool arrives, uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n.reg .pred arrives;\n.reg .b32 there;\nsetp.ne.b32 arrives, %2, 0;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "@arrives mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank), "r"(static_cast<int>(arrives))
-      : "memory");
-}
-
-__device__ __forceinline__ uint32_t rank_in_cluster() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// Waits for all threads of the cluster.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
 // Barriers of the block without memory of their own, by number; 0 is __syncthreads. `threads` arrive at one or wait.
 __device__ __forceinline__ void arrive_at(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");

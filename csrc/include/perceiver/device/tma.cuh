@@ -18,16 +18,6 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap& map,
       : "memory");
 }
 
-// The same in every block of the cluster whose bit is set in `blocks`, at the same addresses there.
-__device__ __forceinline__ void load_tile_in_cluster(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int column,
-                                                     int row, int head, int entry, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
-      "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(entry), "h"(blocks)
-      : "memory");
-}
-
 // A policy for what is read or written once: the L2 gives it up first.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;

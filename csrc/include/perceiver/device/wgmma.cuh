@@ -116,6 +116,8 @@ struct Product;
   PK_PRODUCT(__nv_bfloat16, "bf16", N, R, __VA_ARGS__) \
   PK_PRODUCT(__half, "f16", N, R, __VA_ARGS__)
 
+PK_PRODUCTS(16, 8, 9, 10, 11, 12, 13, 14)
+PK_PRODUCTS(32, 16, 17, 18, 19, 20, 21, 22)
 PK_PRODUCTS(48, 24, 25, 26, 27, 28, 29, 30)
 PK_PRODUCTS(64, 32, 33, 34, 35, 36, 37, 38)
 PK_PRODUCTS(80, 40, 41, 42, 43, 44, 45, 46)

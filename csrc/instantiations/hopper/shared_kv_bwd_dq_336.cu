@@ -1,0 +1,6 @@
+#include "kernels/shared_kv_bwd_enqueue.cuh"
+
+namespace perceiver {
+template cudaError_t enqueue_shared_kv_bwd_dq<ElementType::kBFloat16, 336>(const SharedKVBackwardMaps&, const SharedKVBackwardParams&);
+template cudaError_t enqueue_shared_kv_bwd_dq<ElementType::kFloat16, 336>(const SharedKVBackwardMaps&, const SharedKVBackwardParams&);
+}  // namespace perceiver
