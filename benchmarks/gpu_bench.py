@@ -41,7 +41,7 @@ from perceiver_kernels.cli.stock import Peer  # noqa: E402
 from perceiver_kernels.cli.subject import Pass  # noqa: E402
 from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
-KERNEL_CASES = ("imagenet", "longctx", "flow", "multimodal", "c128", "c64")
+KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal", "c128", "c64")
 LAYER_CASES = ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud")
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")

@@ -27,6 +27,7 @@ OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
     "attend": "forward",
+    "attend-masked": "forward, a fifth hidden",
     "dq": "backward to the queries",
     "dx": "backward to the inputs",
     "forward": "forward",
@@ -66,7 +67,7 @@ def rewritten(text: str, results: Results) -> str:
 
 def kernels(results: Results) -> list[str]:
     """Kernels by themselves: time, rate, share of the floor, and stock attention given keys and values."""
-    return _beside_stock(results, "kernels", ("pack", "attend", "dq", "dx"))
+    return _beside_stock(results, "kernels", ("pack", "attend", "attend-masked", "dq", "dx"))
 
 
 def layers(results: Results) -> list[str]:

@@ -8,23 +8,32 @@
 
 namespace perceiver {
 
-// One bit a token of every tile, by one warp: set where it is visible and inside the split.
+// One bit a token of every tile, by one warp: set where it is visible and inside the split. A tile's mask is read while the warp
+// waits for the place of the tile before it.
 template <class Shape, class Memory>
 __device__ __forceinline__ void load_visibility(Memory memory, const SharedKVForwardParams& params,
                                                 const SharedKVWork& work) {
   const int lane = threadIdx.x % 32;
   const auto* gMask = static_cast<const unsigned char*>(params.key_mask) + int64_t{work.entry} * params.tokens;
+  int mask[Shape::kMaskWords];
+  const auto read = [&](int tile) {
+#pragma unroll
+    for (int word = 0; word < Shape::kMaskWords; ++word) {
+      const int in_tile = 32 * word + lane, token = work.token_begin + tile * Shape::kBlockKV + in_tile;
+      mask[word] = in_tile < Shape::kBlockKV && token < work.token_end ? gMask[token] : 0;
+    }
+  };
+  read(0);
   Turn<Shape::kStages> turn;
   for (int tile = 0; tile < work.tiles; ++tile, turn.next()) {
     wait(memory.visible_empty(turn.stage), turn.parity ^ 1);
 #pragma unroll
     for (int word = 0; word < Shape::kMaskWords; ++word) {
-      const int in_tile = 32 * word + lane, token = work.token_begin + tile * Shape::kBlockKV + in_tile;
-      const bool exists = in_tile < Shape::kBlockKV && token < work.token_end;
-      const uint32_t visible = __ballot_sync(0xffffffffu, exists && gMask[token] != 0);
+      const uint32_t visible = __ballot_sync(0xffffffffu, mask[word] != 0);
       if (lane == 0) store_shared(memory.visible(turn.stage, word), visible);
     }
     if (lane == 0) arrive(memory.visible_full(turn.stage));
+    read(tile + 1);
   }
 }
 

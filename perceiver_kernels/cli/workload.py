@@ -38,6 +38,7 @@ PASSES = {
     for each in (
         Pass("pack", "kernel", "pack: LayerNorm without affine, padding, cast"),
         Pass("attend", "kernel", "shared-KV attention, forward"),
+        Pass("attend-masked", "kernel", "shared-KV attention, forward, a fifth of the tokens hidden by a key mask"),
         Pass("dq", "kernel", "shared-KV attention, backward to the queries"),
         Pass("dx", "kernel", "shared-KV attention, backward to the inputs"),
         Pass("forward", "layer", "layer, forward"),
@@ -109,9 +110,10 @@ class Workload:
         if which == "pack":
             return "absorbed", str(pk.explain("pack_inputs", pk.InputArray.tokens(self.inputs)).backend)
         if PASSES[which].level == "kernel":
-            rows = self.rows if which == "attend" else self.rows.detach().requires_grad_()
+            forward = which.startswith("attend")
+            rows = self.rows if forward else self.rows.detach().requires_grad_()
             explained = pk.explain("shared_kv_attention", rows, self.packed)
-            backward = None if which == "attend" else explained.backward
+            backward = None if forward else explained.backward
             return "absorbed", str(backward or explained.backend)
         case, layer = self.case, self.layer
         differentiable = which.startswith("backward")
@@ -147,6 +149,12 @@ class Workload:
         return rows
 
     @functools.cached_property
+    def visible(self) -> Tensor:
+        """Which tokens a key mask leaves [M], about four in five."""
+        with seeded(3):
+            return torch.rand(self.case.M, device=self.device) < 0.8
+
+    @functools.cached_property
     def row_gradient(self) -> Tensor:
         """Gradient of z, shaped as `rows`."""
         with seeded(2):
@@ -158,6 +166,9 @@ class Workload:
         """Return our callable for a pass; it gives the tensors that `names` lists."""
         if which == "pack":
             return quiet(lambda: (pk.pack_inputs(self.inputs).data,))
+        if which == "attend-masked":
+            q, x, key_mask = self.rows, self.packed.data, self.visible.expand(self.case.B, -1)
+            return quiet(lambda: (pk.shared_kv_attention(q, x, key_mask=key_mask),))
         if PASSES[which].level == "kernel":
             return self._kernel_call(which, lambda q, x: pk.shared_kv_attention(q, x))
         inputs: Any = self.packed if which == "forward-packed" else self.inputs
@@ -200,6 +211,8 @@ class Workload:
             calls[CHUNKED] = self.chunked(which)
         elif self.choice(which)[1] == "cuda" and pk.backends()["triton"][0]:
             calls[ON_TRITON] = on_triton(self.ours(which))
+        if which == "attend-masked":
+            return calls
         # Packing has two stock forms only: written out, and compiled.
         usable = [peer for peer in peers if which != "pack" or peer.attention == "eager"]
         return calls | {peer.name: self.stock(which, peer) for peer in usable}
@@ -213,7 +226,7 @@ class Workload:
         if which == "pack":
             return ["packed"]
         if PASSES[which].level == "kernel":
-            return [{"attend": "z"}.get(which, which)]
+            return ["z" if which.startswith("attend") else which]
         if which in ("forward", "forward-packed"):
             return ["out"]
         names = ["out", "dlatents", *(f"d{name}" for name, _ in self.layer.named_parameters())]
@@ -225,6 +238,8 @@ class Workload:
         """Return what a pass should give, from the streamed textbook in a dtype."""
         if which == "pack":
             return [reference.pack_inputs(self.inputs.to(dtype))[0]]
+        if which == "attend-masked":
+            return textbook.shared_kv("attend", self.rows, self.packed.data[:, self.visible], self.row_gradient, dtype)
         if PASSES[which].level == "kernel":
             return textbook.shared_kv(which, self.rows, self.packed.data, self.row_gradient, dtype)
         layer = textbook.Textbook(self.stock_layer(Peer("eager"), dtype), dtype)
@@ -285,13 +300,13 @@ def flops(case: Any, which: str, method: Literal["absorbed", "projected"]) -> in
     """Return the FLOPs of a pass with the real C, a multiply and an add counted as two.
 
     Absorbed, per row and token and channel: forward 4 (S and z), dq 6 (S, dP, dq), dx 8 (S, dP and two into
-    dx).
+    dx). Hidden tokens count as others do.
     Projected: 2 (d_qk + d_v) forward; 6 d_qk + 4 d_v backward (S again, dP, dq, dk, dv); the projections once
     forward and twice backward.
     """
     B, M, C, N, D, H = case.B, case.M, case.C, case.N, case.D, case.H
     scores, widths = B * H * N * M, H * (case.d_qk + case.d_v)
-    kernels = {"pack": 0, "attend": 4 * scores * C, "dq": 6 * scores * C, "dx": 8 * scores * C}
+    kernels = {"pack": 0, "attend": 4 * scores * C, "attend-masked": 4 * scores * C, "dq": 6 * scores * C, "dx": 8 * scores * C}
     if which in kernels:
         return kernels[which]
     latent_side = 2 * B * N * D * widths
@@ -314,6 +329,7 @@ def least_bytes(case: Any, which: str, itemsize: int) -> int:
     kernels = {
         "pack": tokens * (case.C + padded),
         "attend": tokens * padded + 2 * rows,
+        "attend-masked": tokens * padded + 2 * rows,
         "dq": tokens * padded + 3 * rows,
         "dx": 2 * tokens * padded + 2 * rows,
     }

@@ -218,7 +218,7 @@ class TestGate:
         verdict = Gate(work).judge("forward", {"ours": lambda: [work.latents[:1]]})["ours"]
         assert verdict.failure == "out must be (2, 9, 32), got (1, 9, 32)"
 
-    @pytest.mark.parametrize("which", ["attend", "dq", "dx", "backward-inputs"])
+    @pytest.mark.parametrize("which", ["attend", "attend-masked", "dq", "dx", "backward-inputs"])
     def test_streaming_changes_nothing(
         self, work: Workload, which: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -31,7 +31,7 @@ PK_API int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept;
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
 PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept;
 
-// Enqueues the shared-KV attention forward of 16-bit rows of up to 336 channels, on compute capability 9.0.
+// Enqueues the shared-KV attention forward of 16-bit rows of up to 512 channels, on compute capability 9.0.
 PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept;
 
 // Enqueues the gradients of shared-KV attention that are not null, of 16-bit rows of up to 336 channels, on compute capability
@@ -44,7 +44,7 @@ PK_API void pk_row_products(const perceiver::RowProductsParams* params, PkStatus
 // Enqueues the attention forward of 16-bit heads of up to 256 channels, on compute capability 9.0.
 PK_API void pk_attention_fwd(const perceiver::AttentionForwardParams* params, PkStatus* status) noexcept;
 
-// Enqueues the attention backward of 16-bit heads of up to 128 channels, on compute capability 9.0.
+// Enqueues the attention backward of 16-bit heads of up to 256 channels, on compute capability 9.0.
 PK_API void pk_attention_bwd(const perceiver::AttentionBackwardParams* params, PkStatus* status) noexcept;
 
 // Enqueues the merge of softmax states, or sums of parts.

@@ -27,7 +27,7 @@ from perceiver_kernels.backends.cuda.attention_plans import (
     BACKWARD_BLOCK_Q,
     BLOCK_KV,
     BLOCK_Q,
-    WIDE_BLOCK_Q,
+    LONG,
     BackwardPlan,
     ForwardPlan,
     most_splits,
@@ -64,16 +64,21 @@ def reasons_against(problem: AttentionProblem) -> list[str]:
 def leaves(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves a call of sizes (B, H, Lq, Lk, d_qk, d_v) to the next backend, or None.
 
-    In ms on an H200, CUDA and Triton: 512 x 512 in 256 heads of 128 channels 0.073 and 0.116, 256 x 256 in 256 of 160 0.042
-    and 0.046, 1,048,576 x 512 of 256 0.84 and 1.19, 256 x 1,048,576 of 256 0.36 and 0.53, 512 x 50,176 of 128 0.160 and 0.230,
-    48 x 8,192 in 32 of 128 0.036 and 0.048; of 64 channels 512 x 512 in 512 heads 0.098 and 0.113, 2,048 x 2,048 0.161 and
-    0.170, 64 x 16,384 0.147 and 0.154, but 784 x 784 0.132 and 0.127, 1,048,576 x 256 1.71 and 1.55.
+    In ms on an H200, CUDA and Triton: 512 x 512 in 256 heads of 128 channels 0.074 and 0.116, 784 x 784 0.173 and 0.208, 256
+    x 256 in 256 of 160 0.042 and 0.046, 1,048,576 x 512 of 256 0.84 and 1.19, 256 x 1,048,576 of 256 0.36 and 0.53, 512 x
+    50,176 of 128 0.160 and 0.230, 48 x 8,192 in 32 of 128 0.036 and 0.048; of 64 channels 256 x 256 in 512 heads 0.036 and
+    0.040, 512 x 512 0.100 and 0.105, 1,024 x 1,024 in 128 0.092 and 0.096, 2,048 x 2,048 in 64 0.169 and 0.171, 128 x 8,192
+    in 128 0.089 and 0.090, 64 x 16,384 in 128 0.143 and 0.154, 512 x 50,176 in 32 0.440 and 0.462, but 784 x 784 in 256 0.137
+    and 0.129, 512 x 4,096 in 64 0.047 and 0.045, 1,048,576 x 512 in 4 1.41 and 1.36.
     """
     B, H, Lq, Lk, d_qk, d_v = sizes
     if d_qk != d_v or d_qk not in (64, 128, 160, 256):
         return f"heads of {d_qk} and {d_v} channels were not measured against triton"
-    if d_qk == 64 and Lk < 512:
-        return f"triton is faster with heads of 64 channels and fewer than 512 keys, got {Lk}"
+    if d_qk == 64:
+        if Lq > 16 * Lk:
+            return f"triton is faster with heads of 64 channels and more than 16 queries a key, got {Lq} and {Lk}"
+        if BLOCK_KV[64] * math.ceil(Lk / BLOCK_KV[64]) > 1.1 * Lk or 2048 < Lk < LONG:
+            return f"triton is faster with heads of 64 channels and {Lk} keys: neither whole tiles of 128, nor 8,192"
     if BLOCK_Q // 2 * math.ceil(2 * Lq / BLOCK_Q) > 1.25 * Lq:
         return f"{Lq} queries leave more than a fifth of their blocks of {BLOCK_Q // 2} empty"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
@@ -98,12 +103,12 @@ def leaves_backward(sizes: tuple[int, ...]) -> str | None:
         return f"gradients of heads of {d_qk} and {d_v} channels were not measured against triton"
     if 4 * B * H * Lq * Lk * d_qk < LEAST_FLOPS:
         return "triton is faster with less than 5 GFLOP"
-    block_q = WIDE_BLOCK_Q // 2 if d_qk == 256 else BACKWARD_BLOCK_Q[d_qk]
+    if d_qk == 256:
+        return None
+    block_q = BACKWARD_BLOCK_Q[d_qk]
     if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
         return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
     tiles = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV)
-    if d_qk == 256:
-        return None
     if Lq > 16 * Lk:
         if Lk > 2 * BACKWARD_BLOCK_KV or B * H * Lq < 1 << 19:
             return f"triton is faster with more than 16 queries a key, but of 2^19 and up to 256 keys, got {Lq} and {Lk}"
