@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         found = list(filter(getattr(metafunc.module, "wanted", None), targets(metafunc.module.OP)))
         # Only tests that take the gradients of another backend can run one that lacks some.
-        found = [target for target in found if not target.lacks_gradients or hasattr(metafunc.module, "LACKS_GRADIENTS")]
+        found = [target for target in found if not target.is_partial or hasattr(metafunc.module, "PARTIAL")]
         dtypes = getattr(metafunc.function, "dtypes", None)
         found = [target for target in found if dtypes is None or target.dtype in dtypes]
         if dtypes is None and found:

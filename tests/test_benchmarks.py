@@ -103,7 +103,7 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
         row |= {"host_us": 12.3, "kernels": [{"kernel": "_one_kernel", "launches": 2.0, "us": 4.5}]}
     assert tables.host(results)[-1] == "| imagenet | backward | 12 |"
     assert tables.attention_kernels(results)[-1].endswith(" | one 0.0045 (2) |")
-    assert len(tables.summary(results)) == 1 + 4 + 4 + 3 + 3 * 2
+    assert len(tables.summary(results)) == 1 + 5 + 4 + 3 + 3 * 2
 
 
 def test_a_named_case_is_measured_where_it_is_no_default(

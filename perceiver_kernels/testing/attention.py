@@ -130,7 +130,9 @@ def _attend(
     target: Target, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], *, masks: Masks = NO_MASKS,
     dropout_p: float = 0.0, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return op.attention(query, keys, values, masks=masks, dropout_p=dropout_p, backends=target.passes, **options)
+    problem = AttentionProblem.of(query, keys, values, masks, dropout_p, None, True)
+    backends = target.passes_of(problem)
+    return op.attention(query, keys, values, masks=masks, dropout_p=dropout_p, backends=backends, **options)
 
 
 def attention_results(function: Function, call: AttentionCall) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from perceiver_kernels.testing.cases import EncodeCase
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
-# Kernels that lack some gradients: tests of those take Triton's, which start from what this forward leaves.
-LACKS_GRADIENTS = {("shared_kv_attention", "cuda")}
+# Kernels that serve plain calls alone, or lack some gradients. Tests that skip what is refused ask them, and say so: PARTIAL.
+# Gradients that are lacking are Triton's there, which start from what this forward leaves.
+PARTIAL = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,21 @@ class Target:
         return self.backend in KERNEL_BACKENDS
 
     @property
-    def lacks_gradients(self) -> bool:
-        return (self.op, self.backend) in LACKS_GRADIENTS
+    def is_partial(self) -> bool:
+        return (self.op, self.backend) in PARTIAL
 
     @property
     def passes(self) -> tuple[str, str]:
         """The backends of the forward and of any backward."""
-        return self.backend, "triton" if self.lacks_gradients else self.backend
+        return self.backend, "triton" if self.is_partial else self.backend
 
     def passes_of(self, problem: Problem) -> tuple[str, str]:
         """The backends of the forward and the backward of a problem."""
-        return self.backend, "triton" if self.lacks_gradients and refusals(problem, self.backend) else self.backend
+        return self.backend, "triton" if self.is_partial and refusals(problem, self.backend) else self.backend
 
     def refusals(self, problem: Problem) -> list[str]:
         """Why the backend cannot serve the problem, or its forward where it lacks gradients; empty where it can."""
-        if self.lacks_gradients:
+        if self.is_partial:
             problem = replace(problem, needs_grad=False)  # type: ignore[call-arg]
         return refusals(problem, self.backend)
 

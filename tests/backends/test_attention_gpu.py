@@ -17,6 +17,7 @@ from perceiver_kernels.testing.targets import Target
 pytestmark = pytest.mark.gpu
 
 OP = "attention"
+PARTIAL = True
 RUNS = {"cuda": 1000, "triton": 100}
 # Each regime, with all keys (queries) of a head in shared memory and without; heads over 256, in chunks of queries and of keys;
 # slices of the last chunk that are empty (decode-h1); several heads a program.
@@ -49,7 +50,7 @@ def test_many_runs_give_the_same_bits(target: Target, case: AttentionCase) -> No
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
 
     def run() -> list[torch.Tensor]:
-        out, _ = op.attention(leaves[0], (leaves[1],), (leaves[2],), scale=case.d_qk**-0.5, backends=target.passes)
+        out, _ = op.attention(leaves[0], (leaves[1],), (leaves[2],), scale=case.d_qk**-0.5, backends=target.passes_of(problem))
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     first, noise, side = run(), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()

@@ -21,7 +21,7 @@ from perceiver_kernels.testing.targets import Target, only
 pytestmark = pytest.mark.gpu
 
 OP = "shared_kv_attention"
-LACKS_GRADIENTS = True
+PARTIAL = True
 RUNS = {"cuda": 1000, "triton": 50}
 CHUNK = 8192
 

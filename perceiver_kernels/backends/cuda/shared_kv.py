@@ -37,8 +37,8 @@ BLOCK_Q = {64: 128, 128: 128, 256: 128, 272: 128, 336: 128, 512: 64}
 DQ_BLOCK_KV = {64: 128, 128: 96, 256: 64, 272: 64, 336: 32}
 DX_BLOCK_Q = {64: 128, 128: 128, 256: 64, 272: 64, 336: 32}
 DX_BLOCK_KV = 128
-# With wide rows, the work that the forward takes on.
-WIDE_LEAST_FLOPS = 20e9
+# With rows of 257 to 336 channels, the work that the forward takes on.
+WIDE_LEAST_FLOPS = 12e9
 
 
 def reasons_against(problem: SharedKVProblem) -> list[str]:
@@ -80,13 +80,14 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
 
     In ms on an H200, CUDA and Triton: 8 x 512 x 50,176 of 272 channels 0.283 and 0.355, of 288 0.352 and 0.370, of 256 0.272
     and 0.334, of 192 0.253 and 0.260, but of 160 0.246 and 0.239; of 128 0.156 and 0.188, of 96 0.151 and 0.164, of 64 0.123
-    and 0.147; of 352 0.550 and 0.763, of 512 0.587 and 1.199; 2 x 2,048 x 182,528 of 336 1.34 and 1.47; 4 x 256 x 8,192 of
-    272 0.041 and 0.035, of 320 0.042 and 0.037, 4 x 256 x 32,768 of 64 0.031 and 0.034.
+    and 0.147; of 352 0.550 and 0.763, of 512 0.587 and 1.199; 2 x 2,048 x 182,528 of 336 1.34 and 1.47; 4 x 512 x 6,528 of
+    272 0.036 and 0.043, but 4 x 256 x 8,192 of 272 0.041 and 0.035, of 320 0.042 and 0.037; 4 x 256 x 4,352 of 512 0.035 and
+    0.051, 4 x 256 x 32,768 of 64 0.031 and 0.034.
     """
     B, R, M, C = sizes
     flops = 4 * B * R * M * C
-    if flops < LEAST_FLOPS or (C > 256 and flops < WIDE_LEAST_FLOPS):
-        return "triton is faster with less than 5 GFLOP, or 20 where rows have more than 256 channels"
+    if flops < LEAST_FLOPS or (256 < C <= 336 and flops < WIDE_LEAST_FLOPS):
+        return "triton is faster with less than 5 GFLOP, or 12 where rows have 257 to 336 channels"
     if 128 < C < 192:
         return f"triton is faster with rows of 129 to 191 channels, got {C}"
     return None
