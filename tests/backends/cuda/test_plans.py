@@ -109,7 +109,7 @@ class TestPack:
         assert reason in sentence
 
     def test_imagenet_on_h200(self):
-        # 32 rows of 522 bytes twice in a sixth of 228 KiB; 6 blocks on each of 132 multiprocessors.
+        # 8 rows of 522 bytes are the fewest of 4 KiB; 6 blocks on each of 132 multiprocessors.
         assert pack.plan_tiles(1, 8 * 50176, 261, 2, True, H200) == pack.PackTiles(True, 8, 792, 8576)
 
     @pytest.mark.parametrize(
