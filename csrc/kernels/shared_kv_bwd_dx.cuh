@@ -126,8 +126,8 @@ __device__ __forceinline__ void load_statistics(TokenGradientMemory<Shape> memor
         store_shared(memory.lse(turn.stage) + 4 * in_tile, __float_as_uint(of_row.lse));
         store_shared(memory.delta(turn.stage) + 4 * in_tile, __float_as_uint(params.scale * of_row.delta));
       }
-      __syncwarp();
-      if (lane == 0) arrive(memory.full(turn.stage));
+      // Every lane for what it wrote.
+      arrive(memory.full(turn.stage));
     }
   }
 }
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     prefetch_map(maps.tokens);
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
     for (int stage = 0; stage < Shape::kStages; ++stage) {
-      init_barrier(memory.full(stage), 2);
+      init_barrier(memory.full(stage), 1 + 32);
       init_barrier(memory.empty(stage), kConsumerWarps);
     }
     init_barrier(memory.tokens_full(), 1);

@@ -140,6 +140,12 @@ class Workload:
             return pk.pack_inputs(self.inputs)
 
     @functools.cached_property
+    def packed_masked(self) -> pk.PackedInputs:
+        """The same with a key mask, which goes with them."""
+        with torch.no_grad():
+            return pk.pack_inputs(self.inputs, key_mask=self.visible.expand(self.case.B, -1))
+
+    @functools.cached_property
     def rows(self) -> Tensor:
         """Absorbed queries [B, R, C_padded], zero in the padding; scores have a standard deviation of 1."""
         case, width = self.case, self.packed.data.shape[-1]
@@ -167,8 +173,8 @@ class Workload:
         if which == "pack":
             return quiet(lambda: (pk.pack_inputs(self.inputs).data,))
         if which == "attend-masked":
-            q, x, key_mask = self.rows, self.packed.data, self.visible.expand(self.case.B, -1)
-            return quiet(lambda: (pk.shared_kv_attention(q, x, key_mask=key_mask),))
+            q, x = self.rows, self.packed_masked
+            return quiet(lambda: (pk.shared_kv_attention(q, x),))
         if PASSES[which].level == "kernel":
             return self._kernel_call(which, lambda q, x: pk.shared_kv_attention(q, x))
         inputs: Any = self.packed if which == "forward-packed" else self.inputs
