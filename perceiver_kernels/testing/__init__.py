@@ -25,6 +25,7 @@ from perceiver_kernels.testing.tensors import (
     nan_tail,
     permuted,
     poisoned_memory,
+    runs_that_differ,
     same_bits,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "nan_tail",
     "permuted",
     "poisoned_memory",
+    "runs_that_differ",
     "same_bits",
     "shared_kv_gradient_terms",
 ]

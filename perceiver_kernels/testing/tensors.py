@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -85,3 +85,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def runs_that_differ(run: Callable[[], Sequence[Tensor]], runs: int) -> tuple[Sequence[Tensor], list[int]]:
+    """What a first run on a GPU gives, and in how many of ``runs`` more each of its tensors had other values.
+
+    Other work on the GPU shifts when programs run.
+    """
+    first, noise, side = run(), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    different = torch.zeros(len(first), dtype=torch.int64, device="cuda")
+    for _ in range(runs):
+        with torch.cuda.stream(side):
+            noise @ noise
+        different += torch.stack([(a != b).any() for a, b in zip(first, run(), strict=True)])
+    return first, different.tolist()

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference
+from perceiver_kernels.dispatch import load
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as op
 from perceiver_kernels.problem import SharedKVProblem
-from perceiver_kernels.testing import ENCODE, EncodeCase, assert_as_accurate, same_bits
+from perceiver_kernels.testing import ENCODE, EncodeCase, assert_as_accurate, runs_that_differ, same_bits
 from perceiver_kernels.testing.targets import Target, only
 
 pytestmark = pytest.mark.gpu
@@ -139,7 +140,7 @@ def test_fifty_runs_give_the_same_bits(target: Target, name: str) -> None:
         assert [key for key in first if not same_bits(first[key], again[key])] == []
 
 
-@pytest.mark.parametrize("C", [64, 128, 250, 261, 322])
+@pytest.mark.parametrize("C", [64, 128, 250, 261, 322, 400])
 def test_many_forwards_give_the_same_bits(target: Target, C: int) -> None:
     """Every width of the CUDA C++ kernels, whose barriers are explicit, beside other work that shifts when blocks run."""
     data = Data.of(EncodeCase("bits", B=2, M=6000, C=C, N=256, D=8, H=1, d_qk=8, d_v=8), target.dtype)
@@ -149,13 +150,20 @@ def test_many_forwards_give_the_same_bits(target: Target, C: int) -> None:
         options = (None, data.scale, 0.0, 0, None, None, None, None, target.backend)
         return [t for hidden in (None, mask) for t in op.FORWARD(data.q, data.x, hidden, None, *options)[:2]]
 
-    first, noise, side = run(), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
-    different = torch.zeros(4, dtype=torch.int64, device="cuda")
-    for _ in range(RUNS[target.backend]):
-        with torch.cuda.stream(side):
-            noise @ noise
-        different += torch.stack([(a != b).any() for a, b in zip(first, run(), strict=True)])
-    assert different.tolist() == [0, 0, 0, 0], "z and lse, without and with a mask, differed in so many runs"
+    _, different = runs_that_differ(run, RUNS[target.backend])
+    assert different == [0, 0, 0, 0], "z and lse, without and with a mask, differed in so many runs"
+
+
+@pytest.mark.parametrize("C", [40, 261, 700])
+def test_many_packs_give_the_same_bits(target: Target, C: int) -> None:
+    content = torch.randn(2, 6000, C, device="cuda", dtype=target.dtype)
+    options = {"normalize": True, "eps": 1e-5, "dtype": target.dtype}
+
+    def run() -> list[Tensor]:
+        return list(load("pack_inputs", target.backend).pack_inputs_forward(content, None, None, None, **options))
+
+    _, different = runs_that_differ(run, RUNS[target.backend])
+    assert different == [0, 0], "packed and rstd differed in so many runs"
 
 
 @pytest.mark.parametrize("C", [64, 128, 250, 261, 322])
@@ -168,13 +176,8 @@ def test_many_backwards_give_the_same_bits(target: Target, C: int) -> None:
         operands = (data.dz, delta, None, data.q, data.x, forward[1], None, None, None)
         return list(op.BACKWARD(*operands, data.scale, 0.0, 0, True, True, target.backend))
 
-    first, noise, side = run(), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
-    different = torch.zeros(2, dtype=torch.int64, device="cuda")
-    for _ in range(RUNS[target.backend]):
-        with torch.cuda.stream(side):
-            noise @ noise
-        different += torch.stack([(a != b).any() for a, b in zip(first, run(), strict=True)])
-    assert different.tolist() == [0, 0], "dq and dx differed in so many runs"
+    _, different = runs_that_differ(run, RUNS[target.backend])
+    assert different == [0, 0], "dq and dx differed in so many runs"
 
 
 class TestGraphs:
