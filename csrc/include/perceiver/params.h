@@ -155,8 +155,8 @@ struct AttentionForwardParams {
   int32_t channels_v;
   int32_t type;
   int32_t out_type;
-  // The plan: the keys of a tile, of which a split is a multiple but for the last one; items are all blocks of rows of all splits,
-  // blocks what runs at a time.
+  // The plan: the keys of a tile, of which a split is a multiple but for the last one; items are all blocks of rows of all
+  // splits, blocks what runs at a time.
   int32_t block_kv;
   int32_t splits;
   int32_t keys_per_split;
@@ -196,11 +196,13 @@ struct AttentionBackwardParams {
   const float* dlse;
   // [batch, heads, query_blocks, 2, rows of a block]: a workspace, lse in powers of two and delta.
   float* rows;
-  // [splits, batch, heads, query_blocks, rows of a block, columns of the kernel]: a workspace, in the order of its registers.
+  // A workspace. Up to 128 channels [splits, batch, heads, query_blocks, rows of a block, columns of the kernel], in the order
+  // of its registers, or with slices [blocks, query_blocks of a slice, ...], null for one tile of keys; of 256
+  // [batch, heads, splits, queries, 256], null for one chunk and split.
   float* dq_parts;
-  // Of the kernels for 256 channels, null otherwise: p and ds of a chunk, in tiles, and the parts of dk and dv,
-  // [batch, key heads, 2, slices, keys in whole tiles, 256], null for one slice.
+  // Of the kernels for 256 channels, null otherwise: p and ds of a chunk, in tiles.
   void* tiles;
+  // [batch, key heads, 2 (dv, dk), slices, keys, columns of the kernel]; null for one slice, of 256 channels and one chunk.
   float* key_parts;
   // The gradients, as query, key and value.
   void* dq;
