@@ -68,7 +68,23 @@ bool rows_aligned(const void* data, int64_t batch, int64_t head, int64_t row) {
   return is_aligned(data) && batch % 8 == 0 && head % 8 == 0 && row % 8 == 0;
 }
 
-// Of the kernels for up to 128 channels.
+// Of the kernels for up to 128 channels, whose blocks have as many tiles each.
+const char* broken_balance(const AttentionBackwardParams& p) {
+  const int64_t tiles = (int64_t{p.keys} + kAttentionBackwardBlockKV - 1) / kAttentionBackwardBlockKV;
+  if (p.balanced_tiles != tiles || p.all_tiles != tiles * p.batch * (p.heads / p.heads_per_key_head)) {
+    return "balanced_tiles and all_tiles must be those of the keys";
+  }
+  if (p.slices != 1) return "balanced tiles have no slices";
+  if (p.blocks < 1 || p.all_tiles < p.blocks || int64_t{p.all_tiles} > tiles * p.blocks) {
+    return "blocks must have tiles, and no more than a head has";
+  }
+  if ((int64_t{p.all_tiles} + 1) * (p.blocks + 1) >= int64_t{1} << 32) return "there are too many tiles to be balanced";
+  if (p.items != 2 * int64_t{p.blocks}) return "items must be two of every block";
+  if (p.splits < (tiles - 1) * p.blocks / p.all_tiles + 2) return "splits must be the most blocks that a head has";
+  return p.dq_parts == nullptr ? "a pointer is null" : nullptr;
+}
+
+// Of the same, with splits and slices that are alike.
 const char* broken_split(const AttentionBackwardParams& p) {
   if (p.slices < 1) return "slices must be positive";
   if (p.splits < 1 || p.keys_per_split < 1 || (p.splits > 1 && p.keys_per_split % kAttentionBackwardBlockKV != 0)) {
@@ -205,7 +221,9 @@ const char* broken_rule(const AttentionForwardParams& p, std::initializer_list<R
 
 const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
   if (const char* rule = broken_size(p, columns, "channels must be at most 256")) return rule;
-  if (const char* rule = columns > 128 ? broken_chunk(p) : broken_split(p)) return rule;
+  if (const char* rule = columns > 128            ? broken_chunk(p)
+                             : p.balanced_tiles > 0 ? broken_balance(p)
+                                                    : broken_split(p)) return rule;
   const int block_q = attention_bwd_block_q(columns);
   if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
   if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";

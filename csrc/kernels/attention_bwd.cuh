@@ -46,17 +46,60 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t keys_empty(int stage) const { return barrier(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t queries_full(int stage) const { return barrier(2 * Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t queries_empty(int stage) const { return barrier(3 * Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t balanced() const { return barrier(Shape::kBarriers); }
   __device__ __forceinline__ uint32_t values_full() const { return barrier(4 * Shape::kStages); }
   __device__ __forceinline__ uint32_t values_empty() const { return barrier(4 * Shape::kStages + 1); }
+};
+
+// Tiles of keys of all heads, shared out to blocks side by side: block b has those from b total / blocks on.
+struct KeyTiles {
+  uint32_t of_head, total, blocks;
+
+  __device__ __forceinline__ explicit KeyTiles(const AttentionBackwardParams& params)
+      : of_head(params.balanced_tiles), total(params.all_tiles), blocks(params.blocks) {}
+
+  __device__ __forceinline__ uint32_t first_of(uint32_t block) const { return block * total / blocks; }
+  __device__ __forceinline__ uint32_t block_of(uint32_t tile) const { return ((tile + 1) * blocks - 1) / total; }
 };
 
 // One item of work. Heads that read one head of keys lie side by side, and so do their blocks of queries.
 struct BackwardWork {
   int split, key_head, entry, key_begin, key_end, first_head, block_begin, blocks;
 
-  __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item) {
+  // What keep_balanced leaves of each of two items.
+  static constexpr int kWords = 5;
+
+  // A block's tiles are of one head or two, and fewer than a head has: the second item may be empty. By one thread, whose registers
+  // do: those of a producer do not.
+  __device__ static void keep_balanced(const AttentionBackwardParams& params, uint32_t balanced) {
+    const KeyTiles tiles(params);
+    const uint32_t key_heads = params.heads / params.heads_per_key_head, begin = tiles.first_of(blockIdx.x);
+    for (uint32_t line = begin / tiles.of_head, item = 0; item < 2; ++line, ++item, balanced += kWords * 4) {
+      const uint32_t first = line * tiles.of_head, end = min(tiles.first_of(blockIdx.x + 1), first + tiles.of_head);
+      const int key_end = end <= first ? 0 : static_cast<int>(end - first) * kAttentionBackwardBlockKV;
+      store_shared(balanced, blockIdx.x - tiles.block_of(first));
+      store_shared(balanced + 4, line % key_heads);
+      store_shared(balanced + 8, line / key_heads);
+      store_shared(balanced + 12, (max(begin, first) - first) * kAttentionBackwardBlockKV);
+      store_shared(balanced + 16, static_cast<uint32_t>(min(key_end, params.keys)));
+    }
+  }
+
+  __device__ __forceinline__ static BackwardWork of(const AttentionBackwardParams& params, int item, uint32_t balanced) {
     const int key_heads = params.heads / params.heads_per_key_head;
     BackwardWork work;
+    if (params.balanced_tiles > 0) {
+      const uint32_t kept = balanced + (item >= static_cast<int>(gridDim.x) ? kWords * 4 : 0);
+      work.split = load_shared(kept);
+      work.key_head = load_shared(kept + 4);
+      work.entry = load_shared(kept + 8);
+      work.key_begin = load_shared(kept + 12);
+      work.key_end = load_shared(kept + 16);
+      work.block_begin = 0;
+      work.blocks = params.query_blocks;
+      work.first_head = work.key_head * params.heads_per_key_head;
+      return work;
+    }
     work.split = item % params.splits;
     item /= params.splits;
     work.block_begin = item % params.slices * blocks_per_slice(params);
@@ -96,7 +139,7 @@ __device__ __forceinline__ void load_keys(BackwardMemory<Shape> memory, const At
   Turn<Shape::kStages> turn;
   uint32_t value_parity = 0;
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
-    const BackwardWork work = BackwardWork::of(params, item);
+    const BackwardWork work = BackwardWork::of(params, item, memory.balanced());
     for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV, turn.next(), value_parity ^= 1) {
       load_tokens(memory.keys(turn.stage), maps.key, memory.keys_full(turn.stage), memory.keys_empty(turn.stage), turn.parity,
                   key, work);
@@ -112,7 +155,7 @@ __device__ __forceinline__ void load_queries(BackwardMemory<Shape> memory, const
                                              const AttentionBackwardParams& params) {
   Turn<Shape::kStages> turn;
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
-    const BackwardWork work = BackwardWork::of(params, item);
+    const BackwardWork work = BackwardWork::of(params, item, memory.balanced());
     const int heads_end = work.first_head + params.heads_per_key_head, end = work.block_begin + work.blocks;
     for (int tiles = (work.key_end - work.key_begin + Shape::kBlockKV - 1) / Shape::kBlockKV; tiles > 0; --tiles) {
       int flat_block = work.first_block(params);
@@ -269,7 +312,7 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
     }
   };
   for (int item = blockIdx.x; item < params.items; item += gridDim.x) {
-    const BackwardWork work = BackwardWork::of(params, item);
+    const BackwardWork work = BackwardWork::of(params, item, memory.balanced());
     for (int key = work.key_begin; key < work.key_end; key += Shape::kBlockKV) {
       const bool is_first = key == work.key_begin && item == static_cast<int>(blockIdx.x);
       if (params.splits == 1 && key + Shape::kBlockKV >= params.keys) {
@@ -293,6 +336,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     prefetch_map(maps.key);
     prefetch_map(maps.value);
     prefetch_map(maps.dout);
+    if (params.balanced_tiles > 0) BackwardWork::keep_balanced(params, memory.balanced());
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       init_barrier(memory.keys_full(stage), 1);

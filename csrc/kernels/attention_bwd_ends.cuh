@@ -64,8 +64,16 @@ __global__ void __launch_bounds__(kWarpgroup) attention_bwd_dq_kernel(const Atte
   const int64_t part_floats = int64_t{params.batch} * params.heads * params.query_blocks * block_floats;
   const float* gPart = params.dq_parts + flat_block * block_floats + warpgroup * Shape::kDqFloats + threadIdx.x * 4;
   float sums[Shape::kDqSums] = {};
+  int parts = params.splits;
+  if (params.balanced_tiles > 0) {
+    // Of the blocks that have tiles of the head.
+    const KeyTiles tiles(params);
+    const int key_heads = params.heads / params.heads_per_key_head;
+    const uint32_t line = flat_head / params.heads * key_heads + flat_head % params.heads / params.heads_per_key_head;
+    parts = tiles.block_of((line + 1) * tiles.of_head - 1) - tiles.block_of(line * tiles.of_head) + 1;
+  }
 #pragma unroll 4
-  for (int part = 0; part < params.splits; ++part, gPart += part_floats) {
+  for (int part = 0; part < parts; ++part, gPart += part_floats) {
 #pragma unroll
     for (int i = 0; i < Shape::kDqSums; i += 4) {
       const float4 sum = *reinterpret_cast<const float4*>(gPart + i * kWarpgroup);

@@ -31,7 +31,9 @@ struct BackwardShapeOf {
   static constexpr int kOutBytes = 4 * kDqFloats, kOutSlabBytes = 64 * 128;
   static_assert(kSlabs * kOutSlabBytes <= kOutBytes);
   static constexpr int kStageBytes = kKeyBytes + 2 * kQueryBytes + kScoreBytes + kRowBytes;
-  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kKeyBytes + kConsumers * kOutBytes + (4 * kStages + 2) * 8;
+  static constexpr int kBarriers = 4 * kStages + 2, kItemBytes = 64;
+  static constexpr int kSharedBytes =
+      1024 + kStages * kStageBytes + kKeyBytes + kConsumers * kOutBytes + kBarriers * 8 + kItemBytes;
 };
 
 // 64 keys of a tile, one row of a product each, in the registers of a warpgroup: a thread has two of them.

@@ -226,6 +226,8 @@ void visit_fields(const AttentionBackwardParams*, Visit&& visit) {
   PK_FIELD(chunk_rows);
   PK_FIELD(chunk_keys);
   PK_FIELD(slices);
+  PK_FIELD(balanced_tiles);
+  PK_FIELD(all_tiles);
   PK_FIELD(items);
   PK_FIELD(blocks);
   PK_FIELD(scale);

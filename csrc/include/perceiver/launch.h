@@ -7,7 +7,7 @@
 #include "perceiver/params.h"
 
 // Raised whenever a struct or a function of this interface changes.
-#define PK_ABI_VERSION 5
+#define PK_ABI_VERSION 6
 
 #define PK_API extern "C" __attribute__((visibility("default")))
 

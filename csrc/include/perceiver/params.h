@@ -233,6 +233,10 @@ struct AttentionBackwardParams {
   int32_t chunk_rows;
   int32_t chunk_keys;
   int32_t slices;
+  // Tiles of keys of a head, and of all heads, where blocks have as many tiles each, of two heads where they must, and splits are
+  // the most blocks that have a head's; 0 where splits are alike.
+  int32_t balanced_tiles;
+  int32_t all_tiles;
   int32_t items;
   int32_t blocks;
   float scale;

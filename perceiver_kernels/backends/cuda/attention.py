@@ -205,11 +205,12 @@ def _backward_params(
 ) -> Any:
     """What calls alike have in common; strides are query's, key's, value's, out's, dout's, dq's, dk's, dv's. Copied."""
     B, H, H_kv, Lq, Lk, d_qk, d_v = sizes
-    names = _stride_names("query", "key", "value", "out", "dout", "dq", "dk", "dv")
+    names, tiles = _stride_names("query", "key", "value", "out", "dout", "dq", "dk", "dv"), math.ceil(Lk / BACKWARD_BLOCK_KV)
     fields = dict(zip(names, strides, strict=True)) | {
         "batch": B, "heads": H, "heads_per_key_head": H // H_kv, "queries": Lq, "keys": Lk, "channels_qk": d_qk,
         "channels_v": d_v, "type": ELEMENT_TYPES[dtype], "query_blocks": made.query_blocks, "splits": made.splits,
         "keys_per_split": made.keys_per_split, "items": made.items, "blocks": made.blocks,
+        "balanced_tiles": tiles if made.balanced else 0, "all_tiles": tiles * B * H_kv if made.balanced else 0,
         "chunk_rows": made.chunk_rows, "chunk_keys": made.chunk_keys, "slices": made.slices, "scale": scale,
         "scale_log2": scale * LOG2_E, "device": device,
     }  # fmt: skip

@@ -51,7 +51,10 @@ def plan_forward(B: int, H: int, Lq: int, Lk: int, d_qk: int, d_v: int, device: 
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Columns and queries of a block, blocks that cover the queries, splits of the keys, their keys, items, programs."""
+    """Columns and queries of a block, blocks that cover the queries, splits of the keys, their keys, items, programs.
+
+    balanced: programs have as many tiles of keys each, side by side, of two heads where they must.
+    """
 
     columns: int
     block_q: int
@@ -63,6 +66,7 @@ class BackwardPlan:
     chunk_rows: int = 0
     chunk_keys: int = 0
     slices: int = 1
+    balanced: bool = False
 
 
 def plan_wide_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, device: DeviceFacts) -> BackwardPlan:
@@ -106,7 +110,8 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
         B * H_kv, tiles, 2.0 * BACKWARD_BLOCK_KV * H // H_kv * rows * (3 * d_qk + 2 * d_v), 8.0 * B * H * rows * columns,
         resident=1, device=device,
     )  # fmt: skip
-    if splits > (most := most_splits(B, H, Lq, Lk, max(d_qk, d_v))):
+    most = most_splits(B, H, Lq, Lk, max(d_qk, d_v))
+    if splits > most:
         per_split = math.ceil(tiles / most)
         splits = math.ceil(tiles / per_split)
     slices = 1
@@ -118,6 +123,10 @@ def plan_backward(B: int, H: int, H_kv: int, Lq: int, Lk: int, d_qk: int, d_v: i
             if tiles == 1 or per_slice == 1 or 4 * device.sm_count * per_slice * block_q * columns <= PARTS_BYTES:
                 break
         slices = math.ceil(query_blocks / per_slice)
+    total, blocks = B * H_kv * tiles, device.sm_count
+    parts = (tiles - 1) * blocks // total + 2
+    if splits > 1 and blocks <= total <= tiles * blocks and math.ceil(total / blocks) <= 0.97 * per_split and parts <= most:
+        return BackwardPlan(columns, block_q, query_blocks, parts, Lk, 2 * blocks, blocks, balanced=True)
     items = B * H_kv * splits * slices
     keys_per_split, blocks = per_split * BACKWARD_BLOCK_KV, min(items, device.sm_count)
     return BackwardPlan(columns, block_q, query_blocks, splits, keys_per_split, items, blocks, slices=slices)

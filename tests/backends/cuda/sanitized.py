@@ -92,9 +92,9 @@ def attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def attention_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """One split and several, slices of the queries; rows that end within a block, heads of keys that several heads read."""
+    """Splits, slices of the queries, balanced tiles, none; rows that end within a block, keys that several heads read."""
     for dtype, channels in widths(attention_plans.BACKWARD_BLOCK_Q, 24):
-        for B, H_kv, Lq, Lk in ((40, 2, 200, 300), (1, 2, 130, 1500), (1, 4, 4500, 200)):
+        for B, H_kv, Lq, Lk in ((40, 2, 200, 300), (1, 2, 130, 1500), (1, 4, 4500, 200), (4, 2, 130, 4200)):
             query, dout = (randn(B, 4, Lq, channels, dtype=dtype) for _ in range(2))
             key, value = (randn(B, H_kv, Lk, channels, dtype=dtype) for _ in range(2))
             leaves = [t.double().requires_grad_() for t in (query, key, value)]

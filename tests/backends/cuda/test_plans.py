@@ -278,13 +278,41 @@ class TestAttention:
     def test_latents_are_differentiated_a_head_a_block(self):
         latents = attention_plans.plan_backward(32, 8, 8, 512, 512, 128, 128, H200)
         assert latents == attention_plans.BackwardPlan(128, 64, 8, 1, 512, 256, 132)
+
+    def test_tiles_of_inputs_are_balanced(self):
+        # 8 heads of 392 tiles of keys, 24 at most for each of 132 programs; 16 splits of 25 would leave four idle.
         inputs = attention_plans.plan_backward(8, 1, 1, 512, 50176, 128, 128, H200)
-        assert inputs == attention_plans.BackwardPlan(128, 64, 8, 16, 3200, 128, 128)
+        assert inputs == attention_plans.BackwardPlan(128, 64, 8, 18, 50176, 264, 132, balanced=True)
+        # Nothing is gained where as many tiles are left to the longest.
+        assert not attention_plans.plan_backward(8, 8, 8, 2048, 2048, 64, 64, H200).balanced
+
+    def test_balanced_tiles_are_all_taken_once(self):
+        """As csrc/kernels/attention_bwd.cuh shares them out, and counts the parts of a head."""
+        for blocks, tiles, heads in ((132, 392, 8), (132, 19, 100), (7, 5, 6), (114, 114, 1), (3, 1, 3)):
+            total, taken = tiles * heads, {}
+            first = [block * total // blocks for block in range(blocks + 1)]
+
+            def block_of(tile, blocks=blocks, total=total):
+                return ((tile + 1) * blocks - 1) // total
+
+            for block, item in itertools.product(range(blocks), (0, 1)):
+                head = first[block] // tiles + item
+                for tile in range(max(first[block], head * tiles), min(first[block + 1], (head + 1) * tiles)):
+                    assert tile not in taken
+                    taken[tile] = block - block_of(head * tiles)
+            assert len(taken) == total
+            for head in range(heads):
+                parts = {taken[tile] for tile in range(head * tiles, (head + 1) * tiles)}
+                assert parts == set(range(block_of((head + 1) * tiles - 1) - block_of(head * tiles) + 1))
+                assert len(parts) <= (tiles - 1) * blocks // total + 2
 
     def test_splits_of_the_backward_cover_the_keys_in_whole_tiles(self):
         sizes = itertools.product((1, 8, 500), ((8, 8), (8, 2)), (1, 128, 10**5), (1, 79, 128, 50176, 10**8), (8, 64, 96, 128))
         for B, (H, H_kv), Lq, Lk, d in sizes:
             plan = attention_plans.plan_backward(B, H, H_kv, Lq, Lk, d, d, H200)
+            if plan.balanced:
+                assert plan.items == 2 * plan.blocks == 264 and plan.splits > 1
+                continue
             assert plan.keys_per_split % attention_plans.BACKWARD_BLOCK_KV == 0
             assert (plan.splits - 1) * plan.keys_per_split < Lk <= plan.splits * plan.keys_per_split
             assert (plan.query_blocks - 1) * plan.block_q < Lq <= plan.query_blocks * plan.block_q

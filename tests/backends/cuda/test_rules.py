@@ -83,6 +83,10 @@ def valid_attention_backward(**changes):
     return fields | changes
 
 
+BALANCED = {
+    "batch": 2, "keys": 300, "balanced_tiles": 3, "all_tiles": 6, "blocks": 4, "items": 8, "splits": 3, "keys_per_split": 300,
+}  # fmt: skip
+"""The same as two heads of three tiles, which four blocks share."""
 CHUNKED = {"channels_v": 136, "chunk_rows": 128, "chunk_keys": 64, "tiles": 2**20}
 """Of the gradients of 136 channels, the same as chunks."""
 
@@ -233,6 +237,13 @@ class TestErrors:
             ({"slices": 2, "items": 2}, "no slice may be empty"),
             ({"slices": 2, "items": 2, "queries": 129, "query_blocks": 2}, "slices need a head of keys for every head"),
             ({"keys": 129, "keys_per_split": 256, "dq_parts": 0}, "a pointer is null"),
+            (BALANCED | {"all_tiles": 5}, "must be those of the keys"),
+            (BALANCED | {"slices": 2}, "balanced tiles have no slices"),
+            (BALANCED | {"blocks": 1}, "no more than a head has"),
+            (BALANCED | {"blocks": 7, "items": 14}, "blocks must have tiles"),
+            (BALANCED | {"items": 4}, "items must be two of every block"),
+            (BALANCED | {"splits": 2}, "splits must be the most blocks that a head has"),
+            (BALANCED | {"dq_parts": 0}, "a pointer is null"),
             (CHUNKED | {"chunk_rows": 0}, "chunks must have rows and keys"),
             (CHUNKED | {"queries": 200, "query_blocks": 7, "chunk_rows": 100}, "chunks must be whole blocks"),
             (CHUNKED | {"queries": 200, "query_blocks": 7, "keys": 65, "chunk_keys": 64}, "all rows or all keys"),
