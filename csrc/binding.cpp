@@ -12,6 +12,7 @@ namespace py = pybind11;
 using perceiver::AttentionBackwardParams;
 using perceiver::AttentionForwardParams;
 using perceiver::MergeStatesParams;
+using perceiver::PackBackwardParams;
 using perceiver::PackForwardParams;
 using perceiver::RowProductsParams;
 using perceiver::SharedKVBackwardParams;
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("shared_bytes", &pk_shared_bytes, py::arg("kernel"), py::arg("columns"),
              "Shared memory of a block of a kernel for Hopper, by its width; 0: not built.");
   bind_params<PackForwardParams>(module, "PackForwardParams");
+  bind_params<PackBackwardParams>(module, "PackBackwardParams");
   bind_params<SharedKVForwardParams>(module, "SharedKVForwardParams");
   bind_params<SharedKVBackwardParams>(module, "SharedKVBackwardParams");
   bind_params<RowProductsParams>(module, "RowProductsParams");
@@ -67,6 +69,8 @@ PYBIND11_MODULE(_C, module) {
   bind_params<MergeStatesParams>(module, "MergeStatesParams");
   module.def("pack_inputs_fwd", raising(&pk_pack_inputs_fwd), py::arg("params"),
              "Enqueue the forward of pack_inputs. Raises RuntimeError with the library's sentence.");
+  module.def("pack_inputs_bwd", raising(&pk_pack_inputs_bwd), py::arg("params"),
+             "Enqueue the backward of pack_inputs. Raises RuntimeError with the library's sentence.");
   module.def("shared_kv_fwd", raising(&pk_shared_kv_fwd), py::arg("params"),
              "Enqueue the forward of shared_kv_attention. Raises RuntimeError with the library's sentence.");
   module.def("shared_kv_bwd", raising(&pk_shared_kv_bwd), py::arg("params"),

@@ -224,6 +224,15 @@ void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* st
   report_cuda(status, "pack_inputs_fwd", error);
 }
 
+void pk_pack_inputs_bwd(const perceiver::PackBackwardParams* params, PkStatus* status) noexcept {
+  using namespace perceiver;
+  if (const char* rule = broken_rule(*params)) return refuse(status, PK_INVALID_ARGUMENT, "pack_inputs_bwd: %s", rule);
+  if (params->rows == 0 || params->content_channels == 0) return succeed(status);
+  cudaError_t error = cudaSetDevice(params->device);
+  if (error == cudaSuccess) error = enqueue_pack_backward(*params);
+  report_cuda(status, "pack_inputs_bwd", error);
+}
+
 void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept {
   using namespace perceiver;
   const auto [q, x] = shared_kv_operands(*params);

@@ -163,6 +163,30 @@ const char* broken_rule(const PackForwardParams& p) {
   return nullptr;
 }
 
+const char* broken_rule(const PackBackwardParams& p) {
+  if (p.content_channels < 0 || p.channels < 1 || p.content_channels > p.channels || p.channels > p.packed_channels) {
+    return "channels must hold content_channels, and packed_channels the channels";
+  }
+  if (p.packed_channels > kMaxChannels || p.packed_channels % kChannelMultiple != 0) {
+    return "packed_channels must be a multiple of 16 up to 1024";
+  }
+  if (!is_element_type(p.content_type) || !is_element_type(p.packed_type)) {
+    return "element types must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+  }
+  if (p.rows < 0) return "rows must not be negative";
+  if (p.rows_per_tile < 8 || p.rows_per_tile % 8 != 0 || p.rows_per_tile > 256) {
+    return "rows_per_tile must be a multiple of 8 up to 256";
+  }
+  if (p.rows_per_tile * p.content_channels > 12288) return "a tile must have at most 12288 elements";
+  if (p.rows / p.rows_per_tile >= (int64_t{1} << 31) - 1) return "rows / rows_per_tile must be below 2^31";
+  if (p.rows == 0 || p.content_channels == 0) return nullptr;
+  if (p.dpacked == nullptr || p.packed == nullptr || p.dcontent == nullptr || (p.rstd == nullptr && p.normalize != 0)) {
+    return "a pointer is null";
+  }
+  const bool aligned = is_aligned(p.dpacked) && is_aligned(p.packed) && is_aligned(p.dcontent);
+  return aligned ? nullptr : "dpacked, packed and dcontent must lie on 16 bytes";
+}
+
 const char* broken_rule(const SharedKVForwardParams& p, std::initializer_list<RowTensor> tiled, int columns) {
   if (const char* rule = broken_rows(p, columns, "channels must be at most 512")) return rule;
   if (!is_half_or_float(p.z_out_type, p.type)) return "z_out_type must be 0 (float32) or type";

@@ -4,7 +4,7 @@ namespace perceiver {
 cudaError_t enqueue_pack_strided(const PackForwardParams& params) {
   return with_packed_type(params, [&](auto packed) {
     return with_shape(params.content_channels + params.position_channels, StridedShapes{}, [&](auto shape) {
-      return enqueue(&pack_strided_kernel<decltype(packed), decltype(shape)>, params, 0);
+      return enqueue(&pack_strided_kernel<decltype(packed), decltype(shape)>, params, params.blocks, 0);
     });
   });
 }

@@ -40,8 +40,8 @@ cudaError_t with_shape(int channels, ShapeList<Shapes...>, Visit visit) {
   return error;
 }
 
-template <class Visit>
-cudaError_t with_packed_type(const PackForwardParams& params, Visit visit) {
+template <class Params, class Visit>
+cudaError_t with_packed_type(const Params& params, Visit visit) {
   switch (static_cast<ElementType>(params.packed_type)) {
     case ElementType::kFloat32: return visit(float{});
     case ElementType::kFloat16: return visit(__half{});
@@ -50,12 +50,12 @@ cudaError_t with_packed_type(const PackForwardParams& params, Visit visit) {
   return cudaErrorInvalidValue;
 }
 
-inline cudaError_t enqueue(void (*kernel)(PackForwardParams), const PackForwardParams& params,
-                           int shared_bytes) {
+template <class Params>
+cudaError_t enqueue(void (*kernel)(Params), const Params& params, unsigned blocks, int shared_bytes) {
   // Above 48 KiB dynamic shared memory has to be asked for.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<params.blocks, kPackThreads, shared_bytes, static_cast<cudaStream_t>(params.stream)>>>(params);
+  kernel<<<blocks, kPackThreads, shared_bytes, static_cast<cudaStream_t>(params.stream)>>>(params);
   return cudaGetLastError();
 }
 
@@ -66,7 +66,7 @@ cudaError_t enqueue_pack_flat(const PackForwardParams& params) {
       TilePipeline<kPipelineSlots>::kHeaderBytes + kPipelineSlots * pack_slot_bytes(params, sizeof(Content));
   return with_packed_type(params, [&](auto packed) {
     return with_shape(params.content_channels, FlatShapes{}, [&](auto shape) {
-      return enqueue(&pack_flat_kernel<Content, decltype(packed), decltype(shape)>, params, shared_bytes);
+      return enqueue(&pack_flat_kernel<Content, decltype(packed), decltype(shape)>, params, params.blocks, shared_bytes);
     });
   });
 }

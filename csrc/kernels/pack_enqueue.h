@@ -14,4 +14,7 @@ cudaError_t enqueue_pack_flat(const PackForwardParams& params);
 // Any strides, any mixture of types, with or without positions.
 cudaError_t enqueue_pack_strided(const PackForwardParams& params);
 
+// The gradient of the content.
+cudaError_t enqueue_pack_backward(const PackBackwardParams& params);
+
 }  // namespace perceiver

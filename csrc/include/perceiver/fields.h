@@ -42,6 +42,26 @@ void visit_fields(const PackForwardParams*, Visit&& visit) {
 }
 
 template <typename Visit>
+void visit_fields(const PackBackwardParams*, Visit&& visit) {
+#define PK_FIELD(name) visit(#name, &PackBackwardParams::name, offsetof(PackBackwardParams, name))
+  PK_FIELD(dpacked);
+  PK_FIELD(packed);
+  PK_FIELD(rstd);
+  PK_FIELD(dcontent);
+  PK_FIELD(rows);
+  PK_FIELD(content_channels);
+  PK_FIELD(channels);
+  PK_FIELD(packed_channels);
+  PK_FIELD(packed_type);
+  PK_FIELD(content_type);
+  PK_FIELD(normalize);
+  PK_FIELD(rows_per_tile);
+  PK_FIELD(device);
+  PK_FIELD(stream);
+#undef PK_FIELD
+}
+
+template <typename Visit>
 void visit_fields(const SharedKVForwardParams*, Visit&& visit) {
 #define PK_FIELD(name) visit(#name, &SharedKVForwardParams::name, offsetof(SharedKVForwardParams, name))
   PK_FIELD(q);

@@ -31,6 +31,9 @@ PK_API int32_t pk_shared_bytes(const char* kernel, int32_t columns) noexcept;
 // Enqueues the pack of one [batch, tokens] array on params->stream; returns without waiting.
 PK_API void pk_pack_inputs_fwd(const perceiver::PackForwardParams* params, PkStatus* status) noexcept;
 
+// Enqueues the gradient of what was packed.
+PK_API void pk_pack_inputs_bwd(const perceiver::PackBackwardParams* params, PkStatus* status) noexcept;
+
 // Enqueues the shared-KV attention forward of 16-bit rows of up to 512 channels, on compute capability 9.0.
 PK_API void pk_shared_kv_fwd(const perceiver::SharedKVForwardParams* params, PkStatus* status) noexcept;
 

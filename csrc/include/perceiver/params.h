@@ -48,6 +48,29 @@ struct PackForwardParams {
   void* stream;
 };
 
+// dcontent[row, :] = rstd (dy - mean(dy) - x_hat mean(dy x_hat)) over the channels, or dy where nothing was normalised.
+struct PackBackwardParams {
+  // [rows, packed_channels], contiguous, on 16 bytes: the gradient of what was packed, dy, and what was packed, x_hat.
+  const void* dpacked;
+  const void* packed;
+  // [rows] float; of masked tokens 0. null when normalize is 0.
+  const float* rstd;
+  // [rows, content_channels], contiguous, on 16 bytes.
+  void* dcontent;
+  int64_t rows;
+  int32_t content_channels;
+  // Content and positions, over which the means are taken.
+  int32_t channels;
+  int32_t packed_channels;
+  int32_t packed_type;
+  int32_t content_type;
+  int32_t normalize;
+  // The plan: a multiple of 8, so that every tile of dcontent starts on 16 bytes.
+  int32_t rows_per_tile;
+  int32_t device;
+  void* stream;
+};
+
 // The softmax states (z, lse) of one shared-KV attention: of every split of the tokens, or the result where there is one split.
 struct SharedKVForwardParams {
   // [batch, rows, channels], any batch and row pitch of a multiple of 16 bytes, on 16 bytes.

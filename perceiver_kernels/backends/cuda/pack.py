@@ -1,4 +1,4 @@
-"""pack_inputs on CUDA C++: plan, fill the parameter struct, launch. Forward only."""
+"""pack_inputs on CUDA C++: plan, fill the parameter structs, launch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ def reasons_against(problem: PackProblem) -> list[str]:
     reasons = reasons_against_device_and_dtype(problem.device_type, problem.content_dtype, problem.dtype)
     if problem.fourier:
         reasons.append("cuda packs positions given as channels, it does not compute Fourier features")
-    if problem.needs_grad:
-        reasons.append("cuda packs without gradient to the content")
     if problem.C > MAX_CHANNELS:
         reasons.append(f"cuda packs up to {MAX_CHANNELS} channels, got {problem.C}")
     if problem.constants:
@@ -188,3 +186,58 @@ def pack_inputs_forward(
         )
         binding().pack_inputs_fwd(params)
     return packed, rstd
+
+
+def backward_rows_per_tile(content_channels: int) -> int:
+    """Rows of a block of the backward: one pass of its warps, or two, whose results leave together."""
+    return 32 if content_channels <= 64 else 16 if content_channels <= 512 else 8
+
+
+def pack_inputs_backward(
+    dpacked: Tensor, packed: Tensor, rstd: Tensor, *, content_channels: int, channels: int, normalize: bool, dtype: torch.dtype
+) -> Tensor:
+    """dcontent = rstd (dy - mean(dy) - x_hat mean(dy x_hat)), of the packed rows x_hat and their gradient dy.
+
+    Args:
+        dpacked, packed: bf16, fp16 or fp32 ``[B, M, C_padded]``; what was packed, and its gradient.
+        rstd: fp32 ``[B, M]``, of masked tokens 0; not read without normalisation.
+        content_channels: of the gradient, the first of the channels.
+        channels: content and positions, over which the means are taken.
+        normalize: False gives the gradient of the first channels as it is.
+        dtype: of the result: bf16, fp16 or fp32.
+
+    Returns:
+        The content's gradient ``[B, M, C_content]``.
+
+    Raises:
+        RuntimeError: the library refused or the launch failed; the message says why.
+    """
+    B, M, C_padded = packed.shape
+    dcontent = torch.empty(B, M, content_channels, dtype=dtype, device=packed.device)
+    if dcontent.numel() == 0:
+        return dcontent
+    dpacked, packed, rstd = dpacked.contiguous(), packed.contiguous(), rstd.contiguous()
+    if dpacked.data_ptr() % 16:
+        dpacked = dpacked.clone()
+    with torch.cuda.device(packed.device):
+        params = filled(
+            binding().PackBackwardParams(),
+            {
+                "dpacked": dpacked.data_ptr(),
+                "packed": packed.data_ptr(),
+                "rstd": address(rstd),
+                "dcontent": dcontent.data_ptr(),
+                "rows": B * M,
+                "content_channels": content_channels,
+                "channels": channels,
+                "packed_channels": C_padded,
+                "packed_type": ELEMENT_TYPES[packed.dtype],
+                "content_type": ELEMENT_TYPES[dtype],
+                "normalize": int(normalize),
+                "rows_per_tile": backward_rows_per_tile(content_channels),
+                "device": packed.get_device(),
+                "stream": torch.cuda.current_stream(packed.device).cuda_stream,
+            },
+        )
+        binding().pack_inputs_bwd(params)
+    return dcontent

@@ -9,6 +9,7 @@ NaN when it is allocated, which counts as written, and would show in a result th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -37,6 +38,20 @@ def packs() -> Iterator[tuple[str, Tensor, Tensor]]:
         found, _ = pack.pack_inputs_forward(content, located, None, None, normalize=True, eps=1e-5, dtype=torch.bfloat16)
         expected, _ = reference.pack_inputs(content.double(), None if located is None else located.double())
         yield f"pack of {channels} + {positions}", found, expected
+
+
+def pack_backwards() -> Iterator[tuple[str, Tensor, Tensor]]:
+    for content_type, packed_type in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)):
+        for channels, positions in ((3, 0), (61, 0), (261, 0), (500, 0), (700, 0), (29, 35)):
+            content = randn(2, 37, channels, dtype=content_type).double().requires_grad_()
+            located = randn(37, positions, dtype=torch.bfloat16).double() if positions else None
+            packed, rstd = reference.pack_inputs(content, located)
+            dpacked = torch.randn_like(packed)
+            (expected,) = torch.autograd.grad(packed, content, dpacked)
+            given = (dpacked.to(packed_type), packed.detach().to(packed_type), rstd.detach().float())
+            sizes = {"content_channels": channels, "channels": channels + positions}
+            found = pack.pack_inputs_backward(*given, **sizes, normalize=True, dtype=content_type)
+            yield f"backward of a pack of {channels} + {positions}, {packed_type}", found, expected
 
 
 def shared_kv_attentions() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -117,7 +132,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1, device="cuda").isnan().all(), "torch.empty was to be filled with NaN"
     count = 0
-    for calls in (packs(), shared_kv_attentions(), shared_kv_backwards(), attentions(), attention_backwards()):
+    every = (packs, pack_backwards, shared_kv_attentions, shared_kv_backwards, attentions, attention_backwards)
+    for calls in (each() for each in every):
         for name, found, expected in calls:
             error = ((found.double() - expected).norm() / expected.norm()).item()
             assert error < 0.01, f"{name}: relative error {error:.2g}"

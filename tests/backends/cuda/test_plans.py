@@ -97,7 +97,6 @@ class TestPack:
         ("changes", "reason"),
         [
             ({"fourier": True}, "does not compute Fourier features"),
-            ({"needs_grad": True}, "without gradient to the content"),
             ({"device_type": "cpu"}, "cuda takes CUDA tensors, got cpu"),
             ({"content_dtype": torch.float64}, "got float64"),
             ({"C_content": 1000, "C_positions": 30}, "up to 1024 channels, got 1030"),

@@ -28,6 +28,15 @@ def valid_fields(**changes):
     return fields | changes
 
 
+def valid_pack_backward(**changes):
+    """The gradient of 4 rows of 5 floats, packed in bf16."""
+    fields = {
+        "dpacked": 4096, "packed": 8192, "rstd": 12288, "dcontent": 16384, "rows": 4, "content_channels": 5, "channels": 5,
+        "packed_channels": 16, "packed_type": 2, "content_type": 0, "normalize": 1, "rows_per_tile": 8,
+    }  # fmt: skip
+    return fields | changes
+
+
 def valid_shared_kv(**changes):
     """Shared-KV attention of one query over 5 tokens of 16 bf16 channels."""
     fields = {
@@ -125,6 +134,25 @@ class TestErrors:
         params = cuda.filled(binding.PackForwardParams(), valid_fields(**changes))
         with pytest.raises(RuntimeError, match=f"pack_inputs_fwd: .*{sentence}"):
             binding.pack_inputs_fwd(params)
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"content_channels": 6}, "channels must hold content_channels"),
+            ({"packed_channels": 12}, "packed_channels must be a multiple of 16"),
+            ({"packed_type": 3}, "element types must be 0"),
+            ({"rows": -1}, "rows must not be negative"),
+            ({"rows_per_tile": 12}, "rows_per_tile must be a multiple of 8"),
+            ({"rows_per_tile": 256, "content_channels": 64, "channels": 64, "packed_channels": 64}, "at most 12288 elements"),
+            ({"rows": 2**40}, "must be below 2\\^31"),
+            ({"rstd": 0}, "a pointer is null"),
+            ({"dcontent": 16388}, "must lie on 16 bytes"),
+        ],
+    )
+    def test_broken_promise_of_packs_backward_is_a_sentence(self, binding, changes, sentence):
+        params = cuda.filled(binding.PackBackwardParams(), valid_pack_backward(**changes))
+        with pytest.raises(RuntimeError, match=f"pack_inputs_bwd: .*{sentence}"):
+            binding.pack_inputs_bwd(params)
 
     @pytest.mark.parametrize(
         ("changes", "sentence"),

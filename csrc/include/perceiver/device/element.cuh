@@ -29,6 +29,30 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+template <class Element>
+__device__ __forceinline__ Element from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// Two neighbouring elements, on as many bytes as they have.
+__device__ __forceinline__ float2 load_pair(const float* pair) { return *reinterpret_cast<const float2*>(pair); }
+__device__ __forceinline__ float2 load_pair(const __half* pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(pair));
+}
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* pair) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(pair));
+}
+
 __device__ __forceinline__ void store_pair(float* out, float first, float second) {
   *reinterpret_cast<float2*>(out) = make_float2(first, second);
 }
