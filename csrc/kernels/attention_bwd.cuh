@@ -69,8 +69,8 @@ struct BackwardWork {
   // What keep_balanced leaves of each of two items.
   static constexpr int kWords = 5;
 
-  // A block's tiles are of one head or two, and fewer than a head has: the second item may be empty. By one thread, whose registers
-  // do: those of a producer do not.
+  // A block's tiles are of one head or two, and fewer than a head has: the second item may be empty. By one thread, whose
+  // registers do: those of a producer do not.
   __device__ static void keep_balanced(const AttentionBackwardParams& params, uint32_t balanced) {
     const KeyTiles tiles(params);
     const uint32_t key_heads = params.heads / params.heads_per_key_head, begin = tiles.first_of(blockIdx.x);
@@ -232,6 +232,9 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
                                                   : int64_t{work.split} * all_blocks + work.first_block(params);
     float* gPart = params.dq_parts + first_block * block_floats + warpgroup * Shape::kDqFloats;
     const int steps = params.heads_per_key_head * work.blocks;
+    // The tile before this one, if there was one, lies in the other stage, which the next one takes. It leaves in the first
+    // step: where that is the last one too, before it waits for the next tile.
+    const bool leaves = leads && !is_first, leaves_early = leaves && steps == 1, leaves_late = leaves && steps > 1;
     for (int step = 0; step < steps; ++step, gPart += block_floats) {
       const bool last = step + 1 == steps;
       const auto now = turn;
@@ -262,6 +265,8 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
       fence_products();
       rows.start_dq(memory.scores(now.stage) + dq_scores, memory.keys(keys_now) + dq_keys, kEnds);
       wait(memory.queries_full(turn.stage), turn.parity);
+      wait_stores_if(leaves_early);
+      arrive_if(leaves_early, memory.keys_empty(keys_now ^ 1));
       wait(memory.keys_full(key_turn.stage), key_turn.parity);
       fence_products();
       rows.start_scores(rows.scores, memory.keys(key_turn.stage) + first_key, memory.queries(turn.stage));
@@ -271,9 +276,9 @@ __device__ __forceinline__ void differentiate(BackwardMemory<Shape> memory, cons
       wait_products<1>();
       pin(rows.dq);
       pin(rows.dk);
-      arrive_if(lane == 0, memory.queries_empty(now.stage));
-      // The tile before this one, if there was one, lies in the other stage.
-      arrive_if(leads && step == 0 && !is_first, memory.keys_empty(keys_now ^ 1));
+      // Every thread for the rows of lse and delta that it read.
+      arrive(memory.queries_empty(now.stage));
+      arrive_if(leaves_late && step == 0, memory.keys_empty(keys_now ^ 1));
       if constexpr (kEnds) {
         share_sums<Element, Shape::kOutSlabBytes>(out + place, rows.dq, params.scale);
         publish_writes();
@@ -342,7 +347,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       init_barrier(memory.keys_full(stage), 1);
       init_barrier(memory.keys_empty(stage), kConsumers);
       init_barrier(memory.queries_full(stage), 1);
-      init_barrier(memory.queries_empty(stage), kConsumerWarps);
+      init_barrier(memory.queries_empty(stage), kConsumers * kWarpgroup);
     }
     init_barrier(memory.values_full(), 1);
     init_barrier(memory.values_empty(), kConsumerWarps);

@@ -199,7 +199,8 @@ __device__ __forceinline__ void differentiate_tokens(TokenGradientMemory<Shape> 
     }
     wait_products<kLast ? 0 : 1>();
     rows.pin_sums();
-    arrive_if(leads, memory.empty(now));
+    // Every thread for the statistics that it read.
+    arrive(memory.empty(now));
     if constexpr (!kLast) {
       wait_products<0>();
       pin(rows.scores);
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       init_barrier(memory.full(stage), 1 + 32);
-      init_barrier(memory.empty(stage), kConsumerWarps);
+      init_barrier(memory.empty(stage), kConsumers * kWarpgroup);
     }
     init_barrier(memory.tokens_full(), 1);
     init_barrier(memory.tokens_empty(), kConsumerWarps);

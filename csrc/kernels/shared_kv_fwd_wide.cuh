@@ -30,7 +30,7 @@ struct SharedKVWideShape : TileShape<kColumns_, kBlockKV_> {
   static constexpr int kSteps = kBlockKV_ / 16, kWeightBytes = kSteps * 16 * kWarpgroup, kPairBytes = 8 * kWarpgroup;
   static constexpr int kPassedBytes = kWeightBytes + 2 * kPairBytes;
   static constexpr int kQueryBytes = Tile::kWarpgroupQueryBytes;
-  static constexpr int kBarriers = 2 * kStages * kUnits + 1;
+  static constexpr int kBarriers = 2 * kStages * kUnits + 1 + kConsumers + 1;
   static constexpr int kSharedBytes = 1024 + kQueryBytes + kStages * (Tile::kTileBytes + kPassedBytes) +
                                       kBarriers * sizeof(uint64_t) + kStages * Tile::kMaskWords * sizeof(uint32_t);
 };
@@ -60,6 +60,9 @@ struct SharedKVWideMemory {
   __device__ __forceinline__ uint32_t full(int stage, int unit) const { return barrier(stage * Shape::kUnits + unit); }
   __device__ __forceinline__ uint32_t empty(int stage, int unit) const { return full(Shape::kStages + stage, unit); }
   __device__ __forceinline__ uint32_t query_full() const { return full(2 * Shape::kStages, 0); }
+  // What a consumer leaves for the other one, once a tile and at the end: every thread arrives for what it wrote.
+  __device__ __forceinline__ uint32_t weights_full(int consumer) const { return query_full() + 8 * (1 + consumer); }
+  __device__ __forceinline__ uint32_t totals_full() const { return weights_full(kConsumers); }
   // The unit of a tile that is copied, and read, at place i: the half of the stage's own consumer comes first.
   __device__ __forceinline__ static int unit_at(int stage, int i) { return i ^ 2 * stage; }
   // The visibility of a stage's tokens comes with its last unit.
@@ -100,6 +103,7 @@ struct SharedKVWideConsumer {
   int half;
   float scale_log2;
   ForwardRows<Element, Shape> rows;
+  uint32_t received_parity = 0;
   // Of the tile before, which the other consumer weighed.
   uint32_t passed[Shape::kSteps][4];
 
@@ -148,17 +152,17 @@ struct SharedKVWideConsumer {
     arrive_if(threadIdx.x % 32 == 0, memory.empty(stage, unit));
   }
 
-  // Named barriers 1 and 2: what consumer 0 and 1 left is there. It is read before the other one leaves its next weights, which
-  // stand between it and what overwrites it.
+  // They are read before the other one leaves its next weights, which stand between them and what overwrites them.
   __device__ __forceinline__ void leave_weights() {
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) store_shared(memory.weights(half, step), rows.weights[step]);
     store_shared(memory.maxima(half), rows.maximum[0], rows.maximum[1]);
-    arrive_at(1 + half, 2 * kWarpgroup);
+    arrive(memory.weights_full(half));
   }
   // Brings sums to the maxima that the other consumer's weights are relative to, which are no less.
   __device__ __forceinline__ void receive_weights() {
-    sync_at(2 - half, 2 * kWarpgroup);
+    wait(memory.weights_full(1 - half), received_parity);
+    received_parity ^= 1;
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) load_shared(passed[step], memory.weights(1 - half, step));
     const float2 maxima = load_shared_pair(memory.maxima(1 - half));
@@ -227,7 +231,8 @@ struct SharedKVWideConsumer {
   // The totals of both: their sum is the same whichever adds.
   __device__ __forceinline__ void join_totals() {
     store_shared(memory.totals(half), rows.total[0], rows.total[1]);
-    sync_at(3, 2 * kWarpgroup);
+    arrive(memory.totals_full());
+    wait(memory.totals_full(), 0);
     const float2 others = load_shared_pair(memory.totals(1 - half));
     rows.total[0] += others.x;
     rows.total[1] += others.y;
@@ -250,6 +255,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
     }
     init_barrier(memory.query_full(), 1);
+    for (int consumer = 0; consumer < kConsumers; ++consumer) init_barrier(memory.weights_full(consumer), kWarpgroup);
+    init_barrier(memory.totals_full(), kConsumers * kWarpgroup);
     publish_barriers();
   }
   __syncthreads();

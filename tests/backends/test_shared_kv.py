@@ -162,6 +162,15 @@ def test_edges(target: Target, case: EncodeCase) -> None:
     check(target, call_of(case, target, scale=0.25))
 
 
+@pytest.mark.parametrize("channels", [64, 128, 261, 322, 500])
+def test_programs_walk(target: Target, channels: int) -> None:
+    """One to many tiles of tokens an item, one to several of rows; on a GPU a head a program, whose items follow each other."""
+    entries = {"gpu": 150, "interpreter": 1, "cpu": 2}[machine()]
+    for rows, tokens in ((60, 64), (60, 640), (130, 300)) if machine() == "gpu" else ((20, 70),):
+        case = EncodeCase("walk", B=entries, M=tokens, C=channels, N=rows, D=8, H=1, d_qk=8, d_v=8)
+        check(target, call_of(case, target))
+
+
 def visibility(kind: str, case: EncodeCase) -> dict[str, Tensor]:
     """The first entry sees a part, the second nothing, the last everything."""
     mask = torch.rand(case.B, case.M, generator=torch.Generator().manual_seed(3)) < 0.4
