@@ -143,7 +143,7 @@ const char* broken_rule(const PackForwardParams& p) {
   }
   if (p.batch == 0 || p.tokens == 0) return nullptr;
   if (p.rows_per_tile < 1 || p.blocks < 1) return "rows_per_tile and blocks must be positive";
-  if (p.tokens / p.rows_per_tile >= kLimit - 1) return "tokens / rows_per_tile must be below 2^31";
+  if (p.batch * (p.tokens / p.rows_per_tile + 1) >= kLimit / 2) return "batch * tokens / rows_per_tile must be below 2^30";
   if ((p.content == nullptr && p.content_channels > 0) ||
       (p.positions == nullptr && p.position_channels > 0) || p.packed == nullptr ||
       (p.rstd == nullptr && p.normalize != 0)) {
@@ -174,11 +174,13 @@ const char* broken_rule(const PackBackwardParams& p) {
     return "element types must be 0 (float32), 1 (float16) or 2 (bfloat16)";
   }
   if (p.rows < 0) return "rows must not be negative";
-  if (p.rows_per_tile < 8 || p.rows_per_tile % 8 != 0 || p.rows_per_tile > 256) {
-    return "rows_per_tile must be a multiple of 8 up to 256";
+  const int whole_vectors = p.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 8;
+  if (p.rows_per_tile < whole_vectors || p.rows_per_tile % whole_vectors != 0 || p.rows_per_tile > 256) {
+    return "rows_per_tile must be a multiple of 8, of 4 with float32, up to 256";
   }
-  if (p.rows_per_tile * p.content_channels > 12288) return "a tile must have at most 12288 elements";
-  if (p.rows / p.rows_per_tile >= (int64_t{1} << 31) - 1) return "rows / rows_per_tile must be below 2^31";
+  if (p.rows_per_tile * p.packed_channels > 8192) return "a tile must have at most 8192 elements";
+  if (p.blocks < 1) return "blocks must be positive";
+  if (p.rows / p.rows_per_tile >= int64_t{1} << 30) return "rows / rows_per_tile must be below 2^30";
   if (p.rows == 0 || p.content_channels == 0) return nullptr;
   if (p.dpacked == nullptr || p.packed == nullptr || p.dcontent == nullptr || (p.rstd == nullptr && p.normalize != 0)) {
     return "a pointer is null";
@@ -250,7 +252,9 @@ const char* broken_rule(const AttentionBackwardParams& p, std::initializer_list<
                                                     : broken_split(p)) return rule;
   const int block_q = attention_bwd_block_q(columns);
   if (p.query_blocks != (int64_t{p.queries} + block_q - 1) / block_q) return "query_blocks must cover the queries";
-  if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) return "there must be fewer than 2^29 blocks of queries";
+  if (int64_t{p.batch} * p.heads * p.query_blocks * 4 >= int64_t{1} << 31) {
+    return "there must be fewer than 2^29 blocks of queries";
+  }
   if (!(p.scale > 0.0f) || !(p.scale_log2 > 0.0f)) return "scale and scale_log2 must be positive";
   if (p.batch == 0 || p.queries == 0) return nullptr;
   if (p.blocks < 1) return "blocks must be positive";

@@ -1,8 +1,9 @@
 // pack_inputs forward: packed[b, m] = cast(pad((x - mean(x)) * rstd)), x = content[b, m] ++ positions[b, m].
 // Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row.
-// pack_flat_kernel: content[b] is one aligned run, copied tile by tile through kPipelineSlots slots.
+// pack_flat_kernel: content[b] is one aligned run, copied tile by tile through kPipelineSlots slots. A tile of the result is put
+// together in one of two places in shared memory and leaves as 16-byte vectors: a row that a warp stores starts anywhere.
 // pack_strided_kernel: any strides and positions, read channel by channel from device memory.
-// Shared memory: flat 128 + kPipelineSlots * round_up(rows_per_tile * C * sizeof(Content), 128), else none.
+// Shared memory: flat pack_flat_bytes, else none.
 // Device memory: B * M * (C * sizeof(Content) + C_padded * sizeof(Packed) + 4) bytes. FLOPs: 7 * B * M * C.
 // Bound by device memory; wins where contiguous rows are not whole 16-byte vectors (C = 261).
 #pragma once
@@ -17,14 +18,12 @@
 namespace perceiver {
 
 constexpr int kPackThreads = 256;
-// At the bandwidth of an H200 a block has some 6 us per tile (6 blocks, 34 KB in and out), a copy takes 1 or
-// 2: two slots hide it, and small blocks leave room for many warps.
+// A turn of a tile of 16 rows takes a block some 10 us at the bandwidth of an H200, a copy 1 or 2: two slots hide it.
 constexpr int kPipelineSlots = 2;
 
-// Resident blocks per multiprocessor: 6 leave 40 registers a thread, enough up to 384 channels; 4 leave 64.
-// plan_tiles in backends/cuda/pack.py sizes grid and tiles by the same figures.
-template <class Shape>
-constexpr int kFlatBlocksPerSm = Shape::kMaxChannels <= 384 ? 6 : 4;
+// Resident blocks per multiprocessor: 4 leave 64 registers a thread. plan_tiles in backends/cuda/pack.py sizes grid and tiles
+// by the same figures.
+constexpr int kFlatBlocksPerSm = 4;
 
 // The strided kernel holds a row's addresses beside its values: 128 registers, 255 past 512 channels.
 template <class Shape>
@@ -34,60 +33,62 @@ __host__ __device__ inline int pack_slot_bytes(const PackForwardParams& params, 
   return (params.rows_per_tile * params.content_channels * element_bytes + 127) / 128 * 128;
 }
 
-// Walks the tiles of one block: tile blockIdx.x of all, then every gridDim.x-th. Divides at the start only.
-class TileCursor {
- public:
-  __device__ explicit TileCursor(const PackForwardParams& params)
-      : batches_(static_cast<uint32_t>(params.batch)),
-        tiles_per_batch_(
-            static_cast<uint32_t>((params.tokens + params.rows_per_tile - 1) / params.rows_per_tile)),
-        rows_per_tile_(params.rows_per_tile),
-        last_rows_(
-            static_cast<int>(params.tokens - static_cast<int64_t>(tiles_per_batch_ - 1) * rows_per_tile_)),
-        step_batches_(gridDim.x / tiles_per_batch_),
-        step_tiles_(gridDim.x % tiles_per_batch_),
-        batch_(blockIdx.x / tiles_per_batch_),
-        tile_(blockIdx.x % tiles_per_batch_) {}
+__host__ __device__ inline int pack_out_bytes(const PackForwardParams& params, int element_bytes) {
+  return params.rows_per_tile * params.packed_channels * element_bytes;
+}
+__host__ __device__ inline int pack_flat_bytes(const PackForwardParams& params, int content_bytes, int packed_bytes) {
+  return TilePipeline<kPipelineSlots>::kHeaderBytes + kPipelineSlots * pack_slot_bytes(params, content_bytes) +
+         2 * pack_out_bytes(params, packed_bytes);
+}
 
-  __device__ void advance() {
-    batch_ += step_batches_;
-    tile_ += step_tiles_;
-    if (tile_ >= tiles_per_batch_) {
-      tile_ -= tiles_per_batch_;
-      ++batch_;
-    }
+// Copies a run that starts on 16 bytes out of shared memory, all threads of the block together. It may end within 16 bytes.
+__device__ __forceinline__ void store_vectors(unsigned char* gRun, const unsigned char* sRun, int bytes) {
+  const int vector_bytes = bytes & ~15;
+  for (int at = 16 * threadIdx.x; at < vector_bytes; at += 16 * kPackThreads) {
+    *reinterpret_cast<uint4*>(gRun + at) = *reinterpret_cast<const uint4*>(sRun + at);
   }
+  if (const int at = vector_bytes + static_cast<int>(threadIdx.x); at < bytes) gRun[at] = sRun[at];
+}
 
-  __device__ bool done() const { return batch_ >= batches_; }
-  __device__ int64_t batch() const { return batch_; }
-  // The first token of the tile.
-  __device__ int64_t token() const { return static_cast<int64_t>(tile_) * rows_per_tile_; }
-  __device__ int rows() const { return tile_ + 1 == tiles_per_batch_ ? last_rows_ : rows_per_tile_; }
+// Tiles of rows_per_tile rows of each batch entry, dealt to a grid in turn: block b has tiles b, b + gridDim.x, ...
+struct TileGrid {
+  int rows_per_tile, batch, per_entry, last_rows;
 
- private:
-  uint32_t batches_, tiles_per_batch_;
-  int rows_per_tile_, last_rows_;
-  uint32_t step_batches_, step_tiles_, batch_, tile_;
+  __device__ __forceinline__ TileGrid(int64_t tokens, int rows_per_tile, int64_t batch)
+      : rows_per_tile(rows_per_tile), batch(static_cast<int>(batch)),
+        per_entry(static_cast<int>((tokens + rows_per_tile - 1) / rows_per_tile)),
+        last_rows(static_cast<int>(tokens - int64_t{per_entry - 1} * rows_per_tile)) {}
+
+  __device__ __forceinline__ int count() const { return batch * per_entry; }
+  __device__ __forceinline__ int entry(int tile) const { return batch == 1 ? 0 : tile / per_entry; }
+  // The first token of the tile in its entry.
+  __device__ __forceinline__ int64_t token(int tile) const {
+    return int64_t{tile - entry(tile) * per_entry} * rows_per_tile;
+  }
+  // None past the last tile.
+  __device__ __forceinline__ int rows(int tile) const {
+    const int left = (entry(tile) + 1) * per_entry - tile;
+    return tile >= count() ? 0 : left == 1 ? last_rows : rows_per_tile;
+  }
 };
 
-// Packs the rows of one tile, all threads of the block together; fill(row, r, left) reads row r of the tile.
+// Packs the rows of one tile, which starts at `out`, all threads of the block together; fill(row, r, left) reads its row r.
 template <typename Packed, class Shape, class Fill>
-__device__ __forceinline__ void pack_tile(const PackForwardParams& params, const TileCursor& tile,
+__device__ __forceinline__ void pack_tile(const PackForwardParams& params, const TileGrid& tiles, int tile, Packed* out,
                                           float inverse_channels, Fill fill) {
   constexpr int kRowsPerWarp = 32 / Shape::kLanes;
   constexpr int kRowsPerPass = kPackThreads / Shape::kLanes;
   const int lane = threadIdx.x % Shape::kLanes;
   const int group = threadIdx.x / Shape::kLanes;
   const int left = params.content_channels + params.position_channels - 2 * lane;
+  const float channels = static_cast<float>(params.content_channels + params.position_channels);
   const int stored_left = params.packed_channels - 2 * lane;
-  const int rows = tile.rows();
+  const int rows = tiles.rows(tile);
 
-  const int64_t first_row = tile.batch() * params.tokens + tile.token() + group;
-  Packed* out = static_cast<Packed*>(params.packed) + first_row * params.packed_channels + 2 * lane;
-  float* rstd_out = static_cast<float*>(params.rstd) + first_row;
+  float* rstd_out = static_cast<float*>(params.rstd) + tiles.entry(tile) * params.tokens + tiles.token(tile) + group;
   const auto* mask = static_cast<const unsigned char*>(params.key_mask);
   if (mask != nullptr) {
-    mask += tile.batch() * params.stride_key_mask_batch + tile.token() * params.stride_key_mask_token;
+    mask += tiles.entry(tile) * params.stride_key_mask_batch + tiles.token(tile) * params.stride_key_mask_token;
   }
 
   // The rows of a warp start and end the loop together, so that the sums over lanes are complete.
@@ -99,7 +100,7 @@ __device__ __forceinline__ void pack_tile(const PackForwardParams& params, const
     fill(row, readable, left);
     float rstd = 1.0f;
     if (params.normalize) {
-      rstd = row.centre(left, inverse_channels, params.eps);
+      rstd = row.centre(left, channels, inverse_channels, params.eps);
       row.scale(rstd);
     }
     // After the sums, so that no lane misses them. What a masked token holds, NaN too, goes no further.
@@ -113,48 +114,53 @@ __device__ __forceinline__ void pack_tile(const PackForwardParams& params, const
       for (int step = 0; step < Shape::kSteps; ++step) {
         const int offset = Row<Shape>::offset(step);
         if (step < Shape::kFullSteps || offset < stored_left) {
-          store_pair(out + offset, row.value[step][0], row.value[step][1]);
+          store_pair(out + r * params.packed_channels + 2 * lane + offset, row.value[step][0], row.value[step][1]);
         }
       }
     }
-    out += kRowsPerPass * params.packed_channels;
     rstd_out += kRowsPerPass;
   }
 }
 
 template <typename Content, typename Packed, class Shape>
-__global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm<Shape>)
+__global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm)
     pack_flat_kernel(const __grid_constant__ PackForwardParams params) {
   extern __shared__ __align__(128) unsigned char sMemory[];
-  TilePipeline<kPipelineSlots> pipeline(sMemory, pack_slot_bytes(params, sizeof(Content)));
+  const int slot_bytes = pack_slot_bytes(params, sizeof(Content)), out_bytes = pack_out_bytes(params, sizeof(Packed));
+  TilePipeline<kPipelineSlots> pipeline(sMemory, slot_bytes);
+  unsigned char* sOut = sMemory + pipeline.kHeaderBytes + kPipelineSlots * slot_bytes;
   const int channels = params.content_channels;
   const float inverse_channels = 1.0f / static_cast<float>(channels);
 
-  auto fetch = [&](uint32_t turn, const TileCursor& tile) {
+  const TileGrid tiles(params.tokens, params.rows_per_tile, params.batch);
+  const auto fetch = [&](uint32_t turn, int tile) {
     if (!pipeline.fetches()) return;
-    const auto* content = static_cast<const Content*>(params.content);
-    int bytes = 0;
-    if (!tile.done()) {
-      content += tile.batch() * params.stride_content_batch + tile.token() * channels;
-      bytes = tile.rows() * channels * static_cast<int>(sizeof(Content));
-    }
-    pipeline.fetch(turn, reinterpret_cast<const unsigned char*>(content), bytes);
+    const int64_t offset = tiles.entry(tile) * params.stride_content_batch + tiles.token(tile) * channels;
+    const int bytes = tiles.rows(tile) * channels * static_cast<int>(sizeof(Content));
+    const auto* source = static_cast<const Content*>(params.content) + offset;
+    const Run runs[1] = {{reinterpret_cast<const unsigned char*>(source), bytes, 0}};
+    pipeline.fetch(turn, runs);
   };
 
-  TileCursor tile(params);
-  TileCursor ahead = tile;
-  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn, ahead.advance()) fetch(turn, ahead);
+  int tile = blockIdx.x;
+  const int count = tiles.count(), stride = gridDim.x;
+  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn) fetch(turn, tile + turn * stride);
   __syncthreads();
 
   // Before turn t, the tiles of turns t .. t + kPipelineSlots - 1 are in flight or in shared memory.
-  for (uint32_t turn = 0; !tile.done(); ++turn, tile.advance(), ahead.advance()) {
+  for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
     const auto* sTile = reinterpret_cast<const Content*>(pipeline.wait(turn));
-    pack_tile<Packed, Shape>(params, tile, inverse_channels, [&](Row<Shape>& row, int r, int left) {
+    unsigned char* sPacked = sOut + turn % 2 * out_bytes;
+    const auto fill = [&](Row<Shape>& row, int r, int left) {
       const Content* sRow = sTile + r * channels + (channels - left);
       row.fill(left, [&](int offset) { return to_float(sRow[offset]); });
-    });
+    };
+    pack_tile<Packed, Shape>(params, tiles, tile, reinterpret_cast<Packed*>(sPacked), inverse_channels, fill);
     __syncthreads();
-    fetch(turn + kPipelineSlots, ahead);
+    fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
+    const int row_bytes = params.packed_channels * static_cast<int>(sizeof(Packed));
+    const int64_t row = tiles.entry(tile) * params.tokens + tiles.token(tile);
+    store_vectors(static_cast<unsigned char*>(params.packed) + row * row_bytes, sPacked, tiles.rows(tile) * row_bytes);
   }
 }
 
@@ -193,15 +199,18 @@ __global__ void __launch_bounds__(kPackThreads, kStridedBlocksPerSm<Shape>)
     pack_strided_kernel(const __grid_constant__ PackForwardParams params) {
   const int channels = params.content_channels + params.position_channels;
   const float inverse_channels = 1.0f / static_cast<float>(channels);
-  for (TileCursor tile(params); !tile.done(); tile.advance()) {
-    pack_tile<Packed, Shape>(params, tile, inverse_channels, [&](Row<Shape>& row, int r, int left) {
-      const int64_t token = tile.token() + r;
-      row.clear();
-      read_channels_of(params.content_type, row, params.content,
-                       tile.batch() * params.stride_content_batch + token * params.stride_content_token,
+  const TileGrid tiles(params.tokens, params.rows_per_tile, params.batch);
+  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    const int64_t entry = tiles.entry(tile), row = entry * params.tokens + tiles.token(tile);
+    Packed* out = static_cast<Packed*>(params.packed) + row * params.packed_channels;
+    pack_tile<Packed, Shape>(params, tiles, tile, out, inverse_channels, [&](Row<Shape>& values, int r, int left) {
+      const int64_t token = tiles.token(tile) + r;
+      values.clear();
+      read_channels_of(params.content_type, values, params.content,
+                       entry * params.stride_content_batch + token * params.stride_content_token,
                        params.stride_content_channel, channels - left, 0, params.content_channels);
-      read_channels_of(params.positions_type, row, params.positions,
-                       tile.batch() * params.stride_positions_batch + token * params.stride_positions_token,
+      read_channels_of(params.positions_type, values, params.positions,
+                       entry * params.stride_positions_batch + token * params.stride_positions_token,
                        params.stride_positions_channel, channels - left, params.content_channels,
                        params.position_channels);
     });

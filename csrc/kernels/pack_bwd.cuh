@@ -1,18 +1,33 @@
 // pack_inputs backward: dcontent = rstd (dy - mean(dy) - x_hat mean(dy x_hat)), of the packed rows x_hat and their gradient dy.
 //
-// Work: a block per tile of rows_per_tile rows; 8, 16 or 32 lanes own a row, two neighbouring channels a lane and step, one order
-// of the sums. Packed rows are whole pairs and are read as such. Rows of dcontent start anywhere: a tile of them, one run that
-// starts on 16 bytes, is put together in shared memory and leaves as vectors. Shared memory: rows_per_tile C sizeof(Content).
-// Device memory: rows (2 C_padded sizeof(Packed) + C sizeof(Content) + 4) bytes. FLOPs: 9 rows C. On any GPU.
+// Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row, two neighbouring
+// channels a lane and step, one order of the sums. Tiles of dy and x_hat are copied through kPipelineSlots slots. Rows of
+// dcontent start anywhere: a tile of them, one run that starts on 16 bytes, is put together in one of two places in shared
+// memory, so that one barrier a tile does, and leaves as vectors. Shared memory: pack_backward_bytes. Device memory: rows
+// (2 C_padded sizeof(Packed) + C_content sizeof(Content) + 4) bytes. FLOPs: 9 rows C. On any GPU.
 #pragma once
 
 #include "kernels/pack.cuh"
 
 namespace perceiver {
 
-// Resident blocks a multiprocessor: a lane holds two rows' values, and all loads of a row are in flight at once.
+// Resident blocks a multiprocessor: a lane holds two rows' values. plan_backward_tiles in backends/cuda/pack.py knows them too.
 template <class Shape>
-constexpr int kBackwardBlocksPerSm = Shape::kMaxChannels <= 384 ? 5 : Shape::kMaxChannels <= 512 ? 4 : 2;
+constexpr int kBackwardBlocksPerSm =
+    Shape::kMaxChannels <= 384 ? 5 : Shape::kMaxChannels <= 512 ? 4 : Shape::kMaxChannels <= 768 ? 3 : 2;
+
+// Bytes of a tile of packed rows, and of one of dcontent, in shared memory.
+__host__ __device__ inline int packed_tile_bytes(const PackBackwardParams& params, int element_bytes) {
+  return params.rows_per_tile * params.packed_channels * element_bytes;
+}
+__host__ __device__ inline int content_tile_bytes(const PackBackwardParams& params) {
+  const int element_bytes = params.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 2;
+  return params.rows_per_tile * params.content_channels * element_bytes;
+}
+__host__ __device__ inline int pack_backward_bytes(const PackBackwardParams& params, int element_bytes) {
+  return TilePipeline<kPipelineSlots>::kHeaderBytes + 2 * kPipelineSlots * packed_tile_bytes(params, element_bytes) +
+         2 * content_tile_bytes(params);
+}
 
 // One row's gradient, in place of dy.
 template <class Shape>
@@ -39,13 +54,13 @@ __device__ __forceinline__ void differentiate_row(Row<Shape>& dy, const Row<Shap
 
 // A lane's channels of a packed row, `left` of them to the row's last channel; what lies past that is padding and counts as 0.
 template <typename Packed, class Shape>
-__device__ __forceinline__ void read_packed(Row<Shape>& row, const Packed* gRow, int left) {
+__device__ __forceinline__ void read_packed(Row<Shape>& row, const Packed* sRow, int left) {
 #pragma unroll
   for (int step = 0; step < Shape::kSteps; ++step) {
     const int offset = Row<Shape>::offset(step);
-    const float2 pair = offset < left ? load_pair(gRow + offset) : make_float2(0.0f, 0.0f);
+    const float2 pair = Row<Shape>::contains(step, 0, left) ? load_pair(sRow + offset) : make_float2(0.0f, 0.0f);
     row.value[step][0] = pair.x;
-    row.value[step][1] = offset + 1 < left ? pair.y : 0.0f;
+    row.value[step][1] = Row<Shape>::contains(step, 1, left) ? pair.y : 0.0f;
   }
 }
 
@@ -61,7 +76,7 @@ __device__ __forceinline__ void write_row(const Row<Shape>& row, Content* sRow, 
   }
 }
 
-template <typename Packed, class Shape>
+template <class Shape>
 __device__ __forceinline__ void write_row_as(int32_t type, const Row<Shape>& row, unsigned char* sTile, int element, int left) {
   // The type is chosen outside the loop over channels.
   switch (static_cast<ElementType>(type)) {
@@ -74,36 +89,50 @@ __device__ __forceinline__ void write_row_as(int32_t type, const Row<Shape>& row
 template <typename Packed, class Shape>
 __global__ void __launch_bounds__(kPackThreads, kBackwardBlocksPerSm<Shape>)
     pack_bwd_kernel(const __grid_constant__ PackBackwardParams params) {
-  extern __shared__ __align__(16) unsigned char sTile[];
+  extern __shared__ __align__(128) unsigned char sMemory[];
   constexpr int kRowsPerPass = kPackThreads / Shape::kLanes, kRowsPerWarp = 32 / Shape::kLanes;
+  const int tile_bytes = packed_tile_bytes(params, sizeof(Packed)), out_bytes = content_tile_bytes(params);
+  TilePipeline<kPipelineSlots> pipeline(sMemory, 2 * tile_bytes);
+  unsigned char* sOut = sMemory + pack_backward_bytes(params, sizeof(Packed)) - 2 * out_bytes;
   const int lane = threadIdx.x % Shape::kLanes, group = threadIdx.x / Shape::kLanes;
   const int left = params.channels - 2 * lane, content_left = params.content_channels - 2 * lane;
   const float inverse_channels = 1.0f / static_cast<float>(params.channels);
-  const int64_t first = int64_t{blockIdx.x} * params.rows_per_tile;
-  const int rows = static_cast<int>(min(int64_t{params.rows_per_tile}, params.rows - first));
-  // The rows of a warp start and end the loop together, so that the sums over lanes are complete.
-  for (int warp_row = group - group % kRowsPerWarp; warp_row < rows; warp_row += kRowsPerPass) {
-    const int r = warp_row + group % kRowsPerWarp, readable = min(r, rows - 1);
-    const int64_t offset = (first + readable) * params.packed_channels + 2 * lane;
-    Row<Shape> dy, x_hat;
-    read_packed(dy, static_cast<const Packed*>(params.dpacked) + offset, left);
-    if (params.normalize) {
-      read_packed(x_hat, static_cast<const Packed*>(params.packed) + offset, left);
-      differentiate_row(dy, x_hat, inverse_channels, params.rstd[first + readable]);
-    }
-    if (r < rows) {
-      write_row_as<Packed>(params.content_type, dy, sTile, r * params.content_channels + 2 * lane, content_left);
-    }
-  }
+  const TileGrid tiles(params.rows, params.rows_per_tile, 1);
+  const auto fetch = [&](uint32_t turn, int tile) {
+    if (!pipeline.fetches()) return;
+    const int row_bytes = params.packed_channels * static_cast<int>(sizeof(Packed)), bytes = tiles.rows(tile) * row_bytes;
+    const int64_t offset = tiles.token(tile) * row_bytes;
+    const Run runs[2] = {{static_cast<const unsigned char*>(params.dpacked) + offset, bytes, 0},
+                         {static_cast<const unsigned char*>(params.packed) + offset, params.normalize ? bytes : 0, tile_bytes}};
+    pipeline.fetch(turn, runs);
+  };
+
+  int tile = blockIdx.x;
+  const int count = tiles.count(), stride = gridDim.x;
+  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn) fetch(turn, tile + turn * stride);
   __syncthreads();
-  const int element_bytes = params.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 2;
-  const int bytes = rows * params.content_channels * element_bytes, vector_bytes = bytes & ~15;
-  auto* gTile = static_cast<unsigned char*>(params.dcontent) + first * params.content_channels * element_bytes;
-  for (int at = 16 * threadIdx.x; at < vector_bytes; at += 16 * kPackThreads) {
-    *reinterpret_cast<uint4*>(gTile + at) = *reinterpret_cast<const uint4*>(sTile + at);
+  for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
+    const auto* sDy = reinterpret_cast<const Packed*>(pipeline.wait(turn));
+    const auto* sXHat = reinterpret_cast<const Packed*>(reinterpret_cast<const unsigned char*>(sDy) + tile_bytes);
+    unsigned char* sTile = sOut + turn % 2 * out_bytes;
+    const int rows = tiles.rows(tile);
+    // The rows of a warp start and end the loop together, so that the sums over lanes are complete.
+    for (int warp_row = group - group % kRowsPerWarp; warp_row < rows; warp_row += kRowsPerPass) {
+      const int r = warp_row + group % kRowsPerWarp, readable = min(r, rows - 1);
+      const int offset = readable * params.packed_channels + 2 * lane;
+      Row<Shape> dy, x_hat;
+      read_packed(dy, sDy + offset, left);
+      if (params.normalize) {
+        read_packed(x_hat, sXHat + offset, left);
+        differentiate_row(dy, x_hat, inverse_channels, __ldg(params.rstd + tiles.token(tile) + readable));
+      }
+      if (r < rows) write_row_as(params.content_type, dy, sTile, r * params.content_channels + 2 * lane, content_left);
+    }
+    __syncthreads();
+    fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
+    const int row_bytes = out_bytes / params.rows_per_tile;
+    store_vectors(static_cast<unsigned char*>(params.dcontent) + tiles.token(tile) * row_bytes, sTile, rows * row_bytes);
   }
-  // The last tile may end within 16 bytes.
-  if (const int at = vector_bytes + static_cast<int>(threadIdx.x); at < bytes) gTile[at] = sTile[at];
 }
 
 }  // namespace perceiver

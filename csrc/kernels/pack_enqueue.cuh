@@ -62,9 +62,8 @@ cudaError_t enqueue(void (*kernel)(Params), const Params& params, unsigned block
 template <ElementType kContent>
 cudaError_t enqueue_pack_flat(const PackForwardParams& params) {
   using Content = typename ElementOf<kContent>::Type;
-  const int shared_bytes =
-      TilePipeline<kPipelineSlots>::kHeaderBytes + kPipelineSlots * pack_slot_bytes(params, sizeof(Content));
   return with_packed_type(params, [&](auto packed) {
+    const int shared_bytes = pack_flat_bytes(params, sizeof(Content), sizeof(packed));
     return with_shape(params.content_channels, FlatShapes{}, [&](auto shape) {
       return enqueue(&pack_flat_kernel<Content, decltype(packed), decltype(shape)>, params, params.blocks, shared_bytes);
     });

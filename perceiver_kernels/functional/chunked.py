@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from perceiver_kernels.dispatch import select, select_passes
+from perceiver_kernels.dispatch import select_passes
 from perceiver_kernels.functional.common import dropout_seed, float_dtype
 from perceiver_kernels.inputs import InputArray, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
@@ -42,11 +42,11 @@ class ChunkSettings:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call: its inputs, settings and the backends that pack, and attend forward and backward."""
+    """One call: its inputs, settings and the backends that pack and attend, each forward and backward."""
 
     source: InputArray
     settings: ChunkSettings
-    pack_backend: str
+    pack_backends: tuple[str, str]
     attention_backends: tuple[str, str]
 
     def versions(self) -> list[int]:
@@ -70,7 +70,7 @@ class _Run:
         part = self.source.slice(start, stop, device=device, dtype=float_dtype(self.source, settings.dtype))
         packed, rstd = pack_op.PACK_FORWARD(
             part.content, part.positions, part.fourier, part.key_mask, settings.normalize, settings.eps, settings.dtype,
-            self.pack_backend,
+            self.pack_backends[0],
         )  # fmt: skip
         return start, stop, part, packed, rstd
 
@@ -130,7 +130,7 @@ def _chunk_gradients(
         if dcontent is not None:
             dcontent[:, start:stop] = pack_op.PACK_BACKWARD(
                 dx, packed, rstd, part.content.shape[2], settings.channels, settings.normalize, part.content.dtype,
-                run.pack_backend,
+                run.pack_backends[1],
             )  # fmt: skip
         del part, packed, rstd, dx
     return None if dq is None else dq.to(q.dtype), dcontent
@@ -162,5 +162,5 @@ def chunked_attention(
     """
     packing = pack_problem(source, settings, q.device)
     attending = SharedKVProblem.of(q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True)
-    run = _Run(source, settings, select(packing, backend), select_passes(attending, backend))
+    run = _Run(source, settings, select_passes(packing, backend), select_passes(attending, backend))
     return _Chunked.apply(q, source.content, dropout_seed(settings.dropout_p, q.device), run)

@@ -32,7 +32,7 @@ from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.layouts import used_strides
 from perceiver_kernels.masks import Masks, check_starts
-from perceiver_kernels.problem import MAX_CHANNELS, AttentionProblem, Problem, SharedKVProblem, pad_channels
+from perceiver_kernels.problem import MAX_CHANNELS, AttentionProblem, PackProblem, Problem, SharedKVProblem, pad_channels
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,23 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _choice_sizes(problem: Problem) -> tuple[int, ...] | None:
-    """The sizes of a call between which kernels of two backends are chosen; None where there is no such choice."""
+def _choice_sizes(problem: Problem, is_run: bool) -> tuple[int, ...] | None:
+    """The sizes of a call between which kernels of two backends are chosen; None where there is no such choice.
+
+    ``is_run`` says of what is packed whether its rows are contiguous.
+    """
     if isinstance(problem, SharedKVProblem):
         return problem.B, problem.R, problem.M, pad_channels(problem.C)
     if isinstance(problem, AttentionProblem):
         return problem.B, problem.H, problem.Lq, problem.Lk, problem.d_qk, problem.d_v
+    if isinstance(problem, PackProblem):
+        return problem.B * problem.M, problem.C, problem.content_dtype.itemsize, int(is_run and problem.C_positions == 0)
     return None
 
 
-def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None) -> Explanation:
+def _explain(
+    problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None, is_run: bool = True
+) -> Explanation:
     """``plan`` is that of Triton's kernels; modules that plan otherwise say how themselves."""
     refused: dict[str, list[str]] = {}
     chosen = None
@@ -86,7 +93,7 @@ def _explain(problem: Problem, cost: Cost, device: torch.device, backend: str | 
             del refused[name]
             break
     facts, backward = device_facts(device), None
-    if chosen is not None and (sizes := _choice_sizes(problem)) is not None:
+    if chosen is not None and (sizes := _choice_sizes(problem, is_run)) is not None:
         forward, backward = select_passes(problem, backend)
         chosen = serving(problem.OP, forward, sizes)
         for name in forward.split(","):
@@ -120,7 +127,7 @@ def _explain_pack(*, backend: str | None, **arguments: Any) -> Explanation:
     problem, content = packing.problem, packing.part.content
     if is_packed_already(content, problem):
         return Explanation(problem.OP, problem, None, {}, "a view of the content", 0.0, 0.0, 0.0)
-    return _explain(problem, problem_pack_cost(problem), content.device, backend)
+    return _explain(problem, problem_pack_cost(problem), content.device, backend, is_run=content.is_contiguous())
 
 
 def _explain_attention_problem(p: AttentionProblem, device: torch.device, backend: str | None) -> Explanation:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perceiver_kernels import reference
 from perceiver_kernels.absorption import pad_to
-from perceiver_kernels.dispatch import load, select
+from perceiver_kernels.dispatch import is_composite, load, select_passes
 from perceiver_kernels.functional.common import autocast_dtype, float_dtype, visible
 from perceiver_kernels.inputs import InputArray, PackedInputs, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
@@ -160,17 +160,16 @@ def pack_inputs(
     problem, part = packing.problem, packing.part
     if is_packed_already(part.content, problem):
         return PackedInputs(part.content, problem.C, False, None, None)
-    name = select(problem, backend)
+    backends = select_passes(problem, backend)
     seen = visible(packing.key_mask, packing.lengths, problem.M)
-    module = load(problem.OP, name)
-    if module.COMPOSITE:
-        data, _ = module.pack_inputs(
+    if is_composite(problem.OP, backends[0]):
+        data, _ = load(problem.OP, backends[0]).pack_inputs(
             part.content, part.positions, part.fourier, key_mask=seen, normalize=normalize, eps=eps, dtype=problem.dtype,
             constants=constants,
         )  # fmt: skip
         data = data.contiguous()
     else:
         data, _ = pack_op.pack_inputs(
-            part.content, part.positions, part.fourier, seen, normalize, eps, problem.dtype, name, constants
+            part.content, part.positions, part.fourier, seen, normalize, eps, problem.dtype, backends, constants
         )
     return PackedInputs(data, problem.C, normalize, packing.key_mask, packing.lengths, constants)

@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from perceiver_kernels.dispatch import load
+from perceiver_kernels.dispatch import load, serving
 from perceiver_kernels.ops.boundary import BatchFold, define, refuse_double_backward, transforms_active
 from perceiver_kernels.problem import pad_channels
+
+
+def _channels(content: Tensor, positions: Tensor | None, fourier: Tensor | None) -> int:
+    if positions is None:
+        return content.shape[2]
+    return content.shape[2] + (positions if fourier is None else fourier).shape[-1]
 
 
 def _pack_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
     dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return load("pack_inputs", backend).pack_inputs_forward(
+    run = positions is None and content.is_contiguous()
+    sizes = content.shape[0] * content.shape[1], _channels(content, positions, fourier), content.element_size(), int(run)
+    return load("pack_inputs", serving("pack_inputs", backend, sizes)).pack_inputs_forward(
         content, positions, fourier, key_mask, normalize=normalize, eps=eps, dtype=dtype, constants=constants
     )
 
@@ -26,9 +34,7 @@ def _pack_forward_fake(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
     dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    channels = content.shape[2]
-    if positions is not None:
-        channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
+    channels = _channels(content, positions, fourier)
     packed = content.new_empty((*content.shape[:2], pad_channels(channels + constants)), dtype=dtype)
     wide = torch.promote_types(content.dtype, torch.float32)
     rstd = content.new_empty(content.shape[:2] if normalize else (0,), dtype=wide)
@@ -39,7 +45,8 @@ def _pack_backward(
     dpacked: Tensor, packed: Tensor, rstd: Tensor, content_channels: int, channels: int, normalize: bool, dtype: torch.dtype,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    return load("pack_inputs", backend).pack_inputs_backward(
+    sizes = packed.shape[0] * packed.shape[1], channels, dtype.itemsize, 1
+    return load("pack_inputs", serving("pack_inputs", backend, sizes, "leaves_backward")).pack_inputs_backward(
         dpacked, packed, rstd, content_channels=content_channels, channels=channels, normalize=normalize, dtype=dtype
     )
 
@@ -79,11 +86,9 @@ def _pack_gradient(ctx: Any, dpacked: Tensor | None, _: Tensor | None = None) ->
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    content, positions, fourier, key_mask, normalize, _, _, backend, _ = inputs
+    content, positions, fourier, key_mask, normalize, _, _, (_, backend), _ = inputs
     packed, rstd = output
-    channels = content.shape[2]
-    if positions is not None:
-        channels += positions.shape[-1] if fourier is None else fourier.shape[-1]
+    channels = _channels(content, positions, fourier)
     # Normalised, masked tokens have rstd 0 and with it no gradient.
     hidden = ~key_mask[..., None] if key_mask is not None and not normalize else None
     ctx.save_for_backward(packed, rstd, hidden)
@@ -92,10 +97,15 @@ def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.arguments = (content.shape[2], channels, normalize, content.dtype, backend)
 
 
+def _packed(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *given, (backend, _), constants = inputs
+    return PACK_FORWARD(*given, backend, constants)
+
+
 class _Pack(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = PACK_FORWARD(*inputs)
+        output = _packed(*inputs)
         _save_pack(ctx, inputs, output)
         return output
 
@@ -105,7 +115,7 @@ class _Pack(Function):
 class _PackFunctorch(Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return PACK_FORWARD(*inputs)
+        return _packed(*inputs)
 
     setup_context = staticmethod(_save_pack)
     backward = staticmethod(_pack_gradient)
@@ -130,12 +140,12 @@ class _PackFunctorch(Function):
 
 def pack_inputs(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
-    dtype: torch.dtype, backend: str, constants: int = 0,
+    dtype: torch.dtype, backends: tuple[str, str], constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Differentiable pack on a kernel backend; see functional.pack_inputs."""
-    inputs = (content, positions, fourier, key_mask, normalize, eps, dtype, backend, constants)
+    """Differentiable pack on kernel backends, of the forward and the backward; see functional.pack_inputs."""
+    inputs = (content, positions, fourier, key_mask, normalize, eps, dtype, backends, constants)
     if transforms_active():
         return _PackFunctorch.apply(*inputs)
     if torch.is_grad_enabled() and content.requires_grad:
         return _Pack.apply(*inputs)
-    return PACK_FORWARD(*inputs)
+    return _packed(*inputs)

@@ -51,7 +51,7 @@ def attend_dropped(target: Target) -> Callable[[Tensor, Tensor], Any]:
 
 
 def pack(target: Target) -> Callable[[Tensor, Tensor], Any]:
-    return lambda q, x: pack_op.pack_inputs(x[..., :7], None, None, None, True, 1e-5, x.dtype, target.backend)[0]
+    return lambda q, x: pack_op.pack_inputs(x[..., :7], None, None, None, True, 1e-5, x.dtype, (target.backend,) * 2)[0]
 
 
 def pack_grid(target: Target) -> Callable[[Tensor, Tensor], Any]:

@@ -71,7 +71,7 @@ class TestGradcheck:
         content, positions = torch.randn(B, M, 5, dtype=torch.float64, requires_grad=True), torch.randn(M, 2).double()
 
         def function(content: Tensor) -> Tensor:
-            return pack_op.pack_inputs(content, positions, None, None, normalize, 1e-5, torch.float64, "reference")[0]
+            return pack_op.pack_inputs(content, positions, None, None, normalize, 1e-5, torch.float64, ("reference",) * 2)[0]
 
         assert gradcheck(function, (content,))
 
@@ -91,7 +91,7 @@ def test_second_derivative_is_refused_with_a_way_out(target: Target, of: str, in
     leaves = {"q": randn(target, B, R, C), "x": randn(target, B, M, C), "content": randn(target, B, M, 5)}
     q, x, content = (leaf.requires_grad_() for leaf in leaves.values())
     if of == "content":
-        result, _ = pack_op.pack_inputs(content, None, None, None, True, 1e-5, content.dtype, target.backend)
+        result, _ = pack_op.pack_inputs(content, None, None, None, True, 1e-5, content.dtype, (target.backend,) * 2)
     else:
         result, _, _ = attend(target, q, x)
     total = result.sum() if incoming == "constant" else result.square().sum()
@@ -200,7 +200,8 @@ class TestFunctorch:
         content, mask = randn(target, V, B, M, 5), randn(target, B, M) > 0
 
         def packed(content: Tensor) -> Tensor:
-            return pack_op.pack_inputs(content, None, None, mask, True, 1e-5, torch.float32, target.backend, constants=2)[0]
+            backends = (target.backend, target.backend)
+            return pack_op.pack_inputs(content, None, None, mask, True, 1e-5, torch.float32, backends, constants=2)[0]
 
         def total(function: Callable[[Tensor], Tensor], content: Tensor) -> Tensor:
             return (function(content) * torch.arange(16, device=content.device)).sin().sum()

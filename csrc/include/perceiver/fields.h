@@ -56,6 +56,7 @@ void visit_fields(const PackBackwardParams*, Visit&& visit) {
   PK_FIELD(content_type);
   PK_FIELD(normalize);
   PK_FIELD(rows_per_tile);
+  PK_FIELD(blocks);
   PK_FIELD(device);
   PK_FIELD(stream);
 #undef PK_FIELD

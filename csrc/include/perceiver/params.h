@@ -65,8 +65,9 @@ struct PackBackwardParams {
   int32_t packed_type;
   int32_t content_type;
   int32_t normalize;
-  // The plan: a multiple of 8, so that every tile of dcontent starts on 16 bytes.
+  // The plan: a multiple of 8, or of 4 for float32, so that every tile of dcontent starts on 16 bytes; and the grid.
   int32_t rows_per_tile;
+  int32_t blocks;
   int32_t device;
   void* stream;
 };

@@ -29,10 +29,6 @@ HEADER_BYTES = 128
 # What the driver keeps of the shared memory for every resident block (CUDA C++ Programming Guide).
 RESERVED_BYTES = 1024
 MAX_ROWS_PER_TILE = 256
-# Of a tile: with less, what it costs by itself shows; with more, warps wait longer for each other. On an H200 8 x 50,176 rows
-# of 261 bf16 channels take 0.1222 ms in tiles of 8 rows and 0.1235 of 32, but of 192 channels 0.105 of 8 and 0.088 of 16; of 32
-# channels, which share a warp, 0.0229 of 64 and 0.0208 of 128.
-TILE_BYTES, SHARED_TILE_BYTES = 4096, 8192
 
 
 def reasons_against(problem: PackProblem) -> list[str]:
@@ -47,41 +43,95 @@ def reasons_against(problem: PackProblem) -> list[str]:
     return reasons
 
 
+def _fills_tiles(channels: int) -> bool:
+    """Whether rows are whole powers of two, or three times such: Triton's tiles of them have no padding and no remainders."""
+    power = channels // 3 if channels % 3 == 0 else channels
+    return channels % 16 == 0 and power & (power - 1) == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def leaves(sizes: tuple[int, ...]) -> str | None:
+    """Why the automatic choice leaves a call to the next backend: rows, channels, bytes of one, 1 where rows are one run.
+
+    In ms on an H200, CUDA and Triton, bf16: 8 x 50,176 rows of 3 channels 0.0196 and 0.0199, of 32 0.0240 and 0.0245, of 64
+    0.038 and 0.057, of 128 0.062 and 0.065, of 261 0.123 and 0.138, of 322 0.131 and 0.171 (2 x 182,528), of 448 0.191 and
+    0.198, 52,097 of 704 0.043 and 0.051, but of 16 0.021 and 0.012, of 96 0.052 and 0.047, of 192 0.090 and 0.087, of 384
+    0.168 and 0.158, of 512 0.222 and 0.201, 80,000 of 1,024 0.092 and 0.083; of 261 fp32 channels 0.165 and 0.155. Content
+    beside positions: 3 and 258 0.42 and 0.15; with gaps between rows of 261 0.40 and 0.15, channels first 0.57 and 0.22.
+    """
+    _, C, itemsize, is_run = sizes
+    if not is_run:
+        return "triton is two to four times faster with positions, and with content that is not one run"
+    if itemsize == 4:
+        return "triton is faster with float32"
+    if _fills_tiles(C) and C not in (32, 64, 128):
+        return f"triton is faster with {C} channels, of which its tiles are made"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def leaves_backward(sizes: tuple[int, ...]) -> str | None:
+    """Why the automatic choice leaves the backward of a call of such sizes to the next backend, or None.
+
+    In ms on an H200, CUDA and Triton, bf16: 8 x 50,176 rows of 3 channels 0.027 and 0.064, of 64 0.049 and 0.065, of 96 0.072
+    and 0.096, of 144 0.105 and 0.117, of 261 0.164 and 0.230, of 288 0.176 and 0.188, of 322 0.203 and 0.292, 80,000 of 600
+    0.077 and 0.108, of 704 0.089 and 0.092, but of 128 0.084 and 0.080, of 256 0.159 and 0.145, of 384 0.233 and 0.216, of 400
+    0.241 and 0.237, of 512 0.309 and 0.284, 80,000 of 1,024 0.126 and 0.119; 16,384 of 261 0.0143 and 0.0147, but 2,000 0.0060
+    and 0.0055. To fp32 content of 261 channels 0.226 and 0.261; to the 3 of 261 channels that are content 0.136 and 0.212.
+    """
+    rows, C, *_ = sizes
+    if rows * C < 1 << 22:
+        return "triton is faster with less than 2^22 channels in all rows"
+    if C >= 128 and (_fills_tiles(C) or C % 16 == 0 and 384 < C < 512):
+        return f"triton is faster with {C} channels, of which its tiles are made"
+    return None
+
+
 @dataclass(frozen=True)
 class PackTiles:
     """How rows are dealt out: ``blocks`` resident blocks, each taking tiles of ``rows_per_tile`` in turn."""
 
     flat: bool
-    """Content is copied as one aligned run per batch entry through shared memory, not by elements."""
+    """Rows are copied as one aligned run per batch entry through shared memory, not by elements."""
     rows_per_tile: int
     blocks: int
     shared_bytes: int
 
 
+def rows_together(channels: int) -> int:
+    """The rows that a block takes at once, 8, 16 or 32 lanes each.
+
+    A multiple of 8 rows is one of 16 bytes for every element type and channel count, so that every tile starts on 16 bytes.
+    """
+    return 32 if channels <= 64 else 16 if channels <= 128 else 8
+
+
+def tile_rows(channels: int, row_bytes: int, shared_bytes: int, tile_bytes: int, blocks: int, device: DeviceFacts) -> int:
+    """Rows of a tile: ``row_bytes`` of each are copied, ``shared_bytes`` lie in shared memory, which ``blocks`` share."""
+    together, most = rows_together(channels), min(tile_bytes // row_bytes, device.smem_bytes // blocks // shared_bytes)
+    return max(together, min(most, MAX_ROWS_PER_TILE) // together * together)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_tiles(
-    batch: int, tokens: int, channels: int, itemsize: int, flat: bool, device: DeviceFacts
+    batch: int, tokens: int, channels: int, itemsize: int, packed_row_bytes: int, flat: bool, device: DeviceFacts
 ) -> PackTiles:
-    """Tiles of a few KiB, at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like)."""
-    row_bytes = channels * itemsize
-    shared_per_sm = device.smem_bytes + RESERVED_BYTES
+    """Tiles of a few KiB, at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like), or what shared memory allows.
+
+    On an H200 2 x 182,528 rows of 322 bf16 channels take 0.129 ms in tiles of 32 rows, 0.131 of 16 and 0.150 of 8; 8 x 50,176
+    of 261 0.1225 of 24 and 0.123 of 16 or 32; of 128 0.059 of 48 and 0.061 of 32; of 64 0.038 of 64 and 0.039 of 128.
+    """
+    row_bytes, together = channels * itemsize, rows_together(channels)
     if flat:
-        resident = 6 if channels <= 384 else 4
-        slot_bytes = (shared_per_sm // resident - RESERVED_BYTES - HEADER_BYTES) // SLOTS // 128 * 128
-        tile_bytes = SHARED_TILE_BYTES if channels <= 128 else TILE_BYTES
-        rows = min(slot_bytes // row_bytes, math.ceil(tile_bytes / row_bytes / 8) * 8)
+        rows, resident = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device), 4
     else:
-        resident = 2 if channels <= 512 else 1
-        rows = 64
-    # The rows that a block takes at once, 8, 16 or 32 lanes each. A multiple of 8 rows is one of 16 bytes for
-    # every element type and channel count, so that every tile starts on 16 bytes.
-    together = 32 if channels <= 64 else 16 if channels <= 128 else 8
-    rows = max(together, min(rows, MAX_ROWS_PER_TILE) // together * together)
+        rows, resident = 64, 2 if channels <= 512 else 1
     # Small inputs: rather smaller tiles than idle multiprocessors.
     while rows > together and batch * math.ceil(tokens / rows) < resident * device.sm_count:
         rows = max(together, rows // 2 // together * together)
-    shared_bytes = HEADER_BYTES + SLOTS * math.ceil(rows * row_bytes / 128) * 128 if flat else 0
-    resident = min(resident, shared_per_sm // (shared_bytes + RESERVED_BYTES))
+    slot_bytes = math.ceil(rows * row_bytes / 128) * 128
+    shared_bytes = HEADER_BYTES + SLOTS * slot_bytes + 2 * rows * packed_row_bytes if flat else 0
+    resident = min(resident, (device.smem_bytes + RESERVED_BYTES) // (shared_bytes + RESERVED_BYTES))
     blocks = min(batch * math.ceil(tokens / rows), resident * device.sm_count)
     return PackTiles(flat, rows, blocks, shared_bytes)
 
@@ -164,7 +214,8 @@ def pack_inputs_forward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     flat, content_fields = _content_fields(content, key_mask, alone=positions is None)
     batch, tokens = content_fields["batch"], content_fields["tokens"]
-    tiles = plan_tiles(batch, tokens, channels, content.element_size(), flat, device_facts(content.device))
+    itemsize, packed_row_bytes = content.element_size(), packed.shape[-1] * packed.element_size()
+    tiles = plan_tiles(batch, tokens, channels, itemsize, packed_row_bytes, flat, device_facts(content.device))
     with torch.cuda.device(content.device):
         params = filled(
             binding().PackForwardParams(),
@@ -188,9 +239,27 @@ def pack_inputs_forward(
     return packed, rstd
 
 
-def backward_rows_per_tile(content_channels: int) -> int:
-    """Rows of a block of the backward: one pass of its warps, or two, whose results leave together."""
-    return 32 if content_channels <= 64 else 16 if content_channels <= 512 else 8
+@functools.lru_cache(maxsize=1024)
+def plan_backward_tiles(
+    rows: int, packed_channels: int, packed_itemsize: int, content_row_bytes: int, device: DeviceFacts
+) -> PackTiles:
+    """Tiles of packed rows, of which a block has two turns of two in flight, and two of the content's gradient.
+
+    Occupancy is what pack_bwd.cuh states (kBackwardBlocksPerSm), or what the shared memory allows. On an H200 8 x 50,176
+    gradients of 261 bf16 channels take 0.163 ms in tiles of 16 rows, four blocks, and 0.182 of 8, but 4 x 50,176 of 400 0.123
+    of 8, four blocks, and 0.128 of 16, two blocks.
+    """
+    row_bytes, together = packed_channels * packed_itemsize, rows_together(packed_channels)
+    bytes_a_row = 2 * SLOTS * row_bytes + 2 * content_row_bytes
+    tile = tile_rows(packed_channels, row_bytes, bytes_a_row, 9216, 4, device)
+    resident = 5 if packed_channels <= 384 else 4 if packed_channels <= 512 else 3 if packed_channels <= 768 else 2
+    while tile > together and math.ceil(rows / tile) < resident * device.sm_count:
+        tile = max(together, tile // 2 // together * together)
+    # Where 8 rows do not fit, the content is fp32, and 4 of its rows are whole vectors too.
+    tile = tile if HEADER_BYTES + tile * bytes_a_row <= device.smem_bytes else 4
+    shared_bytes = HEADER_BYTES + tile * bytes_a_row
+    resident = min(resident, (device.smem_bytes + RESERVED_BYTES) // (shared_bytes + RESERVED_BYTES))
+    return PackTiles(True, tile, min(math.ceil(rows / tile), resident * device.sm_count), shared_bytes)
 
 
 def pack_inputs_backward(
@@ -219,6 +288,9 @@ def pack_inputs_backward(
     dpacked, packed, rstd = dpacked.contiguous(), packed.contiguous(), rstd.contiguous()
     if dpacked.data_ptr() % 16:
         dpacked = dpacked.clone()
+    tiles = plan_backward_tiles(
+        B * M, C_padded, packed.element_size(), content_channels * dcontent.element_size(), device_facts(packed.device)
+    )
     with torch.cuda.device(packed.device):
         params = filled(
             binding().PackBackwardParams(),
@@ -234,7 +306,8 @@ def pack_inputs_backward(
                 "packed_type": ELEMENT_TYPES[packed.dtype],
                 "content_type": ELEMENT_TYPES[dtype],
                 "normalize": int(normalize),
-                "rows_per_tile": backward_rows_per_tile(content_channels),
+                "rows_per_tile": tiles.rows_per_tile,
+                "blocks": tiles.blocks,
                 "device": packed.get_device(),
                 "stream": torch.cuda.current_stream(packed.device).cuda_stream,
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -107,9 +108,29 @@ class TestPack:
         (sentence,) = pack.reasons_against(self.problem(**changes))
         assert reason in sentence
 
+    @pytest.mark.parametrize(
+        ("sizes", "forward", "backward"),
+        [
+            ((8 * 50176, 261, 2, 1), None, None),
+            ((8 * 50176, 261, 2, 0), "content that is not one run", None),
+            ((8 * 50176, 261, 4, 1), "faster with float32", None),
+            ((8 * 50176, 64, 2, 1), None, None),
+            ((8 * 50176, 96, 2, 1), "faster with 96 channels", None),
+            ((8 * 50176, 128, 2, 1), None, "faster with 128 channels"),
+            ((8 * 50176, 144, 2, 1), None, None),
+            ((8 * 50176, 400, 2, 1), None, "faster with 400 channels"),
+            ((8 * 50176, 512, 2, 1), "faster with 512 channels", "faster with 512 channels"),
+            ((8 * 50176, 704, 2, 1), None, None),
+            ((2000, 261, 2, 1), None, "less than 2\\^22"),
+        ],
+    )
+    def test_leaves_what_triton_does_faster(self, sizes, forward, backward):
+        for found, reason in ((pack.leaves(sizes), forward), (pack.leaves_backward(sizes), backward)):
+            assert found is None if reason is None else re.search(reason, found)
+
     def test_imagenet_on_h200(self):
-        # 8 rows of 522 bytes are the fewest of 4 KiB; 6 blocks on each of 132 multiprocessors.
-        assert pack.plan_tiles(1, 8 * 50176, 261, 2, True, H200) == pack.PackTiles(True, 8, 792, 8576)
+        # 16 rows of 522 bytes are the most of 12 KiB; 4 blocks on each of 132 multiprocessors.
+        assert pack.plan_tiles(1, 8 * 50176, 261, 2, 544, True, H200) == pack.PackTiles(True, 16, 528, 34432)
 
     @pytest.mark.parametrize(
         ("device", "itemsize", "flat"), list(itertools.product([H200, A100], [2, 4], [True, False]))
@@ -117,12 +138,23 @@ class TestPack:
     def test_every_width_and_size_fits(self, device, itemsize, flat):
         for channels in (1, 3, 16, 61, 64, 129, 261, 322, 384, 385, 704, 1024):
             for batch, tokens in ((1, 1), (3, 7), (8, 50176), (1, 10**8)):
-                tiles = pack.plan_tiles(batch, tokens, channels, itemsize, flat, device)
+                tiles = pack.plan_tiles(batch, tokens, channels, itemsize, 4 * -(-channels // 16) * 16, flat, device)
                 assert tiles.rows_per_tile * channels * itemsize % 16 == 0
                 assert tiles.shared_bytes <= device.smem_bytes
                 assert (
-                    1 <= tiles.blocks <= min(6 * device.sm_count, batch * -(-tokens // tiles.rows_per_tile))
+                    1 <= tiles.blocks <= min(4 * device.sm_count, batch * -(-tokens // tiles.rows_per_tile))
                 )
+
+    @pytest.mark.parametrize(("device", "itemsize"), list(itertools.product([H200, A100], [2, 4])))
+    def test_every_width_of_the_backward_fits(self, device, itemsize):
+        for packed_channels in (16, 64, 80, 128, 144, 272, 384, 400, 704, 1024):
+            sizes = ((1, 4), (21, 4 * packed_channels), (8 * 50176, 2 * packed_channels), (10**9, 6))
+            for rows, content_row_bytes in sizes:
+                tiles = pack.plan_backward_tiles(rows, packed_channels, itemsize, content_row_bytes, device)
+                vector_rows = 4 if content_row_bytes == 4 * packed_channels else 8
+                assert tiles.rows_per_tile % vector_rows == 0 and tiles.rows_per_tile * packed_channels <= 8192
+                assert tiles.shared_bytes <= device.smem_bytes
+                assert 1 <= tiles.blocks <= min(5 * device.sm_count, -(-rows // tiles.rows_per_tile))
 
     def test_flat_content_is_recognised(self):
         content = torch.zeros(2, 8, 5, dtype=torch.float16)

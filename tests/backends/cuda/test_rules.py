@@ -33,6 +33,7 @@ def valid_pack_backward(**changes):
     fields = {
         "dpacked": 4096, "packed": 8192, "rstd": 12288, "dcontent": 16384, "rows": 4, "content_channels": 5, "channels": 5,
         "packed_channels": 16, "packed_type": 2, "content_type": 0, "normalize": 1, "rows_per_tile": 8,
+        "blocks": 1,
     }  # fmt: skip
     return fields | changes
 
@@ -120,7 +121,7 @@ class TestErrors:
             ({"content_type": 3}, "element types must be 0"),
             ({"batch": -1}, "must not be negative"),
             ({"rows_per_tile": 0}, "rows_per_tile and blocks must be positive"),
-            ({"tokens": 2**40}, "must be below 2\\^31"),
+            ({"tokens": 2**40}, "must be below 2\\^30"),
             ({"packed": 0}, "a pointer is null"),
             ({"normalize": 1, "rstd": 0}, "a pointer is null"),
             ({"packed": 8200}, "packed must lie on 16 bytes"),
@@ -142,9 +143,11 @@ class TestErrors:
             ({"packed_channels": 12}, "packed_channels must be a multiple of 16"),
             ({"packed_type": 3}, "element types must be 0"),
             ({"rows": -1}, "rows must not be negative"),
-            ({"rows_per_tile": 12}, "rows_per_tile must be a multiple of 8"),
-            ({"rows_per_tile": 256, "content_channels": 64, "channels": 64, "packed_channels": 64}, "at most 12288 elements"),
-            ({"rows": 2**40}, "must be below 2\\^31"),
+            ({"rows_per_tile": 6}, "rows_per_tile must be a multiple of 8, of 4 with float32"),
+            ({"rows_per_tile": 12, "content_type": 2}, "rows_per_tile must be a multiple of 8, of 4 with float32"),
+            ({"rows_per_tile": 256, "content_channels": 64, "channels": 64, "packed_channels": 64}, "at most 8192 elements"),
+            ({"blocks": 0}, "blocks must be positive"),
+            ({"rows": 2**40}, "must be below 2\\^30"),
             ({"rstd": 0}, "a pointer is null"),
             ({"dcontent": 16388}, "must lie on 16 bytes"),
         ],

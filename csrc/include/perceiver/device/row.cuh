@@ -55,11 +55,14 @@ struct Row {
   }
 
   // Subtracts the mean, returns rstd = 1 / sqrt(variance + eps). Two passes: rows far from zero stay exact.
-  __device__ __forceinline__ float centre(int left, float inverse_channels, float eps) {
+  // The mean is what a division would give: of rows of one value, which rstd multiplies by 1 / sqrt(eps), nothing is left.
+  __device__ __forceinline__ float centre(int left, float channels, float inverse_channels, float eps) {
     float sum = value[0][0] + value[0][1];
 #pragma unroll
     for (int step = 1; step < Shape::kSteps; ++step) sum += value[step][0] + value[step][1];
-    const float mean = group_sum(sum) * inverse_channels;
+    sum = group_sum(sum);
+    float mean = sum * inverse_channels;
+    mean = fmaf(fmaf(-mean, channels, sum), inverse_channels, mean);
     float squares[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) {

@@ -14,6 +14,13 @@
 
 namespace perceiver {
 
+// Bytes of device memory that start on 16 bytes, and where in a slot they go, a multiple of 16.
+struct Run {
+  const unsigned char* source;
+  int bytes;
+  int offset;
+};
+
 template <int kSlots>
 class TilePipeline {
  public:
@@ -48,38 +55,48 @@ class TilePipeline {
 #endif
   }
 
-  // Starts copying `bytes` bytes from `source`, which lies on 16 bytes, into the slot of `turn`.
-  __device__ void fetch(uint32_t turn, const unsigned char* source, int bytes) {
+  // Starts copying the runs into the slot of `turn`.
+  template <int kRuns>
+  __device__ void fetch(uint32_t turn, const Run (&runs)[kRuns]) {
     unsigned char* sSlot = slot(turn);
-    const int vector_bytes = bytes & ~15;
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
       const uint32_t barrier = shared_address(&sBarriers[turn % kSlots]);
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(vector_bytes)
-                   : "memory");
-      if (vector_bytes > 0) {
+      int all_bytes = 0;
+#pragma unroll
+      for (const Run& run : runs) all_bytes += run.bytes & ~15;
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(all_bytes) : "memory");
+#pragma unroll
+      for (const Run& run : runs) {
+        if (run.bytes < 16) continue;
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                shared_address(sSlot)),
-            "l"(source), "r"(vector_bytes), "r"(barrier)
+                shared_address(sSlot + run.offset)),
+            "l"(run.source), "r"(run.bytes & ~15), "r"(barrier)
             : "memory");
       }
     }
 #else
-    for (int offset = threadIdx.x * 16; offset < vector_bytes; offset += blockDim.x * 16) {
-      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(sSlot + offset)),
-                   "l"(source + offset)
-                   : "memory");
+#pragma unroll
+    for (const Run& run : runs) {
+      for (int offset = threadIdx.x * 16; offset < (run.bytes & ~15); offset += blockDim.x * 16) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(sSlot + run.offset + offset)),
+                     "l"(run.source + offset)
+                     : "memory");
+      }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     // A run may end within 16 bytes: those are copied singly, so that nothing past the end is read.
-    const int tail_offset = vector_bytes + static_cast<int>(threadIdx.x);
-    if (tail_offset < bytes) {
-      sSlot[tail_offset] = source[tail_offset];
+#pragma unroll
+    for (const Run& run : runs) {
+      const int tail = (run.bytes & ~15) + static_cast<int>(threadIdx.x);
+      if (tail < run.bytes) {
+        sSlot[run.offset + tail] = run.source[tail];
 #if __CUDA_ARCH__ >= 900
-      fence_against_bulk_copies();
+        fence_against_bulk_copies();
 #endif
+      }
     }
   }
 
