@@ -141,9 +141,7 @@ class TestPack:
                 tiles = pack.plan_tiles(batch, tokens, channels, itemsize, 4 * -(-channels // 16) * 16, flat, device)
                 assert tiles.rows_per_tile * channels * itemsize % 16 == 0
                 assert tiles.shared_bytes <= device.smem_bytes
-                assert (
-                    1 <= tiles.blocks <= min(4 * device.sm_count, batch * -(-tokens // tiles.rows_per_tile))
-                )
+                assert 1 <= tiles.blocks <= min(4 * device.sm_count, batch * -(-tokens // tiles.rows_per_tile))
 
     @pytest.mark.parametrize(("device", "itemsize"), list(itertools.product([H200, A100], [2, 4])))
     def test_every_width_of_the_backward_fits(self, device, itemsize):
