@@ -77,14 +77,15 @@ gpu-test: gpu-build
 gpu-bench: gpu-build
 	$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
 
-# initcheck has to see every kernel, the others ours alone: torch's, of the expected results, take minutes.
+# The four tools at once, each of which has its say when it is done.
 gpu-sanitize: gpu-build
-	@for tool in memcheck racecheck initcheck synccheck; do \
-	  echo "== $$tool"; \
-	  test $$tool = initcheck && of= || of="--kernel-name kns=perceiver"; \
-	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $$of --error-exitcode 1 \
-	    $(PYTHON) tests/backends/cuda/sanitized.py || exit 1; \
-	done
+	@$(MAKE) --no-print-directory --jobs 4 --output-sync $(addprefix sanitize-,memcheck racecheck initcheck synccheck)
+
+# initcheck has to see every kernel, the others ours alone: torch's, of the expected results, take minutes.
+sanitize-%:
+	@echo "== $*"
+	@PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 1 \
+	  $(if $(filter initcheck,$*),,--kernel-name kns=perceiver) $(PYTHON) tests/backends/cuda/sanitized.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
