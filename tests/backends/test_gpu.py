@@ -15,7 +15,7 @@ from perceiver_kernels import reference
 from perceiver_kernels.dispatch import load
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import shared_kv as op
-from perceiver_kernels.problem import SharedKVProblem
+from perceiver_kernels.problem import SharedKVProblem, pad_channels
 from perceiver_kernels.testing import ENCODE, EncodeCase, assert_as_accurate, runs_that_differ, same_bits
 from perceiver_kernels.testing.targets import Target, only
 
@@ -157,13 +157,16 @@ def test_many_forwards_give_the_same_bits(target: Target, C: int) -> None:
 @pytest.mark.parametrize("C", [40, 261, 700])
 def test_many_packs_give_the_same_bits(target: Target, C: int) -> None:
     content = torch.randn(2, 6000, C, device="cuda", dtype=target.dtype)
-    options = {"normalize": True, "eps": 1e-5, "dtype": target.dtype}
+    dpacked = torch.randn(2, 6000, pad_channels(C), device="cuda", dtype=target.dtype)
+    options, module = {"normalize": True, "dtype": target.dtype}, load("pack_inputs", target.backend)
 
     def run() -> list[Tensor]:
-        return list(load("pack_inputs", target.backend).pack_inputs_forward(content, None, None, None, **options))
+        packed, rstd = module.pack_inputs_forward(content, None, None, None, eps=1e-5, **options)
+        dcontent = module.pack_inputs_backward(dpacked, packed, rstd, content_channels=C, channels=C, **options)
+        return [packed, rstd, dcontent]
 
     _, different = runs_that_differ(run, RUNS[target.backend])
-    assert different == [0, 0], "packed and rstd differed in so many runs"
+    assert different == [0, 0, 0], "packed, rstd and dcontent differed in so many runs"
 
 
 @pytest.mark.parametrize("C", [64, 128, 250, 261, 322])
