@@ -108,6 +108,8 @@ def leaves_backward(sizes: tuple[int, ...]) -> str | None:
     block_q = BACKWARD_BLOCK_Q[d_qk]
     if block_q * math.ceil(Lq / block_q) > 1.25 * Lq:
         return f"{Lq} queries leave more than a fifth of their blocks of {block_q} empty"
+    if Lq <= block_q:
+        return f"{Lq} queries, one block, were not measured against triton"
     tiles = B * H * math.ceil(Lk / BACKWARD_BLOCK_KV)
     if Lq > 16 * Lk:
         if Lk > 2 * BACKWARD_BLOCK_KV or B * H * Lq < 1 << 19:

@@ -379,6 +379,7 @@ class TestAttention:
             ((4, 8, 512, 50176, 64, 64), None),
             ((32, 8, 512, 512, 96, 96), "heads of 96 and 96 channels were not measured"),
             ((8, 16, 64, 16384, 64, 64), "64 queries leave more than a fifth"),
+            ((8, 16, 128, 8192, 64, 64), "one block, were not measured"),
             ((8, 8, 4096, 256, 64, 64), None),
             ((1, 8, 2**20, 256, 64, 64), None),
             ((1, 4, 2**19, 256, 128, 128), None),
