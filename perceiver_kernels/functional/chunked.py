@@ -145,12 +145,15 @@ def check_source(source: InputArray) -> None:
             raise ValueError(f"chunk_size needs {name} without gradient: {what} are trained on whole inputs")
 
 
-def pack_problem(source: InputArray, settings: ChunkSettings, device: torch.device) -> PackProblem:
-    """What packing a chunk on ``device`` asks of a backend."""
-    part = source.slice(0, 0, device=device, dtype=float_dtype(source, settings.dtype))
-    return PackProblem.of(
+def pack_problem(
+    source: InputArray, settings: ChunkSettings, device: torch.device, tokens: int = 0
+) -> tuple[PackProblem, TokenSlice]:
+    """What packing a chunk on ``device`` asks of a backend, and the first ``tokens`` of it."""
+    part = source.slice(0, tokens, device=device, dtype=float_dtype(source, settings.dtype))
+    problem = PackProblem.of(
         part.content, part.positions, part.fourier, part.key_mask, None, settings.normalize, settings.dtype
     )
+    return problem, part
 
 
 def chunked_attention(
@@ -160,7 +163,7 @@ def chunked_attention(
 
     Gradients reach q and, where it requires one, ``source.content``.
     """
-    packing = pack_problem(source, settings, q.device)
+    packing, _ = pack_problem(source, settings, q.device)
     attending = SharedKVProblem.of(q, q[:, :0], None, None, settings.scale, settings.dropout_p, needs_lse=True)
     run = _Run(source, settings, select_passes(packing, backend), select_passes(attending, backend))
     return _Chunked.apply(q, source.content, dropout_seed(settings.dropout_p, q.device), run)

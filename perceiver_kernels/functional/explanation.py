@@ -32,7 +32,8 @@ from perceiver_kernels.functional.packing import resolve as resolve_packing
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.layouts import used_strides
 from perceiver_kernels.masks import Masks, check_starts
-from perceiver_kernels.problem import MAX_CHANNELS, AttentionProblem, PackProblem, Problem, SharedKVProblem, pad_channels
+from perceiver_kernels.ops.pack import choice_sizes
+from perceiver_kernels.problem import MAX_CHANNELS, AttentionProblem, Problem, SharedKVProblem, pad_channels
 
 
 @dataclass(frozen=True)
@@ -66,24 +67,20 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _choice_sizes(problem: Problem, is_run: bool) -> tuple[int, ...] | None:
-    """The sizes of a call between which kernels of two backends are chosen; None where there is no such choice.
-
-    ``is_run`` says of what is packed whether its rows are contiguous.
-    """
+def _choice_sizes(problem: Problem) -> tuple[int, ...] | None:
+    """The sizes of a call between which kernels of two backends are chosen; None where there is no such choice."""
     if isinstance(problem, SharedKVProblem):
         return problem.B, problem.R, problem.M, pad_channels(problem.C)
     if isinstance(problem, AttentionProblem):
         return problem.B, problem.H, problem.Lq, problem.Lk, problem.d_qk, problem.d_v
-    if isinstance(problem, PackProblem):
-        return problem.B * problem.M, problem.C, problem.content_dtype.itemsize, int(is_run and problem.C_positions == 0)
     return None
 
 
 def _explain(
-    problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None, is_run: bool = True
-) -> Explanation:
-    """``plan`` is that of Triton's kernels; modules that plan otherwise say how themselves."""
+    problem: Problem, cost: Cost, device: torch.device, backend: str | None, plan: Any = None,
+    sizes: tuple[int, ...] | None = None,
+) -> Explanation:  # fmt: skip
+    """``plan`` is that of Triton's kernels, modules that plan otherwise say how themselves; ``sizes`` are those of a pack."""
     refused: dict[str, list[str]] = {}
     chosen = None
     for name in candidates(problem.OP, backend):
@@ -93,7 +90,7 @@ def _explain(
             del refused[name]
             break
     facts, backward = device_facts(device), None
-    if chosen is not None and (sizes := _choice_sizes(problem, is_run)) is not None:
+    if chosen is not None and (sizes := sizes or _choice_sizes(problem)) is not None:
         forward, backward = select_passes(problem, backend)
         chosen = serving(problem.OP, forward, sizes)
         for name in forward.split(","):
@@ -127,7 +124,8 @@ def _explain_pack(*, backend: str | None, **arguments: Any) -> Explanation:
     problem, content = packing.problem, packing.part.content
     if is_packed_already(content, problem):
         return Explanation(problem.OP, problem, None, {}, "a view of the content", 0.0, 0.0, 0.0)
-    return _explain(problem, problem_pack_cost(problem), content.device, backend, is_run=content.is_contiguous())
+    sizes = choice_sizes(content, packing.part.positions, packing.part.fourier)
+    return _explain(problem, problem_pack_cost(problem), content.device, backend, sizes=sizes)
 
 
 def _explain_attention_problem(p: AttentionProblem, device: torch.device, backend: str | None) -> Explanation:
@@ -157,8 +155,9 @@ def _explain_cross_attention(*, backend: str | None, **arguments: Any) -> Explan
     parts = []
     if call.chunks is not None:
         assert isinstance(source, InputArray)
-        problem = chunked.pack_problem(source, call.chunks, device).with_sizes(M=p.M)
-        parts.append(_explain(problem, problem_pack_cost(problem), device, backend))
+        problem, part = chunked.pack_problem(source, call.chunks, device, min(call.chunks.chunk_size, p.M))
+        problem, sizes = problem.with_sizes(M=p.M), choice_sizes(part.content, part.positions, part.fourier)
+        parts.append(_explain(problem, problem_pack_cost(problem), device, backend, sizes=sizes))
     elif isinstance(source, InputArray):
         whole, normalize, eps = cross_attention.on_device(source, device), arguments["normalize"], arguments["eps"]
         parts.append(_explain_pack(backend=backend, content=whole, normalize=normalize, eps=eps, dtype=p.dtype))

@@ -19,13 +19,18 @@ def _channels(content: Tensor, positions: Tensor | None, fourier: Tensor | None)
     return content.shape[2] + (positions if fourier is None else fourier).shape[-1]
 
 
+def choice_sizes(content: Tensor, positions: Tensor | None, fourier: Tensor | None) -> tuple[int, ...]:
+    """What kernels of two backends are chosen by: rows, channels, bytes of one, 1 where content is packed alone, one run."""
+    rows, run = content.shape[0] * content.shape[1], positions is None and content.is_contiguous()
+    return rows, _channels(content, positions, fourier), content.element_size(), int(run)
+
+
 def _pack_forward(
     content: Tensor, positions: Tensor | None, fourier: Tensor | None, key_mask: Tensor | None, normalize: bool, eps: float,
     dtype: torch.dtype, backend: str, constants: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = positions is None and content.is_contiguous()
-    sizes = content.shape[0] * content.shape[1], _channels(content, positions, fourier), content.element_size(), int(run)
-    return load("pack_inputs", serving("pack_inputs", backend, sizes)).pack_inputs_forward(
+    serves = serving("pack_inputs", backend, choice_sizes(content, positions, fourier))
+    return load("pack_inputs", serves).pack_inputs_forward(
         content, positions, fourier, key_mask, normalize=normalize, eps=eps, dtype=dtype, constants=constants
     )
 

@@ -342,3 +342,13 @@ def test_bytes_are_normalised_before_they_are_rounded(target: Target) -> None:
     packed, expected = (pk.pack_inputs(inputs, **options).data for inputs in (raw, floats))
     # The two lie differently in memory, and sums in another order differ by 1e-7 / std(x) = 1e-4.
     torch.testing.assert_close(packed, expected, rtol=torch.finfo(target.dtype).eps, atol=1e-3)
+
+
+def test_what_the_automatic_choice_looks_at() -> None:
+    """Chunks of several entries have gaps between them; channels are counted with those of positions."""
+    content, positions = torch.zeros(2, 8, 5), torch.zeros(8, 2)
+    assert op.choice_sizes(content, None, None) == (16, 5, 4, 1)
+    assert op.choice_sizes(content[:, :4], None, None) == (8, 5, 4, 0)
+    assert op.choice_sizes(content[:1, :4], None, None) == (4, 5, 4, 1)
+    assert op.choice_sizes(content.half(), positions, None) == (16, 7, 2, 0)
+    assert op.choice_sizes(content, positions, FOURIER.table()) == (16, 5 + FOURIER.table().shape[-1], 4, 0)
