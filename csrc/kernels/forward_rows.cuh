@@ -109,8 +109,8 @@ __device__ __forceinline__ void finish_totals(Rows& rows, float (&inverse)[2], f
     float& total = rows.total[half];
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
-    inverse[half] = total == 0.0f ? 0.0f : 1.0f / total;
-    lse[half] = (rows.maximum[half] + log2f(total)) * kLn2;
+    inverse[half] = total == 0.0f ? 0.0f : reciprocal_approx(total);
+    lse[half] = (rows.maximum[half] + log2_approx(total)) * kLn2;
   }
 }
 

@@ -90,6 +90,20 @@ __device__ __forceinline__ float2 unpacked_pair<__nv_bfloat16>(uint32_t pair) {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
+// log2 x with an absolute error of 2^-22, of normal numbers.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x to 1 ulp, of normal numbers.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x to 2 ulp, 0 below the normal numbers.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
