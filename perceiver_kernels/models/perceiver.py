@@ -17,8 +17,8 @@ from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock, Linear
 from perceiver_kernels.nn.attention import Method
-from perceiver_kernels.nn.blocks import GELU
-from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_widths
+from perceiver_kernels.nn.checks import check_array, check_choice, check_count, check_input_dim, check_widths
+from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.problem import check_eps, check_probability
 
 
@@ -39,7 +39,7 @@ class PerceiverConfig:
         weight_sharing: "v2", all blocks share weights; "v1", all but the first; "none". With either of the first two,
             all cross-attends but the first share weights too.
         cross_widening_factor, latent_widening_factor: of the feed-forward layers.
-        gelu: "exact" or "tanh", see ``nn.FeedForward``.
+        activation: of the feed-forward layers, see ``nn.FeedForward``.
         attention_dropout, dropout: of the attention weights and of the feed-forward layers.
         head_norm: LayerNorm between the mean over the latents and the linear layer of the head.
         eps: of every LayerNorm.
@@ -65,7 +65,7 @@ class PerceiverConfig:
     weight_sharing: Literal["v1", "v2", "none"] = "v2"
     cross_widening_factor: int = 1
     latent_widening_factor: int = 1
-    gelu: GELU = "exact"
+    activation: Activation = "gelu"
     attention_dropout: float = 0.0
     dropout: float = 0.0
     head_norm: bool = False
@@ -81,14 +81,9 @@ class PerceiverConfig:
             check_count(name, getattr(self, name))
         for name in ("num_blocks", "layers_per_block"):
             check_count(name, getattr(self, name), 0)
-        for name, choices in (
-            ("cross_attends", ("interleaved", "start")),
-            ("weight_sharing", ("v1", "v2", "none")),
-            ("gelu", ("exact", "tanh")),
-        ):
-            if getattr(self, name) not in choices:
-                names = ", ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        check_choice("cross_attends", self.cross_attends, ("interleaved", "start"))
+        check_choice("weight_sharing", self.weight_sharing, ("v1", "v2", "none"))
+        check_activation(self.activation)
         if self.cross_attends == "interleaved" and self.num_cross_attends > max(self.num_blocks, 1):
             raise ValueError(
                 f"num_cross_attends must be at most num_blocks={self.num_blocks} when interleaved, got "
@@ -158,7 +153,7 @@ class Perceiver(nn.Module):
         self.schedule = config.schedule()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
-            "gelu": config.gelu, "attention_dropout": config.attention_dropout, "dropout": config.dropout,
+            "activation": config.activation, "attention_dropout": config.attention_dropout, "dropout": config.dropout,
             "eps": config.eps, **where,
         }  # fmt: skip
         self.latents = nn.Parameter(torch.empty(1, config.num_latents, config.latent_dim, **where))

@@ -1,20 +1,25 @@
-"""Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, feed-forward,
-blocks of them, and torch's multi-head attention."""
+"""Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, attention over a
+context and the sequence itself, feed-forward, blocks of them, and torch's multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
-from perceiver_kernels.nn.blocks import CrossBlock, FeedForward, LatentBlock
+from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock
+from perceiver_kernels.nn.feed_forward import FeedForward
+from perceiver_kernels.nn.joint_attention import JointAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
 from perceiver_kernels.nn.positions import LearnedPositions
+from perceiver_kernels.nn.rotary import Rotary
 
 __all__ = [
     "CrossAttention",
     "CrossBlock",
     "FeedForward",
+    "JointAttention",
     "LatentBlock",
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
     "OutputCrossAttention",
+    "Rotary",
     "SelfAttention",
 ]

@@ -16,6 +16,8 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
+from perceiver_kernels.nn.norms import NormKind, make_norm
+from perceiver_kernels.nn.rotary import Rotary
 from perceiver_kernels.problem import check_eps, check_probability, pad_channels
 
 
@@ -221,12 +223,14 @@ class SelfAttention(nn.Module):
         num_heads: H.
         qk_channels: H * d_qk; ``dim`` when None.
         v_channels: H * d_v; ``qk_channels`` when None.
+        causal: token i reads tokens 0..i.
         bias: bias of the query, key and value projection, which is one matrix of rows [q | k | v].
         out_bias: bias of the output projection.
-        norm: LayerNorm on the sequence.
+        norm: "layer", "rms" or None, the norm on the sequence.
+        qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
-        eps: of the LayerNorm.
+        eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1; Attention Is All You Need, arXiv 1706.03762.
     """
@@ -238,9 +242,11 @@ class SelfAttention(nn.Module):
         *,
         qk_channels: int | None = None,
         v_channels: int | None = None,
+        causal: bool = False,
         bias: bool = True,
         out_bias: bool = True,
-        norm: bool = True,
+        norm: NormKind | None = "layer",
+        qk_norm: NormKind | None = None,
         residual: bool = True,
         dropout: float = 0.0,
         eps: float = 1e-5,
@@ -255,31 +261,37 @@ class SelfAttention(nn.Module):
         check_probability("dropout", dropout)
         check_eps(eps)
         self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
-        self.qk_channels, self.v_channels = qk_channels, v_channels
+        self.qk_channels, self.v_channels, self.causal = qk_channels, v_channels, causal
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, eps, **where) if norm else None
+        self.norm = make_norm(norm, dim, eps, **where)
+        self.norm_query = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
+        self.norm_key = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
         self.qkv_proj = Linear(dim, 2 * qk_channels + v_channels, bias, **where)
         self.out_proj = Linear(v_channels, dim, out_bias, **where)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         """Attend over a sequence.
 
         Args:
             x: [B, N, D].
             key_mask: bool [B, N], True where a token may be read.
+            rotary: positions of the N tokens.
 
         Returns:
             [B, N, D].
         """
         check_sequence("x", x, "B, N, D", self.dim, self.qkv_proj.weight)
         qkv = self.qkv_proj(x if self.norm is None else self.norm(x))
-        query, key, value = qkv.split((self.qk_channels, self.qk_channels, self.v_channels), dim=-1)
+        parts = qkv.split((self.qk_channels, self.qk_channels, self.v_channels), dim=-1)
+        query, key, value = (split_heads(part, self.num_heads) for part in parts)
+        if self.norm_query is not None and self.norm_key is not None:
+            query, key = self.norm_query(query), self.norm_key(key)
+        if rotary is not None:
+            if rotary.length != x.shape[1]:
+                raise ValueError(f"rotary must hold the positions of N={x.shape[1]} tokens, got {rotary.length}")
+            query, key = rotary.turn(query, 0), rotary.turn(key, 0)
         attended = functional.attention(
-            split_heads(query, self.num_heads),
-            split_heads(key, self.num_heads),
-            split_heads(value, self.num_heads),
-            key_mask=key_mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            query, key, value, key_mask=key_mask, is_causal=self.causal, dropout_p=self.dropout if self.training else 0.0
         )
         out = self.out_proj(merge_heads(attended))
         return x + out if self.residual else out
@@ -290,4 +302,4 @@ class SelfAttention(nn.Module):
         return 4 * batch * N * self.dim * (d_k + d_v) + 2 * batch * N * N * (d_k + d_v)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, residual={self.residual}, dropout={self.dropout}"
+        return f"num_heads={self.num_heads}, causal={self.causal}, residual={self.residual}, dropout={self.dropout}"

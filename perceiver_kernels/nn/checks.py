@@ -17,6 +17,11 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_input_dim(input_dim: int) -> None:
     """What no call could read is refused before there are weights for it."""
     check_count("input_dim", input_dim)

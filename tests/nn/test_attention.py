@@ -345,7 +345,7 @@ def test_layers_name_no_backend() -> None:
 
 
 def test_self_attention_equals_torch_multihead_attention() -> None:
-    ours = randomised(SelfAttention(D, 3, norm=False, residual=False))
+    ours = randomised(SelfAttention(D, 3, norm=None, residual=False))
     torchs = nn.MultiheadAttention(D, 3, batch_first=True)
     torchs.in_proj_weight, torchs.in_proj_bias = ours.qkv_proj.weight, ours.qkv_proj.bias
     torchs.out_proj.weight, torchs.out_proj.bias = ours.out_proj.weight, ours.out_proj.bias

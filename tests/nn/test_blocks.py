@@ -57,20 +57,39 @@ def test_latent_block_equals_torch_encoder_layer(widening_factor: int, masked: b
         torch.testing.assert_close(a, o)
 
 
-@pytest.mark.parametrize("gelu", ["exact", "tanh"])
-@pytest.mark.parametrize("norm", [False, True])
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+WRITTEN = {
+    "gelu": gelu,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "squared_relu": lambda x: torch.where(x > 0, x, 0.0) ** 2,
+    "geglu": lambda x: x[..., : x.shape[-1] // 2] * gelu(x[..., x.shape[-1] // 2 :]),
+    "swiglu": lambda x: x[..., : x.shape[-1] // 2] * x[..., x.shape[-1] // 2 :] * torch.sigmoid(x[..., x.shape[-1] // 2 :]),
+}
+
+
+@pytest.mark.parametrize("activation", list(WRITTEN))
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_feed_forward_as_written(gelu: str, norm: bool, residual: bool) -> None:
-    layer = randomised(FeedForward(D, 3, gelu=gelu, norm=norm, residual=residual)).double()
+def test_feed_forward_as_written(activation: str, norm: str | None, residual: bool) -> None:
+    bias = not residual
+    layer = randomised(FeedForward(D, 3, activation=activation, norm=norm, residual=residual, bias=bias)).double()
     x = torch.randn(B, N, D, dtype=torch.float64)
-    y = F.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias) if norm else x
-    hidden = y @ layer.up_proj.weight.T + layer.up_proj.bias
-    if gelu == "exact":
-        active = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    else:
-        active = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-    expected = active @ layer.down_proj.weight.T + layer.down_proj.bias + (x if residual else 0)
+    y = x
+    if norm == "layer":
+        y = F.layer_norm(x, (D,), layer.norm.weight, layer.norm.bias)
+    elif norm == "rms":
+        y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight
+    active = WRITTEN[activation](y @ layer.up_proj.weight.T + (layer.up_proj.bias if bias else 0))
+    expected = active @ layer.down_proj.weight.T + (layer.down_proj.bias if bias else 0) + (x if residual else 0)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert active.shape[-1] == 3 * D
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == layer.flops(B, N)
 
 
 def test_feed_forward_dropout_spares_the_residual() -> None:
@@ -85,12 +104,12 @@ def test_feed_forward_dropout_spares_the_residual() -> None:
 
 
 def test_cross_block_is_attention_then_feed_forward() -> None:
-    block = randomised(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, gelu="tanh"))
+    block = randomised(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, activation="gelu_tanh"))
     latents, inputs = torch.randn(1, N, D), torch.randn(B, M, C)
     lengths = torch.tensor([M, 4], dtype=torch.int32)
     read = block.attention(latents, inputs, lengths=lengths)
     assert torch.equal(block(latents, inputs, lengths=lengths), block.feed_forward(read))
-    assert block.feed_forward.hidden_dim == 2 * D and block.feed_forward.gelu == "tanh"
+    assert block.feed_forward.hidden_dim == 2 * D and block.feed_forward.activation == "gelu_tanh"
 
 
 def test_cross_block_without_residual_forgets_the_latents() -> None:
@@ -171,7 +190,9 @@ def test_learned_positions_start_as_the_latents_do() -> None:
     ("build", "message"),
     [
         (lambda: FeedForward(D, 0), "widening_factor must be at least 1, got 0"),
-        (lambda: FeedForward(D, gelu="fast"), 'gelu must be "exact" or "tanh", got \'fast\''),
+        (lambda: FeedForward(D, activation="fast"), "activation must be one of 'gelu', .*'swiglu', got 'fast'"),
+        (lambda: FeedForward(D, norm="batch"), "norm must be one of 'layer', 'rms', got 'batch'"),
+        (lambda: FeedForward(D, hidden_dim=0), "hidden_dim must be at least 1, got 0"),
         (lambda: FeedForward(D, dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
         (lambda: LatentBlock(D, 3), "qk_channels must be a positive multiple of num_heads=3, got 16"),
         (lambda: LearnedPositions(0, 4), "length must be at least 1, got 0"),

@@ -1,0 +1,122 @@
+"""State dicts of other libraries' models as ours and back, by rules that say which of their tensors one of ours is.
+
+A rule works in both directions, so a model that was read can be written: ``to_ours(rules, theirs)`` and
+``to_theirs(rules, ours)`` are each other's inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of ours is one of theirs, or several of theirs one after the other.
+
+    Args:
+        ours: its name in our state dict; empty for a tensor of theirs that we do not keep.
+        theirs: names in their state dict, in the order in which their rows follow each other in ours.
+        sizes: rows of each, where there are several.
+        read, write: their tensors as they stand in ours, and back: inverse functions, the same for all of ``theirs``.
+        value: gives what we do not keep, when it is written (a buffer that follows from the sizes).
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    read: Callable[[Tensor], Tensor] | None = None
+    write: Callable[[Tensor], Tensor] | None = None
+    value: Callable[[], Tensor] | None = None
+
+
+def renamed(ours: str, theirs: str, *kinds: str) -> list[Rule]:
+    """``ours.kind`` is ``theirs.kind`` for every kind; without kinds, ``ours`` is ``theirs``."""
+    return [Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in kinds] or [Rule(ours, (theirs,))]
+
+
+def affine(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """A linear layer, LayerNorm or convolution."""
+    return renamed(ours, theirs, *(("weight", "bias") if bias else ("weight",)))
+
+
+def stacked(ours: str, theirs: Sequence[str], sizes: Sequence[int], bias: bool = True) -> list[Rule]:
+    """A linear layer of ours whose rows are several of theirs, with ``sizes`` rows each."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), tuple(sizes)) for kind in kinds]
+
+
+def under(ours: str, theirs: str, rules: Iterable[Rule]) -> list[Rule]:
+    """The rules of a part, which lies at prefixes ``ours`` and ``theirs`` (each with its dot, or empty)."""
+    moved = []
+    for rule in rules:
+        names = tuple(theirs + name for name in rule.theirs)
+        moved.append(Rule(rule.ours and ours + rule.ours, names, rule.sizes, rule.read, rule.write, rule.value))
+    return moved
+
+
+def _complain(what: str, lacking: Iterable[str], besides: Iterable[str], wrong: Iterable[str] = ()) -> None:
+    lines = [f"  {title}: {', '.join(names)}" for title, names in (
+        ("it lacks", sorted(lacking)), ("it has besides", sorted(besides)), ("of wrong shape", sorted(wrong)),
+    ) if names]  # fmt: skip
+    if lines:
+        raise ValueError("\n".join((f"{what} does not fit the model", *lines)))
+
+
+def to_ours(rules: Sequence[Rule], theirs: State) -> dict[str, Tensor]:
+    """Their state dict as ours; a tensor of one of theirs is theirs, not a copy.
+
+    Raises:
+        ValueError: it lacks names, has others, or rows that do not follow each other; the message lists all of them.
+    """
+    known = {name for rule in rules for name in rule.theirs}
+    needed = {name for rule in rules if rule.ours for name in rule.theirs}
+    wrong = [
+        f"{name} {tuple(theirs[name].shape)} instead of {size} rows"
+        for rule in rules
+        for name, size in zip(rule.theirs, rule.sizes, strict=False)
+        if name in theirs and theirs[name].shape[:1] != (size,)
+    ]
+    _complain("the state dict", needed - theirs.keys(), theirs.keys() - known, wrong)
+    result = {}
+    for rule in rules:
+        if not rule.ours:
+            continue
+        parts = [theirs[name] if rule.read is None else rule.read(theirs[name]) for name in rule.theirs]
+        result[rule.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return result
+
+
+def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
+    """Our state dict as theirs.
+
+    Raises:
+        ValueError: it lacks names, or has others; the message lists all of them.
+    """
+    known = {rule.ours for rule in rules if rule.ours}
+    _complain("the state dict", known - ours.keys(), ours.keys() - known)
+    result = {}
+    for rule in rules:
+        if rule.ours:
+            whole = ours[rule.ours]
+            parts = whole.split(rule.sizes) if rule.sizes else (whole,)
+            written = [part if rule.write is None else rule.write(part) for part in parts]
+            result.update(zip(rule.theirs, written, strict=True))
+        elif rule.value is not None:
+            result.update((name, rule.value()) for name in rule.theirs)
+    return result
+
+
+def check_shapes(state: State, model_state: State) -> None:
+    """Raise unless ``state`` has the names and shapes of ``model_state``; the message lists all that differ."""
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in model_state.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    _complain("the state dict", model_state.keys() - state.keys(), state.keys() - model_state.keys(), wrong)

@@ -1,0 +1,113 @@
+"""The feed-forward layer and its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver_kernels.nn.attention import Linear
+from perceiver_kernels.nn.checks import check_choice, check_count, check_sequence
+from perceiver_kernels.nn.norms import NormKind, make_norm
+from perceiver_kernels.problem import check_eps, check_probability
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "geglu", "swiglu"]
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# The activation, and whether the hidden layer has a second half that it weighs the first with.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "gelu": (F.gelu, False),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),
+    "relu": (F.relu, False),
+    "squared_relu": (_squared_relu, False),
+    "geglu": (F.gelu, True),
+    "swiglu": (F.silu, True),
+}
+
+
+def check_activation(activation: object) -> None:
+    check_choice("activation", activation, tuple(_ACTIVATIONS))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, applied to every token.
+
+        out = W_2 act(W_1 norm(x) + b_1) + b_2  (+ x, when ``residual``)
+
+    A gated activation has W_1 x = [h | g], halves side by side, and act is h a(g).
+
+    Args:
+        dim: D, channels of the sequence.
+        widening_factor: the hidden layer has ``widening_factor * dim`` channels, twice as many before a gate.
+        activation: "gelu" (x Phi(x), as transformers computes it), "gelu_tanh" (its approximation, as DeepMind's code does),
+            "relu", "squared_relu" (Perceiver AR), or gated: "geglu" (a = gelu) and "swiglu" (a = silu).
+        bias: biases of both linear layers.
+        dropout: probability of dropping a channel of the result before the residual, in training.
+        norm: "layer", "rms" or None, the norm on the sequence.
+        residual: add the sequence, as it came in, to the result.
+        hidden_dim: channels of the hidden layer, instead of ``widening_factor * dim``.
+        eps: of the norm.
+
+    Source: Perceiver, arXiv 2103.03206, section 3.1, whose models have widening factor 1; GLU Variants Improve Transformer,
+    arXiv 2002.05202; squared ReLU: Primer, arXiv 2109.08668.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        widening_factor: int = 1,
+        *,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        norm: NormKind | None = "layer",
+        residual: bool = True,
+        hidden_dim: int | None = None,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("dim", dim)
+        check_count("widening_factor", widening_factor)
+        check_activation(activation)
+        check_probability("dropout", dropout)
+        check_eps(eps)
+        if hidden_dim is not None:
+            check_count("hidden_dim", hidden_dim)
+        self.dim, self.hidden_dim = dim, widening_factor * dim if hidden_dim is None else hidden_dim
+        self.activation, self.dropout, self.residual = activation, dropout, residual
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = make_norm(norm, dim, eps, **where)
+        self.up_proj = Linear(dim, self.hidden_dim * (2 if _ACTIVATIONS[activation][1] else 1), bias, **where)
+        self.down_proj = Linear(self.hidden_dim, dim, bias, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        check_sequence("x", x, "B, N, D", self.dim, self.up_proj.weight)
+        hidden = self.up_proj(x if self.norm is None else self.norm(x))
+        activate, gated = _ACTIVATIONS[self.activation]
+        if gated:
+            value, gate = hidden.chunk(2, dim=-1)
+            hidden = value * activate(gate)
+        else:
+            hidden = activate(hidden)
+        out = self.down_proj(hidden)
+        if self.dropout:
+            out = F.dropout(out, self.dropout, self.training)
+        return x + out if self.residual else out
+
+    def flops(self, batch: int, N: int) -> int:
+        """FLOPs of the matrix products of one forward: 2BN D (D_up + D_hidden), D_up twice D_hidden before a gate."""
+        return 2 * batch * N * self.dim * (self.up_proj.out_features + self.hidden_dim)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, dropout={self.dropout}, residual={self.residual}"

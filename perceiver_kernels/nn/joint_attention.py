@@ -1,0 +1,149 @@
+"""The attention layer of resamplers and of Perceiver AR: a sequence reads a context and itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels import functional
+from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.nn.attention import Linear, merge_heads, split_heads
+from perceiver_kernels.nn.checks import check_count, check_sequence
+from perceiver_kernels.nn.norms import NormKind, make_norm
+from perceiver_kernels.nn.rotary import Rotary
+from perceiver_kernels.problem import check_eps, check_probability
+
+
+class JointAttention(nn.Module):
+    """Every token of a sequence reads a context and, after it, the sequence.
+
+        q = W_q norm(x)
+        [k | v] = W_kv [norm_context(context); norm(x)]
+        out = W_o softmax(q k^T / sqrt(d)) v  (+ x, when ``residual``)
+
+    Context and sequence are two segments of keys: nothing is concatenated.
+
+    Args:
+        dim: D, channels of the sequence and of the context.
+        num_heads: H.
+        head_dim: d; ``dim / num_heads`` when None.
+        num_kv_heads: heads of keys and values, a divisor of H; H when None.
+        causal: token i of the sequence reads the whole context and the sequence up to itself.
+        norm, norm_context: "layer", "rms" or None, the norms on the sequence and on the context.
+        qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
+        bias, out_bias: biases of the projections.
+        residual: add the sequence, as it came in, to the result.
+        dropout: probability of dropping an attention weight, in training.
+        eps: of all norms.
+
+    Source: Flamingo, arXiv 2204.14198, appendix A.1.1; Perceiver AR, arXiv 2202.07765, section 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
+        norm: NormKind | None = "layer",
+        norm_context: NormKind | None = "layer",
+        qk_norm: NormKind | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        residual: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("dim", dim)
+        check_count("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_count("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"dim must be a multiple of num_heads={num_heads} unless head_dim is given, got {dim}")
+            head_dim = dim // num_heads
+        check_count("head_dim", head_dim)
+        check_probability("dropout", dropout)
+        check_eps(eps)
+        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, num_kv_heads, head_dim
+        self.causal, self.residual, self.dropout = causal, residual, dropout
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = make_norm(norm, dim, eps, **where)
+        self.norm_context = make_norm(norm_context, dim, eps, **where)
+        self.norm_query = make_norm(qk_norm, head_dim, eps, **where)
+        self.norm_key = make_norm(qk_norm, head_dim, eps, **where)
+        self.q_proj = Linear(dim, num_heads * head_dim, bias, **where)
+        self.kv_proj = Linear(dim, 2 * num_kv_heads * head_dim, bias, **where)
+        self.out_proj = Linear(num_heads * head_dim, dim, out_bias, **where)
+
+    def forward(
+        self, x: Tensor, context: Tensor, context_mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        """Attend over context and sequence.
+
+        Args:
+            x: [B, N, D].
+            context: [B, M, D]; M may be 0.
+            context_mask: bool [B, M], True where a token of the context may be read.
+            rotary: positions of the M + N tokens, context first.
+
+        Returns:
+            [B, N, D].
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape, dtype or device, named.
+        """
+        check_sequence("x", x, "B, N, D", self.dim, self.q_proj.weight)
+        check_sequence("context", context, "B, M, D", self.dim, self.q_proj.weight)
+        B, N, M = x.shape[0], x.shape[1], context.shape[1]
+        if rotary is not None and rotary.length != M + N:
+            raise ValueError(f"rotary must hold the positions of M + N={M + N} tokens, got {rotary.length}")
+        normed = x if self.norm is None else self.norm(x)
+        query = split_heads(self.q_proj(normed), self.num_heads)
+        if self.norm_query is not None:
+            query = self.norm_query(query)
+        if rotary is not None:
+            query = rotary.turn(query, M)
+        key_own, value_own = self._keys_values(normed, M, rotary)
+        key_mask = None
+        if context_mask is not None:
+            check_tensor("context_mask", context_mask, f"[B, M] with B={B}, M={M}", (B, M), dtypes=(torch.bool,))
+            key_mask = torch.cat((context_mask, context_mask.new_ones(B, N)), 1)
+        keys: Any = key_own
+        values: Any = value_own
+        if M:
+            key, value = self._keys_values(context if self.norm_context is None else self.norm_context(context), 0, rotary)
+            keys, values = (key, key_own), (value, value_own)
+        attended = functional.attention(
+            query, keys, values, key_mask=key_mask, is_causal=self.causal, causal_alignment="bottom_right",
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.num_kv_heads != self.num_heads,
+        )  # fmt: skip
+        out = self.out_proj(merge_heads(attended))
+        return x + out if self.residual else out
+
+    def _keys_values(self, normed: Tensor, start: int, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H_kv, L, d] of tokens whose first is ``start`` of context and sequence together."""
+        key, value = (split_heads(part, self.num_kv_heads) for part in self.kv_proj(normed).chunk(2, dim=-1))
+        if self.norm_key is not None:
+            key = self.norm_key(key)
+        return key if rotary is None else rotary.turn(key, start), value
+
+    def flops(self, batch: int, N: int, M: int) -> int:
+        """FLOPs of the matrix products of one forward: 4BND Hd + 4B(M + N)D H_kv d + 4BN(M + N) Hd, all keys counted."""
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return 4 * batch * (N * self.dim * width + (M + N) * self.dim * kv_width + N * (M + N) * width)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, causal={self.causal}, "
+            f"residual={self.residual}, dropout={self.dropout}"
+        )
