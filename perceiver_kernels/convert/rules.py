@@ -83,7 +83,7 @@ def to_ours(rules: Sequence[Rule], theirs: State) -> dict[str, Tensor]:
         if name in theirs and theirs[name].shape[:1] != (size,)
     ]
     _complain("the state dict", needed - theirs.keys(), theirs.keys() - known, wrong)
-    result = {}
+    result: dict[str, Tensor] = {}
     for rule in rules:
         if not rule.ours:
             continue
@@ -100,7 +100,7 @@ def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
     """
     known = {rule.ours for rule in rules if rule.ours}
     _complain("the state dict", known - ours.keys(), ours.keys() - known)
-    result = {}
+    result: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours:
             whole = ours[rule.ours]
