@@ -104,6 +104,10 @@ class AttentionWorkload:
             return [textbook.attention(self.q, self.k, self.v, dtype)]
         return textbook.attention_gradients(self.q, self.k, self.v, self.dout, dtype)
 
+    def terms(self, which: str) -> dict[str, Tensor]:
+        """Return none: these gradients are judged as they are."""
+        return {}
+
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return an implementation's backend."""
         if implementation != OURS:

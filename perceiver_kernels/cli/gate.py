@@ -6,7 +6,7 @@ the output (testing/accuracy.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,16 +61,18 @@ class Gate:
             release()
             unjudged = Verdict({}, {}, "not judged: the specification ran out of memory")
             return dict.fromkeys(subjects, unjudged)
-        verdicts = {name: verdict(call(), eager, oracle, names) for name, call in subjects.items()}
+        terms = self.workload.terms(which)
+        verdicts = {name: verdict(call(), eager, oracle, names, terms) for name, call in subjects.items()}
         del oracle, eager
         release()
         return verdicts
 
 
 def verdict(
-    actual: Sequence[Tensor], eager: Sequence[Tensor], oracle: Sequence[Tensor], names: list[str]
-) -> Verdict:
-    """Judge the tensors of one result."""
+    actual: Sequence[Tensor], eager: Sequence[Tensor], oracle: Sequence[Tensor], names: list[str],
+    terms: Mapping[str, Tensor] | None = None,
+) -> Verdict:  # fmt: skip
+    """Judge the tensors of one result; ``terms`` of those that are sums which cancel, as testing/accuracy.py has it."""
     failure = None
     errors: dict[str, float] = {}
     eager_errors: dict[str, float] = {}
@@ -80,7 +82,7 @@ def verdict(
         errors[name], eager_errors[name] = relative_error(mine, truth), relative_error(textbook, truth)
         try:
             for my_part, textbook_part, true_part in _pieces(mine, textbook, truth):
-                assert_as_accurate(my_part, textbook_part, true_part, name)
+                assert_as_accurate(my_part, textbook_part, true_part, name, terms=(terms or {}).get(name))
         except (AssertionError, ValueError) as error:
             failure = failure or " ".join(str(error).split())
     return Verdict(errors, eager_errors, failure)

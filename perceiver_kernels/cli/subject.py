@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -69,6 +69,10 @@ class Subject(Protocol):
 
     def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
         """Return what a pass should give: the specification in fp64, the textbook in any other dtype."""
+        ...
+
+    def terms(self, which: str) -> Mapping[str, Tensor]:
+        """Return, of results that are sums which cancel, the sums of absolute values, once the specification is known."""
         ...
 
     def labels(self, which: str, implementation: str) -> dict[str, str]:

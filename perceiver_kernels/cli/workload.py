@@ -249,9 +249,18 @@ class Workload:
         if PASSES[which].level == "kernel":
             return textbook.shared_kv(which, self.rows, self.packed.data, self.row_gradient, dtype)
         layer = textbook.Textbook(self.stock_layer(Peer("eager"), dtype), dtype)
+        if dtype == torch.float64:
+            layer.layer.q_proj.register_full_backward_hook(self._keep_terms)
         # Inputs that need a gradient become a leaf of this dtype; others are converted part by part.
         inputs = self.inputs.to(dtype) if which == "backward-inputs" else self.inputs
         return layer_pass(which, layer, self.latents.to(dtype), inputs, self.gradient.to(dtype))()
+
+    def terms(self, which: str) -> dict[str, Tensor]:
+        """Return those of the query bias, whose gradient adds up what all rows of all heads give, of either sign."""
+        return {"dq_proj.bias": self._query_terms} if which.startswith("backward") else {}
+
+    def _keep_terms(self, module: Any, gradients: Any, upstream: tuple[Tensor, ...]) -> None:
+        self._query_terms = upstream[0].abs().flatten(0, -2).sum(0)
 
     def method(self, which: str, implementation: str) -> Literal["absorbed", "projected"]:
         """Return how an implementation gets at keys and values; stock PyTorch projects."""
