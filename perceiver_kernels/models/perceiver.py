@@ -6,140 +6,53 @@ Source: Perceiver: General Perception with Iterative Attention, arXiv 2103.03206
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import functional
-from perceiver_kernels.functional.common import autocast_dtype
-from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
-from perceiver_kernels.nn import CrossBlock, LatentBlock, Linear
+from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
+from perceiver_kernels.nn import Linear
 from perceiver_kernels.nn.attention import Method
-from perceiver_kernels.nn.checks import check_array, check_choice, check_count, check_input_dim, check_widths
-from perceiver_kernels.nn.feed_forward import Activation, check_activation
-from perceiver_kernels.problem import check_eps, check_probability
+from perceiver_kernels.nn.checks import check_count, check_flag
 
 
-@dataclass(frozen=True)
-class PerceiverConfig:
+@dataclass(frozen=True, kw_only=True)
+class PerceiverConfig(EncoderConfig):
     """Sizes of a Perceiver; the defaults are the paper's ImageNet model, but for ``input_dim`` and ``num_classes``.
 
     Args:
-        input_dim: C, channels of the inputs, content and positions together, at most 1024.
         num_classes: outputs of the head.
-        num_latents, latent_dim: N and D.
-        num_cross_attends: how often the latents read the inputs.
-        num_blocks: latent transformer blocks.
-        layers_per_block: self-attention layers (``nn.LatentBlock``) in each of them.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention.
-        qk_channels, v_channels: widths of the cross-attention, all heads together; ``input_dim`` when None.
-        cross_attends: "interleaved" spaces them evenly between the blocks, "start" puts all before the first block.
-        weight_sharing: "v2", all blocks share weights; "v1", all but the first; "none". With either of the first two,
-            all cross-attends but the first share weights too.
-        cross_widening_factor, latent_widening_factor: of the feed-forward layers.
-        activation: of the feed-forward layers, see ``nn.FeedForward``.
-        attention_dropout, dropout: of the attention weights and of the feed-forward layers.
         head_norm: LayerNorm between the mean over the latents and the linear layer of the head.
-        eps: of every LayerNorm.
-        chunk_size: the inputs are packed and read this many tokens at a time, at every cross-attend, so that memory
-            does not grow with their number; None packs them once per forward.
-        method: "absorbed" or "projected" cross-attention, None to let the planner choose.
+        others: see ``EncoderConfig``.
 
     Source: arXiv 2103.03206, section 4; v1 and v2 are the paper's versions on arXiv.
     """
 
-    input_dim: int
     num_classes: int
-    num_latents: int = 512
-    latent_dim: int = 1024
-    num_cross_attends: int = 8
-    num_blocks: int = 8
-    layers_per_block: int = 6
-    cross_heads: int = 1
-    latent_heads: int = 8
-    qk_channels: int | None = None
-    v_channels: int | None = None
-    cross_attends: Literal["interleaved", "start"] = "interleaved"
-    weight_sharing: Literal["v1", "v2", "none"] = "v2"
-    cross_widening_factor: int = 1
-    latent_widening_factor: int = 1
-    activation: Activation = "gelu"
-    attention_dropout: float = 0.0
-    dropout: float = 0.0
     head_norm: bool = False
-    eps: float = 1e-5
-    chunk_size: int | None = None
-    method: Method | None = None
 
     def __post_init__(self) -> None:
-        check_input_dim(self.input_dim)
-        for name in (
-            "num_classes", "num_latents", "latent_dim", "num_cross_attends", "cross_widening_factor", "latent_widening_factor",
-        ):  # fmt: skip
-            check_count(name, getattr(self, name))
-        for name in ("num_blocks", "layers_per_block"):
-            check_count(name, getattr(self, name), 0)
-        check_choice("cross_attends", self.cross_attends, ("interleaved", "start"))
-        check_choice("weight_sharing", self.weight_sharing, ("v1", "v2", "none"))
-        check_activation(self.activation)
-        if self.cross_attends == "interleaved" and self.num_cross_attends > max(self.num_blocks, 1):
-            raise ValueError(
-                f"num_cross_attends must be at most num_blocks={self.num_blocks} when interleaved, got "
-                f'{self.num_cross_attends}; cross_attends="start" takes any number'
-            )
-        qk_channels = self.input_dim if self.qk_channels is None else self.qk_channels
-        v_channels = qk_channels if self.v_channels is None else self.v_channels
-        check_widths(self.cross_heads, qk_channels=qk_channels, v_channels=v_channels)
-        check_widths(self.latent_heads, latent_dim=self.latent_dim)
-        check_probability("attention_dropout", self.attention_dropout)
-        check_probability("dropout", self.dropout)
-        check_eps(self.eps)
-        check_reading(self.chunk_size, self.method)
-
-    def cross_weights(self) -> tuple[int, ...]:
-        """For every cross-attend, which of the distinct cross modules it uses."""
-        steps = range(self.num_cross_attends)
-        return tuple(step if self.weight_sharing == "none" else min(step, 1) for step in steps)
-
-    def block_weights(self) -> tuple[int, ...]:
-        """For every latent block, which of the distinct blocks it uses."""
-        last = {"none": self.num_blocks, "v1": 1, "v2": 0}[self.weight_sharing]
-        return tuple(min(step, last) for step in range(self.num_blocks))
-
-    def schedule(self) -> tuple[tuple[Literal["cross", "block"], int], ...]:
-        """The model's steps in order, as (kind, which of the distinct modules of that kind)."""
-        crosses, blocks = self.cross_weights(), self.block_weights()
-        interleaved = self.cross_attends == "interleaved"
-        # Cross-attend i comes before this block: evenly spaced, the first one always before everything else.
-        before = [i * self.num_blocks // len(crosses) if interleaved else 0 for i in range(len(crosses))]
-        steps: list[tuple[Literal["cross", "block"], int]] = []
-        for i_block in range(max(self.num_blocks, 1)):
-            steps += [("cross", cross) for cross, place in zip(crosses, before, strict=True) if place == i_block]
-            steps += [("block", block) for block in blocks[i_block : i_block + 1]]
-        return tuple(steps)
+        check_count("num_classes", self.num_classes)
+        check_flag("head_norm", self.head_norm)
+        super().__post_init__()
 
 
-class Perceiver(nn.Module):
-    """Learned latents read the inputs by cross-attention, transform themselves, and repeat.
+class Perceiver(PerceiverEncoder):
+    """An encoder whose latents are averaged and classified.
 
-        z_0 = learned latents [1, N, D]
-        z <- CrossBlock(z, inputs)               every cross-attend: z + attention, then z + feed-forward
-        z <- LatentBlock(z), layers_per_block times
+        z = PerceiverEncoder(inputs)             [B, N, D]
         logits = W (1/N) sum_n z_n + b
-
-    The inputs are normalised and packed once per forward and reused by all cross-attends, whose weights and LayerNorm
-    scales act on the latent side. Latents are one set for the whole batch until they have read something: the first
-    query is projected once.
 
     Args:
         config: the sizes, see ``PerceiverConfig``.
         device, dtype: of the parameters.
 
-    Source: Perceiver, arXiv 2103.03206, section 3. Linear layers start as in DeepMind's code,
-    latents as in the paper: truncated normal, standard deviation 0.02, cut at +-2.
+    Source: Perceiver, arXiv 2103.03206, section 3.
     """
+
+    config: PerceiverConfig
 
     def __init__(
         self,
@@ -148,33 +61,8 @@ class Perceiver(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.schedule = config.schedule()
+        super().__init__(config, device=device, dtype=dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared: dict[str, Any] = {
-            "activation": config.activation, "attention_dropout": config.attention_dropout, "dropout": config.dropout,
-            "eps": config.eps, **where,
-        }  # fmt: skip
-        self.latents = nn.Parameter(torch.empty(1, config.num_latents, config.latent_dim, **where))
-        nn.init.trunc_normal_(self.latents, std=0.02, a=-2.0, b=2.0)
-        self.cross_blocks = nn.ModuleList(
-            CrossBlock(
-                config.latent_dim, config.input_dim, num_heads=config.cross_heads, qk_channels=config.qk_channels,
-                v_channels=config.v_channels, widening_factor=config.cross_widening_factor,
-                chunk_size=config.chunk_size, method=config.method, **shared,
-            )
-            for _ in range(max(config.cross_weights()) + 1)
-        )  # fmt: skip
-        self.latent_blocks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    LatentBlock(config.latent_dim, config.latent_heads, widening_factor=config.latent_widening_factor, **shared)
-                    for _ in range(config.layers_per_block)
-                )
-            )
-            for _ in range(max(config.block_weights(), default=-1) + 1)
-        )
         self.head_norm = nn.LayerNorm(config.latent_dim, config.eps, **where) if config.head_norm else None
         self.head = Linear(config.latent_dim, config.num_classes, **where)
 
@@ -250,43 +138,6 @@ class Perceiver(nn.Module):
         pooled = self.encode(inputs, key_mask, lengths).mean(dim=1)
         return self.head(pooled if self.head_norm is None else self.head_norm(pooled))
 
-    def encode(
-        self,
-        inputs: Tensor | InputArray | PackedInputs,
-        key_mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """The latents [B, N, D] after all blocks; arguments as ``forward``."""
-        prepared = self._prepare(inputs, key_mask, lengths)
-        if prepared is not inputs:
-            # What was packed here carries its masks.
-            key_mask, lengths = None, None
-        latents: Tensor = self.latents
-        for kind, index in self.schedule:
-            if kind == "cross":
-                latents = self.cross_blocks[index](latents, prepared, key_mask, lengths)
-            else:
-                latents = self.latent_blocks[index](latents)
-        return latents
-
-    def _prepare(
-        self, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
-    ) -> Tensor | InputArray | PackedInputs:
-        """Check the channels and pack, unless the cross-attends are to pack chunk by chunk."""
-        check_array("inputs", inputs, "B, M, C", "input_dim", self.config.input_dim)
-        if isinstance(inputs, PackedInputs) or self.config.chunk_size is not None:
-            return inputs
-        device = self.latents.device
-        if inputs.device != device:
-            raise ValueError(f"inputs must be on {device} as the model, unless chunk_size is set, got {inputs.device}")
-        # The packed array has the dtype that the products run in, whatever the dtype of the content.
-        dtype = autocast_dtype(self.latents) or self.latents.dtype
-        return functional.pack_inputs(inputs, key_mask=key_mask, lengths=lengths, eps=self.config.eps, dtype=dtype)
-
-    def num_params(self) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def flops(self, batch: int, M: int, *, method: Method = "projected") -> int:
         """FLOPs of one forward over ``batch`` arrays of M tokens, a multiply and an add counted as two.
 
@@ -296,13 +147,4 @@ class Perceiver(nn.Module):
 
         Source: arXiv 2103.03206, section 4.1 and its ablation of the number of cross-attends.
         """
-        config, total, latent_batch = self.config, 0, 1
-        for kind, index in self.schedule:
-            if kind == "cross":
-                cross: Any = self.cross_blocks[index]
-                total += cross.flops(batch, config.num_latents, M, latent_batch=latent_batch, method=method)
-                latent_batch = batch
-            else:
-                layers: Any = self.latent_blocks[index]
-                total += sum(layer.flops(batch, config.num_latents) for layer in layers)
-        return total + 2 * batch * config.latent_dim * config.num_classes
+        return self.encoder_flops(batch, M, method=method) + 2 * batch * self.config.latent_dim * self.config.num_classes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.inputs import FourierPositions, InputArray
-from perceiver_kernels.models import Perceiver, PerceiverConfig
+from perceiver_kernels.models import EncoderConfig, PerceiverEncoder
 from perceiver_kernels.nn import CrossAttention, CrossBlock, LatentBlock
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 
@@ -196,12 +196,12 @@ def test_blocks_give_the_same(small: nn.Module) -> None:
     torch.testing.assert_close(latent(tokens.latents), encoder.self_attends[1](tokens.latents)[0])
 
 
-def our_encoder(theirs: nn.Module) -> Perceiver:
-    """A Perceiver with one cross-attend and shared latent blocks: the encoder of Perceiver IO."""
+def our_encoder(theirs: nn.Module) -> PerceiverEncoder:
+    """One cross-attend and shared latent blocks: the encoder of Perceiver IO."""
     config, encoder = theirs.config, theirs.perceiver.encoder
-    ours = Perceiver(
-        PerceiverConfig(
-            CHANNELS, config.num_labels, num_latents=config.num_latents, latent_dim=config.d_latents, num_cross_attends=1,
+    ours = PerceiverEncoder(
+        EncoderConfig(
+            input_dim=CHANNELS, num_latents=config.num_latents, latent_dim=config.d_latents, num_cross_attends=1,
             num_blocks=config.num_blocks, layers_per_block=config.num_self_attends_per_block,
             latent_heads=config.num_self_attention_heads,
             cross_widening_factor=config.cross_attention_widening_factor,
