@@ -2,7 +2,7 @@
 context and the sequence itself, feed-forward, blocks of them, and torch's multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
-from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock
+from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock, OutputBlock
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.nn.joint_attention import JointAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
@@ -19,6 +19,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "OutputBlock",
     "OutputCrossAttention",
     "Rotary",
     "SelfAttention",

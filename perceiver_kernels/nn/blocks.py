@@ -11,6 +11,7 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.attention import CrossAttention, Method, SelfAttention
 from perceiver_kernels.nn.feed_forward import Activation, FeedForward
 from perceiver_kernels.nn.norms import NormKind
+from perceiver_kernels.nn.output_attention import OutputCrossAttention
 from perceiver_kernels.nn.rotary import Rotary
 
 
@@ -129,3 +130,65 @@ class CrossBlock(nn.Module):
         """FLOPs of the matrix products of one forward, see ``CrossAttention.flops``."""
         attention = self.attention.flops(batch, N, M, latent_batch=latent_batch, method=method)
         return attention + self.feed_forward.flops(batch, N)
+
+
+class OutputBlock(nn.Module):
+    """The decoder: output queries read the latents, then a feed-forward layer, each pre-norm.
+
+        y = OutputCrossAttention(LN(queries), LN(latents))  (+ queries),   out = y + FeedForward(LN(y))
+
+    Args:
+        query_dim: C, channels of the queries and of the result.
+        latent_dim: D, channels of the latents.
+        num_heads: heads of the cross-attention.
+        qk_channels, v_channels: widths of all heads together, see ``OutputCrossAttention``.
+        residual: add the queries to what they read, see ``OutputCrossAttention``; the feed-forward always has its residual.
+        widening_factor, activation: see ``FeedForward``.
+        attention_dropout: probability of dropping an attention weight, in training.
+        dropout: dropout of the feed-forward's result.
+        eps: of the LayerNorms.
+        method: see ``OutputCrossAttention``.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 3.2.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        latent_dim: int,
+        *,
+        num_heads: int = 1,
+        qk_channels: int | None = None,
+        v_channels: int | None = None,
+        residual: bool = False,
+        widening_factor: int = 1,
+        activation: Activation = "gelu",
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        method: Method | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
+        self.attention = OutputCrossAttention(
+            query_dim, latent_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, residual=residual,
+            dropout=attention_dropout, method=method, **where,
+        )  # fmt: skip
+        self.feed_forward = FeedForward(query_dim, widening_factor, activation=activation, dropout=dropout, **where)
+
+    def forward(
+        self,
+        queries: Tensor | InputArray | PackedInputs,
+        latents: Tensor,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """queries [B or 1, O, C], latents [B, N, D] -> [B, O, C]; see ``OutputCrossAttention.forward``."""
+        return self.feed_forward(self.attention(queries, latents, key_mask, query_mask))
+
+    def flops(self, batch: int, O: int, N: int, *, query_batch: int | None = None, method: Method = "projected") -> int:
+        """FLOPs of the matrix products of one forward, see ``OutputCrossAttention.flops``."""
+        attention = self.attention.flops(batch, O, N, query_batch=query_batch, method=method)
+        return attention + self.feed_forward.flops(batch, O)

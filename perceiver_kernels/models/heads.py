@@ -1,0 +1,154 @@
+"""From what a decoder gives to results: a linear layer for every kind of output. All are called alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels.inputs import InputArray
+from perceiver_kernels.models.preprocessing import TextPreprocessor, grid_of
+from perceiver_kernels.nn import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What outputs belong to.
+
+    Args:
+        array: the input array.
+        preprocessor: that made it.
+    """
+
+    array: Tensor | InputArray
+    preprocessor: nn.Module
+
+
+class ClassHead(nn.Module):
+    """Class scores of one output query: W y + b.
+
+    Args:
+        channels: of the decoder's result.
+        num_classes: of the scores.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.proj = Linear(channels, num_classes, device=device, dtype=dtype)
+
+    def forward(self, decoded: Tensor, source: Source) -> Tensor:
+        """[B, 1, C] -> [B, num_classes]."""
+        return self.proj(decoded)[:, 0]
+
+
+class TokenHead(nn.Module):
+    """Scores of every token id, by the embedding that the input passed: E y + b.
+
+    Args:
+        vocab_size: number of token ids.
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix F.
+    """
+
+    def __init__(
+        self, vocab_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
+
+    def forward(self, decoded: Tensor, source: Source) -> Tensor:
+        """[B, O, C] -> [B, O, vocab_size]; the source is of a TextPreprocessor."""
+        if not isinstance(source.preprocessor, TextPreprocessor):
+            raise TypeError(f"preprocessor must be a TextPreprocessor, got {type(source.preprocessor).__name__}")
+        return nn.functional.linear(decoded, source.preprocessor.embedding.weight, self.bias)
+
+
+class FlowHead(nn.Module):
+    """Optical flow of every pixel: (W y + b) / scale.
+
+    Args:
+        channels: of the decoder's result.
+        scale: by which what the linear layer gives is divided; pixels come out.
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix H; scale as in DeepMind's code.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale: float = 100.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.proj = Linear(channels, 2, device=device, dtype=dtype)
+
+    def forward(self, decoded: Tensor, source: Source) -> Tensor:
+        """[B, H * W, C] -> [B, H, W, 2], in pixels."""
+        grid = grid_of(source.array)
+        if grid is None:
+            raise ValueError("inputs must fill a grid, whose pixels have a flow, got tokens without one")
+        return (self.proj(decoded) / self.scale).unflatten(1, tuple(grid))
+
+
+class PatchHead(nn.Module):
+    """Values of every token's patch: W y + b.
+
+    Args:
+        channels: of the decoder's result.
+        values: of a token.
+        flat: one after the other, [B, O * values], as samples of audio.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        values: int,
+        *,
+        flat: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.flat = flat
+        self.proj = Linear(channels, values, device=device, dtype=dtype)
+
+    def forward(self, decoded: Tensor, source: Source) -> Tensor:
+        """[B, O, C] -> [B, O, values], or [B, O * values]."""
+        values = self.proj(decoded)
+        return values.flatten(1) if self.flat else values
+
+
+class MultimodalHead(nn.Module):
+    """A linear layer for all modalities, then each one's head.
+
+    Args:
+        channels, hidden_channels: of the decoder's result and of the common layer's.
+        modalities: the head of each modality.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int,
+        modalities: Mapping[str, nn.Module],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = Linear(channels, hidden_channels, device=device, dtype=dtype)
+        self.modalities = nn.ModuleDict({name: modalities[name] for name in sorted(modalities)})
+
+    def forward(self, decoded: Mapping[str, Tensor], source: Source) -> dict[str, Any]:
+        """[B, O_m, C] of every modality -> what its head gives."""
+        return {name: head(self.proj(decoded[name]), source) for name, head in self.modalities.items()}

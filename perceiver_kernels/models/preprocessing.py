@@ -1,0 +1,323 @@
+"""From raw inputs to the input array: every preprocessor gives tokens of ``channels`` channels, positions among them.
+
+Positions that follow from a token's place are left to the kernels: such a preprocessor gives an ``InputArray``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver_kernels.checks import RAW_DTYPES, check_tensor
+from perceiver_kernels.inputs import FourierPositions, InputArray
+from perceiver_kernels.nn import LearnedPositions, Linear
+from perceiver_kernels.nn.checks import check_choice, check_count
+
+
+def _check_images(images: Tensor, channels: int, dtypes: Any = RAW_DTYPES) -> None:
+    check_tensor("images", images, f"[B, Ch, H, W] with Ch={channels}", (None, channels, None, None), dtypes=dtypes)
+
+
+class PixelPreprocessor(nn.Module):
+    """Every pixel is a token, with Fourier features of its place.
+
+    Args:
+        in_channels: Ch, channels of the images.
+        positions: of two axes; ``FourierPositions(64, (224, 224))`` when None.
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix A, ImageNet with 2D Fourier features.
+    """
+
+    def __init__(self, in_channels: int = 3, positions: FourierPositions | None = None) -> None:
+        super().__init__()
+        check_count("in_channels", in_channels)
+        self.in_channels = in_channels
+        self.positions = FourierPositions(64, (224, 224)) if positions is None else positions
+        self.channels = in_channels + self.positions.channels
+
+    def forward(self, images: Tensor) -> InputArray:
+        """images float or uint8 [B, Ch, H, W] -> M = H * W tokens."""
+        _check_images(images, self.in_channels)
+        return InputArray.image(images, self.positions)
+
+
+class ConvPreprocessor(nn.Module):
+    """Images at a quarter of their size: convolution 7x7 of stride 2, batch norm, ReLU, maximum over 3x3 of stride 2.
+
+    Args:
+        in_channels: Ch, channels of the images.
+        out_channels: of the convolution.
+        positions: of two axes; ``FourierPositions(64, (56, 56))`` when None.
+        padding: "same" as DeepMind's code, 224 becomes 56; "transformers", which pads the convolution by 3 on all sides and
+            the maximum not at all, 224 becomes 55.
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix A, ImageNet with convolutional preprocessing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        positions: FourierPositions | None = None,
+        *,
+        padding: Literal["same", "transformers"] = "same",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("in_channels", in_channels)
+        check_count("out_channels", out_channels)
+        check_choice("padding", padding, ("same", "transformers"))
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_channels, self.padding = in_channels, padding
+        self.positions = FourierPositions(64, (56, 56)) if positions is None else positions
+        self.channels = out_channels + self.positions.channels
+        self.conv = nn.Conv2d(in_channels, out_channels, 7, stride=2, bias=False, **where)
+        self.batch_norm = nn.BatchNorm2d(out_channels, **where)
+
+    def forward(self, images: Tensor) -> InputArray:
+        """images float [B, Ch, H, W] -> M = ceil(H/4) * ceil(W/4) tokens with padding "same"."""
+        _check_images(images, self.in_channels, dtypes=(self.conv.weight.dtype,))
+        same = self.padding == "same"
+        features = F.relu(self.batch_norm(self.conv(F.pad(images, _same_padding(images, 7) if same else (3,) * 4))))
+        if same:
+            # What is padded is below every feature.
+            features = F.pad(features, _same_padding(features, 3), value=-torch.inf)
+        return InputArray.image(F.max_pool2d(features, 3, 2), self.positions)
+
+
+def _same_padding(images: Tensor, window: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) that make windows of stride 2 cover ceil(size / 2) places, the odd one at the end."""
+    sides: list[int] = []
+    for size in reversed(images.shape[2:]):
+        total = max(2 * (-(-size // 2) - 1) + window - size, 0)
+        sides += [total // 2, total - total // 2]
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+class LearnedPreprocessor(nn.Module):
+    """Every pixel is a token: its channels by a linear layer, beside a learned position that has passed another.
+
+    Args:
+        size: (H, W) of the images.
+        in_channels: Ch, channels of the images.
+        out_channels: of the pixels' linear layer.
+        position_channels: of the learned positions, before and after their linear layer.
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix A, ImageNet with learned positions.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int] = (224, 224),
+        in_channels: int = 3,
+        out_channels: int = 256,
+        position_channels: int = 256,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.size, self.in_channels, self.channels = tuple(size), in_channels, out_channels + position_channels
+        self.pixel_proj = Linear(in_channels, out_channels, **where)
+        self.positions = LearnedPositions(size[0] * size[1], position_channels, **where)
+        self.position_proj = Linear(position_channels, position_channels, **where)
+
+    def forward(self, images: Tensor) -> InputArray:
+        """images float [B, Ch, H, W] -> M = H * W tokens."""
+        _check_images(images, self.in_channels, dtypes=(self.pixel_proj.weight.dtype,))
+        if tuple(images.shape[2:]) != self.size:
+            raise ValueError(f"images must be {self.size} as the learned positions, got {tuple(images.shape[2:])}")
+        return InputArray.tokens(self.pixel_proj(images.flatten(2).mT), self.position_proj(self.positions()))
+
+
+class FlowPreprocessor(nn.Module):
+    """Two frames as one array: every pixel's neighbourhood in both frames passes a linear layer.
+
+    Args:
+        patch_channels: channels of a neighbourhood in one frame: 27, those of 3x3 pixels of 3 colours.
+        out_channels: of the linear layer.
+        positions: of two axes; ``FourierPositions(64, (368, 496))``, the size of training, when None.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.2 and appendix H.
+    """
+
+    def __init__(
+        self,
+        patch_channels: int = 27,
+        out_channels: int = 64,
+        positions: FourierPositions | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_channels = patch_channels
+        self.positions = FourierPositions(64, (368, 496)) if positions is None else positions
+        self.channels = out_channels + self.positions.channels
+        self.patch_proj = Linear(2 * patch_channels, out_channels, device=device, dtype=dtype)
+
+    def forward(self, frames: Tensor) -> InputArray:
+        """frames float [B, 2, 27, H, W], see ``flow_patches``, -> M = H * W tokens."""
+        shape, dtypes = (None, 2, self.patch_channels, None, None), (self.patch_proj.weight.dtype,)
+        check_tensor("frames", frames, f"[B, 2, Ch, H, W] with Ch={self.patch_channels}", shape, dtypes=dtypes)
+        features = self.patch_proj(frames.flatten(1, 2).flatten(2).mT)  # [B, M, out_channels]
+        return InputArray.image(features.mT.unflatten(2, frames.shape[3:]), self.positions)
+
+
+def flow_patches(frames: Tensor) -> Tensor:
+    """The 3x3 neighbourhood of every pixel, frames [B, 2, 3, H, W] -> [B, 2, 27, H, W], zeros past the border.
+
+    Channels run over (row, column, colour).
+
+    Source: Perceiver IO, arXiv 2107.14795, appendix H.
+    """
+    check_tensor("frames", frames, "[B, 2, 3, H, W]", (None, 2, 3, None, None))
+    height, width = frames.shape[3:]
+    padded = F.pad(frames, (1, 1, 1, 1))
+    shifted = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return torch.cat(shifted, 2)
+
+
+class TextPreprocessor(nn.Module):
+    """Token embeddings plus learned positions.
+
+    Args:
+        vocab_size: number of token ids; 262 for bytes with 6 special ids.
+        channels: of an embedding.
+        max_length: tokens of the longest sequence.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.1 and appendix F.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 262,
+        channels: int = 768,
+        max_length: int = 2048,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("vocab_size", vocab_size)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.vocab_size, self.channels, self.max_length = vocab_size, channels, max_length
+        self.embedding = nn.Embedding(vocab_size, channels, **where)
+        nn.init.trunc_normal_(self.embedding.weight, std=0.02, a=-2.0, b=2.0)
+        self.positions = LearnedPositions(max_length, channels, **where)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 or int32 [B, M] -> [B, M, C]. Ids out of range are an error on a CPU, and a fault on a GPU."""
+        check_tensor("ids", ids, "[B, M]", (None, None), dtypes=(torch.int64, torch.int32))
+        if ids.shape[1] > self.max_length:
+            raise ValueError(f"ids must hold at most max_length={self.max_length} tokens, got {ids.shape[1]}")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            least, most = ids.aminmax()
+            if least < 0 or most >= self.vocab_size:
+                raise ValueError(f"ids must be in 0..vocab_size-1={self.vocab_size - 1}, got {least.item()}..{most.item()}")
+        return self.embedding(ids) + self.positions()[: ids.shape[1]]
+
+
+class AudioPreprocessor(nn.Module):
+    """Every ``patch`` samples are a token, with Fourier features of its place.
+
+    Args:
+        patch: samples of a token.
+        positions: of one axis; ``FourierPositions(192, (30_720,))``, 16 frames of 1,920 samples, when None.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.3; bands as in DeepMind's code.
+    """
+
+    def __init__(self, patch: int = 16, positions: FourierPositions | None = None) -> None:
+        super().__init__()
+        check_count("patch", patch)
+        self.patch = patch
+        self.positions = FourierPositions(192, (30_720,)) if positions is None else positions
+        self.channels = patch + self.positions.channels
+
+    def forward(self, samples: Tensor) -> InputArray:
+        """samples float [B, S] or [B, S, 1] -> M = S / patch tokens."""
+        return InputArray.audio(samples, self.patch, self.positions)
+
+
+class VideoPreprocessor(nn.Module):
+    """Every patch of a video is a token, with Fourier features of its place.
+
+    Args:
+        in_channels: Ch, channels of a frame.
+        patch: (frames, rows, columns) of a token.
+        positions: of three axes; ``FourierPositions(32, (16, 224, 224))`` when None.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.3; bands as in DeepMind's code.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, patch: tuple[int, int, int] = (1, 4, 4), positions: FourierPositions | None = None
+    ) -> None:
+        super().__init__()
+        check_count("in_channels", in_channels)
+        self.in_channels, self.patch = in_channels, patch
+        self.positions = FourierPositions(32, (16, 224, 224)) if positions is None else positions
+        self.channels = in_channels * patch[0] * patch[1] * patch[2] + self.positions.channels
+
+    def forward(self, video: Tensor) -> InputArray:
+        """video float or uint8 [B, T, Ch, H, W] -> M = T H W / (frames rows columns) tokens."""
+        layout = f"[B, T, Ch, H, W] with Ch={self.in_channels}"
+        check_tensor("video", video, layout, (None, None, self.in_channels, None, None), dtypes=RAW_DTYPES)
+        return InputArray.video(video, self.patch, self.positions)
+
+
+class PointPreprocessor(nn.Module):
+    """Every point is a token: Fourier features of its coordinates, beside its own features if it has any.
+
+    Args:
+        features: F, channels of a point beside its coordinates.
+        positions: ``FourierPositions(64, (2240,) * 3)``, the ModelNet40 model's, when None.
+
+    Source: Perceiver, arXiv 2103.03206, section 4.3.
+    """
+
+    def __init__(self, features: int = 0, positions: FourierPositions | None = None) -> None:
+        super().__init__()
+        check_count("features", features, 0)
+        self.features = features
+        self.positions = FourierPositions(64, (2240.0,) * 3) if positions is None else positions
+        self.channels = features + self.positions.channels
+
+    def forward(self, points: Tensor) -> InputArray:
+        """points float [B, M, axes + F], coordinates first -> M tokens."""
+        axes = self.positions.num_axes
+        layout = f"[B, M, axes + F] with axes={axes}, F={self.features}"
+        check_tensor("points", points, layout, (None, None, axes + self.features))
+        return InputArray.points(points[..., :axes], points[..., axes:] if self.features else None, self.positions)
+
+
+class LabelPreprocessor(nn.Module):
+    """A vector of class scores or a one-hot label is one token, without a position.
+
+    Args:
+        num_classes: channels of the label.
+
+    Source: Perceiver IO, arXiv 2107.14795, section 4.3.
+    """
+
+    def __init__(self, num_classes: int = 700) -> None:
+        super().__init__()
+        check_count("num_classes", num_classes)
+        self.channels = num_classes
+
+    def forward(self, label: Tensor) -> Tensor:
+        """label float [B, num_classes] -> [B, 1, num_classes]."""
+        check_tensor("label", label, f"[B, num_classes] with num_classes={self.channels}", (None, self.channels))
+        return label[:, None]
+
+
+def grid_of(array: Tensor | InputArray) -> Sequence[int] | None:
+    """The sizes of the dense grid that an array's tokens fill, where they fill one."""
+    return array.grid if isinstance(array, InputArray) else None
