@@ -3,6 +3,7 @@
 PerceiverForMaskedLM is ``language``, PerceiverForSequenceClassification ``text_classifier``,
 PerceiverForImageClassification{Fourier,Learned,ConvProcessing} ``imagenet_{fourier,learned,conv}``, PerceiverForOpticalFlow
 ``optical_flow``, PerceiverForMultimodalAutoencoding ``multimodal``; all with ``like="transformers"`` for the same results.
+The resamplers of IDEFICS and IDEFICS2 are PerceiverResampler.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from perceiver_kernels.convert.rules import Rule, affine, renamed, stacked, under
-from perceiver_kernels.models import PerceiverEncoder, PerceiverIO
+from perceiver_kernels.convert.transformers_resamplers import resampler
+from perceiver_kernels.models import PerceiverEncoder, PerceiverIO, PerceiverResampler
 from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, TokenHead
 from perceiver_kernels.models.multimodal import CommonWidth, MultimodalPreprocessor
 from perceiver_kernels.models.preprocessing import ConvPreprocessor, FlowPreprocessor, LearnedPreprocessor, TextPreprocessor
@@ -118,4 +120,4 @@ def _perceiver_io(model: Any) -> list[Rule]:
     return rules
 
 
-RULES: dict[type, Callable[[Any], list[Rule]]] = {PerceiverIO: _perceiver_io}
+RULES: dict[type, Callable[[Any], list[Rule]]] = {PerceiverIO: _perceiver_io, PerceiverResampler: resampler}

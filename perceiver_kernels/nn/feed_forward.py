@@ -54,6 +54,7 @@ class FeedForward(nn.Module):
         norm: "layer", "rms" or None, the norm on the sequence.
         residual: add the sequence, as it came in, to the result.
         hidden_dim: channels of the hidden layer, instead of ``widening_factor * dim``.
+        out_dim: channels of the result; ``dim`` when None, as ``residual`` requires.
         eps: of the norm.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1, whose models have widening factor 1; GLU Variants Improve Transformer,
@@ -71,6 +72,7 @@ class FeedForward(nn.Module):
         norm: NormKind | None = "layer",
         residual: bool = True,
         hidden_dim: int | None = None,
+        out_dim: int | None = None,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,15 +85,20 @@ class FeedForward(nn.Module):
         check_eps(eps)
         if hidden_dim is not None:
             check_count("hidden_dim", hidden_dim)
+        out_dim = dim if out_dim is None else out_dim
+        check_count("out_dim", out_dim)
+        if residual and out_dim != dim:
+            raise ValueError(f"out_dim must be dim={dim} with a residual, got {out_dim}")
+        self.out_dim = out_dim
         self.dim, self.hidden_dim = dim, widening_factor * dim if hidden_dim is None else hidden_dim
         self.activation, self.dropout, self.residual = activation, dropout, residual
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
         self.up_proj = Linear(dim, self.hidden_dim * (2 if _ACTIVATIONS[activation][1] else 1), bias, **where)
-        self.down_proj = Linear(self.hidden_dim, dim, bias, **where)
+        self.down_proj = Linear(self.hidden_dim, out_dim, bias, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """[B, N, D] -> [B, N, out_dim]."""
         check_sequence("x", x, "B, N, D", self.dim, self.up_proj.weight)
         hidden = self.up_proj(x if self.norm is None else self.norm(x))
         activate, gated = _ACTIVATIONS[self.activation]
@@ -106,8 +113,8 @@ class FeedForward(nn.Module):
         return x + out if self.residual else out
 
     def flops(self, batch: int, N: int) -> int:
-        """FLOPs of the matrix products of one forward: 2BN D (D_up + D_hidden), D_up twice D_hidden before a gate."""
-        return 2 * batch * N * self.dim * (self.up_proj.out_features + self.hidden_dim)
+        """FLOPs of the matrix products of one forward: 2BN(D D_up + D_hidden D_out), D_up twice D_hidden before a gate."""
+        return 2 * batch * N * (self.dim * self.up_proj.out_features + self.hidden_dim * self.out_dim)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}, residual={self.residual}"

@@ -92,6 +92,17 @@ def test_feed_forward_as_written(activation: str, norm: str | None, residual: bo
     assert counter.get_total_flops() == layer.flops(B, N)
 
 
+def test_feed_forward_of_another_width() -> None:
+    layer = randomised(FeedForward(D, hidden_dim=7, out_dim=5, activation="swiglu", residual=False)).double()
+    x = torch.randn(B, N, D, dtype=torch.float64)
+    active = WRITTEN["swiglu"](layer.up_proj(layer.norm(x)))
+    torch.testing.assert_close(layer(x), active @ layer.down_proj.weight.T + layer.down_proj.bias, rtol=1e-12, atol=1e-12)
+    assert layer(x).shape == (B, N, 5)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == layer.flops(B, N)
+
+
 def test_feed_forward_dropout_spares_the_residual() -> None:
     layer = randomised(FeedForward(D, dropout=0.5))
     x = torch.randn(64, N, D)

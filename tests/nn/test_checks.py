@@ -48,6 +48,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("self", {"eps": -1.0}, ValueError, "eps must be a finite number, at least 0, got -1.0"),
     ("feed forward", {"widening_factor": 1.5}, TypeError, "widening_factor must be an integer, got 1.5"),
     ("feed forward", {"eps": "1e-5"}, ValueError, "eps must be a finite number, at least 0, got '1e-5'"),
+    ("feed forward", {"out_dim": 5}, ValueError, "out_dim must be dim=24 with a residual, got 5"),
+    ("feed forward", {"out_dim": 0, "residual": False}, ValueError, "out_dim must be at least 1, got 0"),
     ("latent block", {"attention_dropout": "0"}, ValueError, r"dropout must be in \[0, 1\), got '0'"),
     ("positions", {"channels": 0}, ValueError, "channels must be at least 1, got 0"),
     ("positions", {"length": 9.0}, TypeError, "length must be an integer, got 9.0"),
