@@ -1,18 +1,28 @@
 """Models built from the layers of ``perceiver_kernels.nn``."""
 
 from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
+from perceiver_kernels.models.generation import CachedDecoder, LatentWindow, filter_logits
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
+from perceiver_kernels.models.perceiver_ar import PerceiverAR
+from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
 from perceiver_kernels.models.perceiver_io import PerceiverIO
 from perceiver_kernels.models.preprocessing import flow_patches
 from perceiver_kernels.models.resampler import PerceiverResampler, PerceiverResamplerConfig
+from perceiver_kernels.models.sequence_positions import SequencePositions
 
 __all__ = [
+    "CachedDecoder",
     "EncoderConfig",
+    "LatentWindow",
     "Perceiver",
+    "PerceiverAR",
+    "PerceiverARConfig",
     "PerceiverConfig",
     "PerceiverEncoder",
     "PerceiverIO",
     "PerceiverResampler",
     "PerceiverResamplerConfig",
+    "SequencePositions",
+    "filter_logits",
     "flow_patches",
 ]

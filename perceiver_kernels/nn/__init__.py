@@ -3,6 +3,7 @@ context and the sequence itself, feed-forward, blocks of them, and torch's multi
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock, OutputBlock
+from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.nn.joint_attention import JointAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
@@ -15,6 +16,7 @@ __all__ = [
     "CrossBlock",
     "FeedForward",
     "JointAttention",
+    "KeyValueCache",
     "LatentBlock",
     "LearnedPositions",
     "Linear",

@@ -5,15 +5,17 @@ Every layer is pre-norm and owns its norms and its residual, so a block is a pla
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
+from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -230,6 +232,7 @@ class SelfAttention(nn.Module):
         qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
+        out_dropout: probability of dropping a channel of the result before the residual, in training.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1; Attention Is All You Need, arXiv 1706.03762.
@@ -249,6 +252,7 @@ class SelfAttention(nn.Module):
         qk_norm: NormKind | None = None,
         residual: bool = True,
         dropout: float = 0.0,
+        out_dropout: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -259,8 +263,10 @@ class SelfAttention(nn.Module):
         check_count("dim", dim)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
+        check_probability("out_dropout", out_dropout)
         check_eps(eps)
         self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
+        self.out_dropout = out_dropout
         self.qk_channels, self.v_channels, self.causal = qk_channels, v_channels, causal
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
@@ -269,13 +275,20 @@ class SelfAttention(nn.Module):
         self.qkv_proj = Linear(dim, 2 * qk_channels + v_channels, bias, **where)
         self.out_proj = Linear(v_channels, dim, out_bias, **where)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Attend over a sequence.
 
         Args:
             x: [B, N, D].
-            key_mask: bool [B, N], True where a token may be read.
+            key_mask: bool [B, N], True where a token may be read; not beside a cache.
             rotary: positions of the N tokens.
+            cache: tokens that came before these, which read them too and are appended; ``causal`` layers only.
 
         Returns:
             [B, N, D].
@@ -290,10 +303,18 @@ class SelfAttention(nn.Module):
             if rotary.length != x.shape[1]:
                 raise ValueError(f"rotary must hold the positions of N={x.shape[1]} tokens, got {rotary.length}")
             query, key = rotary.turn(query, 0), rotary.turn(key, 0)
+        if cache is not None:
+            if not self.causal or key_mask is not None:
+                raise ValueError(f"cache needs causal=True and no key_mask, got causal={self.causal}")
+            key, value = cache.append(key, value)
+        alignment: Literal["upper_left", "bottom_right"] = "upper_left" if cache is None else "bottom_right"
         attended = functional.attention(
-            query, key, value, key_mask=key_mask, is_causal=self.causal, dropout_p=self.dropout if self.training else 0.0
-        )
+            query, key, value, key_mask=key_mask, is_causal=self.causal, causal_alignment=alignment,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
         out = self.out_proj(merge_heads(attended))
+        if self.out_dropout:
+            out = F.dropout(out, self.out_dropout, self.training)
         return x + out if self.residual else out
 
     def flops(self, batch: int, N: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.attention import CrossAttention, Method, SelfAttention
+from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.feed_forward import Activation, FeedForward
 from perceiver_kernels.nn.norms import NormKind
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
@@ -27,7 +28,7 @@ class LatentBlock(nn.Module):
         causal, bias, norm, qk_norm: see ``SelfAttention``; bias and norm of the feed-forward too.
         widening_factor, activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
-        dropout: dropout of the feed-forward's result.
+        out_dropout, dropout, hidden_dropout: dropout of the attention's result, of the feed-forward's and of its hidden layer.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1.
@@ -47,7 +48,9 @@ class LatentBlock(nn.Module):
         widening_factor: int = 1,
         activation: Activation = "gelu",
         attention_dropout: float = 0.0,
+        out_dropout: float = 0.0,
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,13 +59,21 @@ class LatentBlock(nn.Module):
         where: dict[str, Any] = {"bias": bias, "norm": norm, "eps": eps, "device": device, "dtype": dtype}
         self.attention = SelfAttention(
             dim, num_heads, qk_channels=qk_channels, v_channels=v_channels, causal=causal, out_bias=bias, qk_norm=qk_norm,
-            dropout=attention_dropout, **where,
+            dropout=attention_dropout, out_dropout=out_dropout, **where,
         )  # fmt: skip
-        self.feed_forward = FeedForward(dim, widening_factor, activation=activation, dropout=dropout, **where)
+        self.feed_forward = FeedForward(
+            dim, widening_factor, activation=activation, dropout=dropout, hidden_dropout=hidden_dropout, **where
+        )
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """x [B, N, D], key_mask bool [B, N] -> [B, N, D]; see ``SelfAttention.forward``."""
-        return self.feed_forward(self.attention(x, key_mask, rotary))
+        return self.feed_forward(self.attention(x, key_mask, rotary, cache))
 
     def flops(self, batch: int, N: int) -> int:
         """FLOPs of the matrix products of one forward."""

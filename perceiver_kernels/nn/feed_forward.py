@@ -51,6 +51,7 @@ class FeedForward(nn.Module):
             "relu", "squared_relu" (Perceiver AR), or gated: "geglu" (a = gelu) and "swiglu" (a = silu).
         bias: biases of both linear layers.
         dropout: probability of dropping a channel of the result before the residual, in training.
+        hidden_dropout: probability of dropping a channel of the hidden layer after its activation, in training.
         norm: "layer", "rms" or None, the norm on the sequence.
         residual: add the sequence, as it came in, to the result.
         hidden_dim: channels of the hidden layer, instead of ``widening_factor * dim``.
@@ -69,6 +70,7 @@ class FeedForward(nn.Module):
         activation: Activation = "gelu",
         bias: bool = True,
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
         norm: NormKind | None = "layer",
         residual: bool = True,
         hidden_dim: int | None = None,
@@ -82,6 +84,7 @@ class FeedForward(nn.Module):
         check_count("widening_factor", widening_factor)
         check_activation(activation)
         check_probability("dropout", dropout)
+        check_probability("hidden_dropout", hidden_dropout)
         check_eps(eps)
         if hidden_dim is not None:
             check_count("hidden_dim", hidden_dim)
@@ -91,7 +94,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"out_dim must be dim={dim} with a residual, got {out_dim}")
         self.out_dim = out_dim
         self.dim, self.hidden_dim = dim, widening_factor * dim if hidden_dim is None else hidden_dim
-        self.activation, self.dropout, self.residual = activation, dropout, residual
+        self.activation, self.dropout, self.hidden_dropout, self.residual = activation, dropout, hidden_dropout, residual
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
         self.up_proj = Linear(dim, self.hidden_dim * (2 if _ACTIVATIONS[activation][1] else 1), bias, **where)
@@ -107,6 +110,8 @@ class FeedForward(nn.Module):
             hidden = value * activate(gate)
         else:
             hidden = activate(hidden)
+        if self.hidden_dropout:
+            hidden = F.dropout(hidden, self.hidden_dropout, self.training)
         out = self.down_proj(hidden)
         if self.dropout:
             out = F.dropout(out, self.dropout, self.training)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.nn.attention import Linear, merge_heads, split_heads
+from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.checks import check_count, check_sequence
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
@@ -31,11 +33,14 @@ class JointAttention(nn.Module):
         head_dim: d; ``dim / num_heads`` when None.
         num_kv_heads: heads of keys and values, a divisor of H; H when None.
         causal: token i of the sequence reads the whole context and the sequence up to itself.
+        own_keys: the sequence's tokens are keys after those of the context. False: the context alone is read; its last N
+            tokens are then the sequence's own, in another form, and causal layers read it up to them.
         norm, norm_context: "layer", "rms" or None, the norms on the sequence and on the context.
         qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
         bias, out_bias: biases of the projections.
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
+        out_dropout: probability of dropping a channel of the result before the residual, in training.
         eps: of all norms.
 
     Source: Flamingo, arXiv 2204.14198, appendix A.1.1; Perceiver AR, arXiv 2202.07765, section 3.
@@ -49,6 +54,7 @@ class JointAttention(nn.Module):
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
         causal: bool = False,
+        own_keys: bool = True,
         norm: NormKind | None = "layer",
         norm_context: NormKind | None = "layer",
         qk_norm: NormKind | None = None,
@@ -56,6 +62,7 @@ class JointAttention(nn.Module):
         out_bias: bool = False,
         residual: bool = True,
         dropout: float = 0.0,
+        out_dropout: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,9 +80,11 @@ class JointAttention(nn.Module):
             head_dim = dim // num_heads
         check_count("head_dim", head_dim)
         check_probability("dropout", dropout)
+        check_probability("out_dropout", out_dropout)
         check_eps(eps)
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, num_kv_heads, head_dim
-        self.causal, self.residual, self.dropout = causal, residual, dropout
+        self.causal, self.own_keys, self.residual = causal, own_keys, residual
+        self.dropout, self.out_dropout = dropout, out_dropout
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
         self.norm_context = make_norm(norm_context, dim, eps, **where)
@@ -86,15 +95,21 @@ class JointAttention(nn.Module):
         self.out_proj = Linear(num_heads * head_dim, dim, out_bias, **where)
 
     def forward(
-        self, x: Tensor, context: Tensor, context_mask: Tensor | None = None, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Attend over context and sequence.
 
         Args:
             x: [B, N, D].
-            context: [B, M, D]; M may be 0.
-            context_mask: bool [B, M], True where a token of the context may be read.
-            rotary: positions of the M + N tokens, context first.
+            context: [B, M, D]; M may be 0, and is at least N without ``own_keys``.
+            context_mask: bool [B, M], True where a token of the context may be read; not beside a cache.
+            rotary: positions of the M + N tokens, context first; of the M without ``own_keys``.
+            cache: tokens that came before all of these, which read them too and are appended; ``causal`` layers only.
 
         Returns:
             [B, N, D].
@@ -105,29 +120,43 @@ class JointAttention(nn.Module):
         check_sequence("x", x, "B, N, D", self.dim, self.q_proj.weight)
         check_sequence("context", context, "B, M, D", self.dim, self.q_proj.weight)
         B, N, M = x.shape[0], x.shape[1], context.shape[1]
-        if rotary is not None and rotary.length != M + N:
-            raise ValueError(f"rotary must hold the positions of M + N={M + N} tokens, got {rotary.length}")
+        length = M + N if self.own_keys else M
+        if length < N:
+            raise ValueError(f"context must hold the sequence's N={N} tokens without own_keys, got M={M}")
+        if rotary is not None and rotary.length != length:
+            axes = "M + N" if self.own_keys else "M"
+            raise ValueError(f"rotary must hold the positions of {axes}={length} tokens, got {rotary.length}")
         normed = x if self.norm is None else self.norm(x)
         query = split_heads(self.q_proj(normed), self.num_heads)
         if self.norm_query is not None:
             query = self.norm_query(query)
         if rotary is not None:
-            query = rotary.turn(query, M)
-        key_own, value_own = self._keys_values(normed, M, rotary)
+            query = rotary.turn(query, length - N)
+        segments = []
+        if M or not self.own_keys:
+            normed_context = context if self.norm_context is None else self.norm_context(context)
+            segments.append(self._keys_values(normed_context, 0, rotary))
+        if self.own_keys:
+            segments.append(self._keys_values(normed, M, rotary))
         key_mask = None
         if context_mask is not None:
             check_tensor("context_mask", context_mask, f"[B, M] with B={B}, M={M}", (B, M), dtypes=(torch.bool,))
-            key_mask = torch.cat((context_mask, context_mask.new_ones(B, N)), 1)
-        keys: Any = key_own
-        values: Any = value_own
-        if M:
-            key, value = self._keys_values(context if self.norm_context is None else self.norm_context(context), 0, rotary)
-            keys, values = (key, key_own), (value, value_own)
+            key_mask = torch.cat((context_mask, context_mask.new_ones(B, length - M)), 1)
+        if cache is not None:
+            if not self.causal or context_mask is not None:
+                raise ValueError(f"cache needs causal=True and no context_mask, got causal={self.causal}")
+            for key, value in segments:
+                keys_values = cache.append(key, value)
+            segments = [keys_values]
+        # One segment is plain tensors, two are pairs.
+        keys, values = segments[0] if len(segments) == 1 else zip(*segments, strict=True)
         attended = functional.attention(
             query, keys, values, key_mask=key_mask, is_causal=self.causal, causal_alignment="bottom_right",
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.num_kv_heads != self.num_heads,
         )  # fmt: skip
         out = self.out_proj(merge_heads(attended))
+        if self.out_dropout:
+            out = F.dropout(out, self.out_dropout, self.training)
         return x + out if self.residual else out
 
     def _keys_values(self, normed: Tensor, start: int, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -138,9 +167,13 @@ class JointAttention(nn.Module):
         return key if rotary is None else rotary.turn(key, start), value
 
     def flops(self, batch: int, N: int, M: int) -> int:
-        """FLOPs of the matrix products of one forward: 4BND Hd + 4B(M + N)D H_kv d + 4BN(M + N) Hd, all keys counted."""
+        """FLOPs of the matrix products of one forward: 4BND Hd + 4BL D H_kv d + 4BNL Hd, L = M + N, or M without ``own_keys``.
+
+        All keys are counted, those that causal queries do not see too.
+        """
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return 4 * batch * (N * self.dim * width + (M + N) * self.dim * kv_width + N * (M + N) * width)
+        length = M + N if self.own_keys else M
+        return 4 * batch * (N * self.dim * width + length * self.dim * kv_width + N * length * width)
 
     def extra_repr(self) -> str:
         return (

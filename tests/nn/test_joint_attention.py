@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels import rotary_tables, use_backend
-from perceiver_kernels.nn import JointAttention, Rotary, SelfAttention
+from perceiver_kernels.nn import FeedForward, JointAttention, Rotary, SelfAttention
 
 B, N, M, D, H = 2, 5, 9, 24, 4
 
@@ -120,6 +120,62 @@ def test_without_context_a_sequence_reads_itself() -> None:
     torch.testing.assert_close(layer(x, x[:, :0]), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sequence_reads_a_context_that_holds_it(masked: bool, causal: bool) -> None:
+    """Without keys of its own: causal queries stand beside the last N tokens of the context, not after it."""
+    layer = randomised(JointAttention(D, H, causal=causal, own_keys=False, bias=True))
+    x, context = sequence(N, 1), sequence(M, 2)
+    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(3)) < 0.6 if masked else None
+    rotary = Rotary(*rotary_tables(M, 4))
+    query = turned(heads(layer.q_proj(normed(x, layer.norm)), H), rotary)
+    key, value = layer.kv_proj(normed(context, layer.norm_context)).chunk(2, -1)
+    visible = torch.ones(B, 1, N, M, dtype=torch.bool)
+    if causal:
+        visible = visible & torch.ones(N, M, dtype=torch.bool).tril(M - N)
+    if mask is not None:
+        visible = visible & mask[:, None, None]
+    expected = x + layer.out_proj(attended(query, turned(heads(key, H), rotary), heads(value, H), visible))
+    actual = layer(x, context, mask, rotary)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    leaves, upstream = (x, context, *layer.parameters()), torch.randn_like(actual)
+    gradients = (torch.autograd.grad(out, leaves, upstream) for out in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["joint", "self", "feed-forward", "hidden"])
+def test_dropout_of_results_and_of_the_hidden_layer(kind: str) -> None:
+    """Drawn as torch draws it, before the residual, and in training alone."""
+    x = sequence(N, 1)
+    build: dict[str, Any] = {
+        "joint": lambda: JointAttention(D, H, out_dropout=0.4), "self": lambda: SelfAttention(D, H, out_dropout=0.4),
+        "feed-forward": lambda: FeedForward(D, 2, dropout=0.4), "hidden": lambda: FeedForward(D, 2, hidden_dropout=0.4),
+    }  # fmt: skip
+    layer = randomised(build[kind]())
+    run = (lambda: layer(x, x)) if kind == "joint" else (lambda: layer(x))
+    layer.eval()
+    whole = run() - x
+    layer.train()
+    torch.manual_seed(5)
+    actual = run() - x
+    torch.manual_seed(5)
+    if kind == "hidden":
+        hidden = F.gelu(layer.up_proj(normed(x, layer.norm)))
+        torch.testing.assert_close(actual, layer.down_proj(F.dropout(hidden, 0.4)))
+    else:
+        torch.testing.assert_close(actual, F.dropout(whole, 0.4))
+    assert not torch.allclose(actual, whole)
+
+
+@pytest.mark.parametrize("own_keys", [True, False])
+def test_flops_of_keys_of_its_own(own_keys: bool) -> None:
+    layer = JointAttention(D, H, own_keys=own_keys)
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(B, N, D), torch.randn(B, M, D))
+    assert counter.get_total_flops() == layer.flops(B, N, M)
+
+
 def test_flops() -> None:
     layer = JointAttention(D, H, num_kv_heads=2)
     with use_backend("reference"), FlopCounterMode(display=False) as counter:
@@ -141,6 +197,19 @@ def test_flops() -> None:
             lambda: JointAttention(D, 4)(torch.randn(B, N, D), torch.randn(B, M, D), None, Rotary(*rotary_tables(M, 4))),
             "rotary must hold the positions of M \\+ N=14 tokens, got 9",
         ),
+        (
+            lambda: JointAttention(D, 4, own_keys=False)(torch.randn(B, N, D), torch.randn(B, N - 1, D)),
+            "context must hold the sequence's N=5 tokens without own_keys, got M=4",
+        ),
+        (
+            lambda: JointAttention(D, 4, own_keys=False)(
+                torch.randn(B, N, D), torch.randn(B, M, D), None, Rotary(*rotary_tables(M + N, 4))
+            ),
+            "rotary must hold the positions of M=9 tokens, got 14",
+        ),
+        (lambda: JointAttention(D, 4, out_dropout=1.0), "out_dropout must be in"),
+        (lambda: SelfAttention(D, 4, out_dropout=-0.1), "out_dropout must be in"),
+        (lambda: FeedForward(D, hidden_dropout=1.0), "hidden_dropout must be in"),
         (
             lambda: SelfAttention(D, 4)(torch.randn(B, N, D), None, Rotary(*rotary_tables(N + 1, 4))),
             "rotary must hold the positions of N=5 tokens, got 6",
