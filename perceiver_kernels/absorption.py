@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from perceiver_kernels.checks import autocasts
 from perceiver_kernels.ops.boundary import transforms_active
 
 T = TypeVar("T", Tensor, "Tensor | None")
@@ -153,7 +154,7 @@ def pad_to(tensor: T, channels: int) -> T:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products inside keep the dtype of their operands; entering torch.autocast costs 2 us, so only where it is on."""
-    on = torch.is_autocast_enabled(device.type)
+    on = autocasts(device)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 

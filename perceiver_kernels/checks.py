@@ -13,6 +13,11 @@ RAW_DTYPES = (*FLOAT_DTYPES, torch.uint8)
 _Shape = tuple[int | None, ...]
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch's own question is an error for ``meta``."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def check_tensor(
     name: str, value: object, layout: str, *shapes: _Shape, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> None:

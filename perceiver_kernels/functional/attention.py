@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from perceiver_kernels.checks import autocasts
 from perceiver_kernels.dispatch import candidates, is_composite, load, select_passes
 from perceiver_kernels.functional.common import cast_for_autocast, dropout_seed, visible
 from perceiver_kernels.inputs import PackedInputs
@@ -131,7 +132,7 @@ def _signature(query: Any, key: Any, value: Any, options: tuple[Any, ...]) -> tu
     for tensor in (query, key, value):
         if type(tensor) not in (Tensor, Parameter):
             return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+    if torch.compiler.is_compiling() or autocasts(query.device):
         return None
     found = (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,

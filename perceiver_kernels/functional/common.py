@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceiver_kernels.checks import autocasts
 from perceiver_kernels.inputs import InputArray
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast, where it is on, makes of ``tensor``; float64 stays, as in torch."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if tensor.dtype == torch.float64 or not autocasts(tensor.device):
         return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def cast_for_autocast(first: Any, *others: Any) -> tuple[Any, ...]:
     """Floating tensors in autocast's dtype where autocast is on for the device of the first; what is no tensor stays."""
     tensors = first, *others
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocasts(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(

@@ -211,15 +211,17 @@ _EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {
 }
 
 
-def _described(value: Any, mode: FakeTensorMode) -> Any:
+def described(value: Any, mode: FakeTensorMode) -> Any:
     """``value`` with tensors that have every property but memory: what is computed from them costs nothing."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_described(item, mode) for item in value)
+        return type(value)(described(item, mode) for item in value)
+    if isinstance(value, dict):
+        return {name: described(item, mode) for name, item in value.items()}
     if isinstance(value, (InputArray, PackedInputs)):
         held = {item.name: getattr(value, item.name) for item in fields(value)}
-        return replace(value, **{name: _described(item, mode) for name, item in held.items()})
+        return replace(value, **{name: described(item, mode) for name, item in held.items()})
     return value
 
 
@@ -242,7 +244,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     call = inspect.signature(called).bind(*args, **kwargs)
     call.apply_defaults()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        explanation = _EXPLAINERS[called](**{name: _described(value, mode) for name, value in call.arguments.items()})
+        explanation = _EXPLAINERS[called](**{name: described(value, mode) for name, value in call.arguments.items()})
     if isinstance(explanation.problem, AttentionProblem) and explanation.problem.packed:
         # Descriptions have no values to look at.
         masks = Masks(cu_seqlens_q=call.arguments["cu_seqlens_q"], cu_seqlens_k=call.arguments["cu_seqlens_k"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import is_integer
+from perceiver_kernels.checks import autocasts, is_integer
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.problem import MAX_CHANNELS, check_tensor
 
@@ -49,7 +48,7 @@ def check_sequence(name: str, x: Tensor, axes: str, channels: int, weight: Tenso
     check_tensor(name, x)
     if x.ndim != axes.count(",") + 1 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+    if x.dtype != weight.dtype and not autocasts(weight.device):
         raise TypeError(f"{name} must have the parameters' dtype {weight.dtype} unless autocast is on, got {x.dtype}")
 
 
