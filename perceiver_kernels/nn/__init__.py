@@ -1,5 +1,5 @@
 """Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, attention over a
-context and the sequence itself, feed-forward, blocks of them, and torch's multi-head attention."""
+context and the sequence itself, feed-forward, blocks of them, blocks of sets, and torch's multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock
@@ -9,8 +9,13 @@ from perceiver_kernels.nn.multihead import MultiheadAttention
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
 from perceiver_kernels.nn.positions import LearnedPositions
 from perceiver_kernels.nn.rotary import Rotary
+from perceiver_kernels.nn.set_blocks import ISAB, MAB, PMA, SAB
 
 __all__ = [
+    "ISAB",
+    "MAB",
+    "PMA",
+    "SAB",
     "CrossAttention",
     "CrossBlock",
     "FeedForward",
