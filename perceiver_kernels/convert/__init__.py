@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.convert.rules import Rule, check_shapes, to_ours, to_theirs
 
-LIBRARIES = ("set_transformer", "transformers")
+LIBRARIES = ("linformer", "set_transformer", "transformers")
 """Each is a module here whose RULES give, for a class of ours, the function from a model to its rules."""
 
 

@@ -1,6 +1,16 @@
 """Models built from the layers of ``perceiver_kernels.nn``."""
 
+from perceiver_kernels.models.linformer import Linformer, LinformerConfig, LinformerLM, LinformerLMConfig
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
 from perceiver_kernels.models.set_transformer import SetTransformer, SetTransformerConfig
 
-__all__ = ["Perceiver", "PerceiverConfig", "SetTransformer", "SetTransformerConfig"]
+__all__ = [
+    "Linformer",
+    "LinformerConfig",
+    "LinformerLM",
+    "LinformerLMConfig",
+    "Perceiver",
+    "PerceiverConfig",
+    "SetTransformer",
+    "SetTransformerConfig",
+]

@@ -1,10 +1,12 @@
 """Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, attention over a
-context and the sequence itself, feed-forward, blocks of them, blocks of sets, and torch's multi-head attention."""
+context and the sequence itself, attention to mixtures of tokens, feed-forward, blocks of them, blocks of sets, and torch's
+multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.nn.joint_attention import JointAttention
+from perceiver_kernels.nn.linformer import LinformerAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
 from perceiver_kernels.nn.positions import LearnedPositions
@@ -23,6 +25,7 @@ __all__ = [
     "LatentBlock",
     "LearnedPositions",
     "Linear",
+    "LinformerAttention",
     "MultiheadAttention",
     "OutputCrossAttention",
     "Rotary",

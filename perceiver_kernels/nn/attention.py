@@ -15,6 +15,7 @@ from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
+from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
@@ -230,6 +231,7 @@ class SelfAttention(nn.Module):
         qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
+        drop_path: probability of dropping a batch entry's whole result before the residual, in training.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1; Attention Is All You Need, arXiv 1706.03762.
@@ -249,6 +251,7 @@ class SelfAttention(nn.Module):
         qk_norm: NormKind | None = None,
         residual: bool = True,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -259,9 +262,10 @@ class SelfAttention(nn.Module):
         check_count("dim", dim)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
+        check_probability("drop_path", drop_path)
         check_eps(eps)
         self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
-        self.qk_channels, self.v_channels, self.causal = qk_channels, v_channels, causal
+        self.qk_channels, self.v_channels, self.causal, self.drop_path = qk_channels, v_channels, causal, drop_path
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
         self.norm_query = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
@@ -293,7 +297,7 @@ class SelfAttention(nn.Module):
         attended = functional.attention(
             query, key, value, key_mask=key_mask, is_causal=self.causal, dropout_p=self.dropout if self.training else 0.0
         )
-        out = self.out_proj(merge_heads(attended))
+        out = drop_path(self.out_proj(merge_heads(attended)), self.drop_path, self.training)
         return x + out if self.residual else out
 
     def flops(self, batch: int, N: int) -> int:

@@ -26,7 +26,8 @@ class LatentBlock(nn.Module):
         causal, bias, norm, qk_norm: see ``SelfAttention``; bias and norm of the feed-forward too.
         widening_factor, activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
-        dropout: dropout of the feed-forward's result.
+        dropout, hidden_dropout: of the feed-forward's result and of its hidden layer.
+        drop_path: probability of dropping a batch entry's whole branch before a residual, in training.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1.
@@ -47,17 +48,23 @@ class LatentBlock(nn.Module):
         activation: Activation = "gelu",
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        drop_path: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where: dict[str, Any] = {"bias": bias, "norm": norm, "eps": eps, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {
+            "bias": bias, "norm": norm, "drop_path": drop_path, "eps": eps, "device": device, "dtype": dtype,
+        }  # fmt: skip
         self.attention = SelfAttention(
             dim, num_heads, qk_channels=qk_channels, v_channels=v_channels, causal=causal, out_bias=bias, qk_norm=qk_norm,
             dropout=attention_dropout, **where,
         )  # fmt: skip
-        self.feed_forward = FeedForward(dim, widening_factor, activation=activation, dropout=dropout, **where)
+        self.feed_forward = FeedForward(
+            dim, widening_factor, activation=activation, dropout=dropout, hidden_dropout=hidden_dropout, **where
+        )
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         """x [B, N, D], key_mask bool [B, N] -> [B, N, D]; see ``SelfAttention.forward``."""
@@ -79,6 +86,7 @@ class CrossBlock(nn.Module):
         num_heads: heads of the cross-attention.
         qk_channels, v_channels: widths of all heads together; ``input_dim`` when None, see ``CrossAttention``.
         widening_factor, activation: see ``FeedForward``.
+        norm_inputs: LayerNorm on the inputs.
         residual: add the latents to what they read; the feed-forward always has its residual.
         attention_dropout: probability of dropping an attention weight, in training.
         dropout: dropout of the feed-forward's result.
@@ -98,6 +106,7 @@ class CrossBlock(nn.Module):
         v_channels: int | None = None,
         widening_factor: int = 1,
         activation: Activation = "gelu",
+        norm_inputs: bool = True,
         residual: bool = True,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -111,7 +120,8 @@ class CrossBlock(nn.Module):
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = CrossAttention(
             latent_dim, input_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels,
-            residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method, **where,
+            norm_inputs=norm_inputs, residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method,
+            **where,
         )  # fmt: skip
         self.feed_forward = FeedForward(latent_dim, widening_factor, activation=activation, dropout=dropout, **where)
 
