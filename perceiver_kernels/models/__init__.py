@@ -2,15 +2,18 @@
 
 from perceiver_kernels.models.linformer import Linformer, LinformerConfig, LinformerLM, LinformerLMConfig
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
+from perceiver_kernels.models.rin import RIN, RINConfig
 from perceiver_kernels.models.set_transformer import SetTransformer, SetTransformerConfig
 
 __all__ = [
+    "RIN",
     "Linformer",
     "LinformerConfig",
     "LinformerLM",
     "LinformerLMConfig",
     "Perceiver",
     "PerceiverConfig",
+    "RINConfig",
     "SetTransformer",
     "SetTransformerConfig",
 ]
