@@ -4,9 +4,11 @@ from perceiver_kernels.models.linformer import Linformer, LinformerConfig, Linfo
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
 from perceiver_kernels.models.rin import RIN, RINConfig
 from perceiver_kernels.models.set_transformer import SetTransformer, SetTransformerConfig
+from perceiver_kernels.models.vecset import LatentDistribution, VecSetAutoencoder, VecSetConfig
 
 __all__ = [
     "RIN",
+    "LatentDistribution",
     "Linformer",
     "LinformerConfig",
     "LinformerLM",
@@ -16,4 +18,6 @@ __all__ = [
     "RINConfig",
     "SetTransformer",
     "SetTransformerConfig",
+    "VecSetAutoencoder",
+    "VecSetConfig",
 ]

@@ -1,6 +1,6 @@
 """Layers: cross-attention that reads long inputs, cross-attention of output queries, latent self-attention, attention over a
 context and the sequence itself, attention to mixtures of tokens, feed-forward, blocks of them, blocks of sets and of
-interface networks, and torch's multi-head attention."""
+interface networks, points, and torch's multi-head attention."""
 
 from perceiver_kernels.nn.attention import CrossAttention, Linear, SelfAttention
 from perceiver_kernels.nn.blocks import CrossBlock, LatentBlock
@@ -9,6 +9,7 @@ from perceiver_kernels.nn.joint_attention import JointAttention
 from perceiver_kernels.nn.linformer import LinformerAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
+from perceiver_kernels.nn.points import PointEmbedding, farthest_points
 from perceiver_kernels.nn.positions import LearnedPositions
 from perceiver_kernels.nn.rin import RINBlock
 from perceiver_kernels.nn.rotary import Rotary
@@ -29,7 +30,9 @@ __all__ = [
     "LinformerAttention",
     "MultiheadAttention",
     "OutputCrossAttention",
+    "PointEmbedding",
     "RINBlock",
     "Rotary",
     "SelfAttention",
+    "farthest_points",
 ]
