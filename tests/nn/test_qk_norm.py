@@ -117,7 +117,7 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
             "inputs must be a torch.Tensor with qk_norm, got InputArray",
         ),
         (
-            lambda: OutputCrossAttention(D, C, qk_norm="rms")(functional.pack_inputs(leaves()[0]), leaves()[1]),
+            lambda: OutputCrossAttention(D, C, qk_norm="rms").double()(functional.pack_inputs(leaves()[0]), leaves()[1]),
             TypeError,
             "queries must be a torch.Tensor with qk_norm, got PackedInputs",
         ),
