@@ -2,18 +2,27 @@
 
 from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
 from perceiver_kernels.models.generation import CachedDecoder, LatentWindow, filter_logits
+from perceiver_kernels.models.linformer import Linformer, LinformerConfig, LinformerLM, LinformerLMConfig
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
 from perceiver_kernels.models.perceiver_ar import PerceiverAR
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
 from perceiver_kernels.models.perceiver_io import PerceiverIO
 from perceiver_kernels.models.preprocessing import flow_patches
 from perceiver_kernels.models.resampler import PerceiverResampler, PerceiverResamplerConfig
+from perceiver_kernels.models.rin import RIN, RINConfig
 from perceiver_kernels.models.sequence_positions import SequencePositions
+from perceiver_kernels.models.set_transformer import SetTransformer, SetTransformerConfig
+from perceiver_kernels.models.vecset import LatentDistribution, VecSetAutoencoder, VecSetConfig
 
 __all__ = [
     "CachedDecoder",
     "EncoderConfig",
+    "LatentDistribution",
     "LatentWindow",
+    "Linformer",
+    "LinformerConfig",
+    "LinformerLM",
+    "LinformerLMConfig",
     "Perceiver",
     "PerceiverAR",
     "PerceiverARConfig",
@@ -22,7 +31,13 @@ __all__ = [
     "PerceiverIO",
     "PerceiverResampler",
     "PerceiverResamplerConfig",
+    "RIN",
+    "RINConfig",
     "SequencePositions",
+    "SetTransformer",
+    "SetTransformerConfig",
+    "VecSetAutoencoder",
+    "VecSetConfig",
     "filter_logits",
     "flow_patches",
 ]

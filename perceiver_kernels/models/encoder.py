@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.common import autocast_dtype
@@ -15,6 +14,7 @@ from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock
 from perceiver_kernels.nn.attention import Method
+from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_array, check_choice, check_count, check_flag, check_input_dim, check_widths
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.problem import check_eps, check_probability
@@ -220,17 +220,13 @@ class PerceiverEncoder(nn.Module):
             # What was packed here carries its masks.
             key_mask, lengths = None, None
         latents: Tensor = self.latents
+        checkpointing = self.config.activation_checkpointing
         for kind, index in self.schedule:
             if kind == "cross":
-                latents = self._step(self.cross_blocks[index], latents, prepared, key_mask, lengths)
+                latents = run_block(self.cross_blocks[index], latents, prepared, key_mask, lengths, checkpointing=checkpointing)
             else:
-                latents = self._step(self.latent_blocks[index], latents)
+                latents = run_block(self.latent_blocks[index], latents, checkpointing=checkpointing)
         return latents
-
-    def _step(self, block: nn.Module, *arguments: Any) -> Tensor:
-        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
 
     def _prepare(
         self, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None

@@ -5,14 +5,14 @@ Source: General-purpose, long-context autoregressive modeling with Perceiver AR,
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.models import perceiver_ar_config as published
@@ -20,6 +20,7 @@ from perceiver_kernels.models.generation import generate
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
 from perceiver_kernels.models.sequence_positions import SequencePositions
 from perceiver_kernels.nn import FeedForward, JointAttention, KeyValueCache, LatentBlock, Linear, Rotary
+from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.positions import rotary_tables
 
@@ -219,7 +220,7 @@ class PerceiverAR(nn.Module):
         own = None if rotary is None else Rotary(rotary.cos[prefix_length:], rotary.sin[prefix_length:], rotary.interleaved)
         turned = self.config.num_layers if self.config.num_rotary_layers is None else self.config.num_rotary_layers
         cache = iter((None,) * (self.config.num_perceiver_layers + self.config.num_layers) if caches is None else caches)
-        run = self._run
+        run = functools.partial(run_block, checkpointing=self.config.activation_checkpointing)
         layers: list[Any] = list(self.perceiver_layers)
         for layer in layers:
             kept = layer.draw(B, prefix_length, context.shape[1], tokens.device)
@@ -227,13 +228,6 @@ class PerceiverAR(nn.Module):
         for index, block in enumerate(self.latent_blocks):
             latents = run(block, latents, None, own if index < turned else None, next(cache))
         return latents
-
-    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """One layer, computed again in the backward pass where the configuration says so."""
-        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
-            return result
-        return layer(*arguments)
 
     def _rotary(self, start: int, stop: int, device: torch.device) -> Rotary | None:
         """The angles of the tokens start..stop."""

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.checks import check_positive
 from perceiver_kernels.checks import check_tensor as check_layout
 from perceiver_kernels.nn import FeedForward, JointAttention, Linear
+from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_sequence
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -292,10 +292,7 @@ class PerceiverResampler(nn.Module):
         tokens, visible = self._tokens(media, mask)
         latents = self.latents.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                latents = checkpoint(layer, latents, tokens, visible, use_reentrant=False)
-            else:
-                latents = layer(latents, tokens, visible)
+            latents = run_block(layer, latents, tokens, visible, checkpointing=self.config.activation_checkpointing)
         if self.output_proj is not None:
             latents = self.output_proj(latents)
         if self.norm is not None:

@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
+from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
+from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
-from perceiver_kernels.problem import check_eps, check_probability, pad_channels
+from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, pad_channels
 
 
 class Linear(nn.Linear):
@@ -49,6 +51,24 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attend_normed(layer: Any, queries: Tensor, keys: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
+    """Attention of a layer with ``qk_norm``: its norms come between projections and scores, which cannot be absorbed then.
+
+    Args:
+        layer: has q_proj, k_proj, v_proj, norm_query, norm_key, num_heads, dropout and training.
+        queries, keys: [B or 1, Lq, ...] and [B, Lk, ...], after their norms.
+        seen: bool [B, Lk], False for keys that are hidden.
+
+    Returns:
+        [B, Lq, H*d_v], heads merged.
+    """
+    query = layer.norm_query(split_heads(layer.q_proj(queries), layer.num_heads)).expand(keys.shape[0], -1, -1, -1)
+    key = layer.norm_key(split_heads(layer.k_proj(keys), layer.num_heads))
+    value = split_heads(layer.v_proj(keys), layer.num_heads)
+    dropout_p = layer.dropout if layer.training else 0.0
+    return merge_heads(functional.attention(query, key, value, key_mask=seen, dropout_p=dropout_p, **masks))
+
+
 class CrossAttention(nn.Module):
     """Latents read an input array of any length.
 
@@ -71,6 +91,8 @@ class CrossAttention(nn.Module):
         out_bias: bias of the output projection.
         norm_latents: LayerNorm on the latents.
         norm_inputs: LayerNorm on the inputs.
+        qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys. Inputs must then be a tensor,
+            and keys are always computed.
         residual: add the latents, as they came in, to the result.
         dropout: probability of dropping an attention weight, in training.
         eps: of both LayerNorms.
@@ -93,6 +115,7 @@ class CrossAttention(nn.Module):
         out_bias: bool = True,
         norm_latents: bool = True,
         norm_inputs: bool = True,
+        qk_norm: NormKind | None = None,
         residual: bool = True,
         dropout: float = 0.0,
         eps: float = 1e-5,
@@ -114,6 +137,8 @@ class CrossAttention(nn.Module):
             raise ValueError(f"out_channels must be latent_dim={latent_dim} with a residual, got {out_channels}")
         check_eps(eps)
         check_reading(chunk_size, method)
+        if qk_norm is not None and (chunk_size is not None or method == "absorbed"):
+            raise ValueError(f"qk_norm must be None with chunk_size or method='absorbed', got {qk_norm!r}")
         self.latent_dim, self.input_dim, self.num_heads = latent_dim, input_dim, num_heads
         self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
         self.residual, self.dropout, self.eps = residual, dropout, eps
@@ -121,6 +146,8 @@ class CrossAttention(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_latents = nn.LayerNorm(latent_dim, eps, **where) if norm_latents else None
         self.norm_inputs = nn.LayerNorm(input_dim, eps, **where) if norm_inputs else None
+        self.norm_query = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
+        self.norm_key = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
         self.q_proj = Linear(latent_dim, qk_channels, bias, **where)
         self.k_proj = Linear(input_dim, qk_channels, bias, **where)
         self.v_proj = Linear(input_dim, v_channels, bias, **where)
@@ -152,6 +179,9 @@ class CrossAttention(nn.Module):
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
+        if self.norm_query is not None:
+            out = self.out_proj(self._attend_normed(normed, inputs, key_mask, lengths))
+            return latents + out if self.residual else out
         w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
         attended = functional.input_cross_attention(
             split_heads(linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
@@ -173,6 +203,16 @@ class CrossAttention(nn.Module):
         )
         out = linear(merge_heads(attended), w_o, self.out_proj.bias)
         return latents + out if self.residual else out
+
+    def _attend_normed(
+        self, normed: Tensor, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs must be a torch.Tensor with qk_norm, got {type(inputs).__name__}")
+        check_key_visibility(key_mask, lengths, inputs.shape[0], inputs.shape[1], inputs.device)
+        seen = visible(key_mask, lengths, inputs.shape[1])
+        rows = inputs if seen is None else torch.where(seen[..., None], inputs, 0.0)
+        return attend_normed(self, normed, rows if self.norm_inputs is None else self.norm_inputs(rows), seen)
 
     def _weights(self, latents: Tensor) -> list[Any]:
         """Weights and biases of q, k and v, the output weight and the affine part of the inputs' LayerNorm.
@@ -233,6 +273,7 @@ class SelfAttention(nn.Module):
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
         out_dropout: probability of dropping a channel of the result before the residual, in training.
+        drop_path: probability of dropping a batch entry's whole result before the residual, in training.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1; Attention Is All You Need, arXiv 1706.03762.
@@ -253,6 +294,7 @@ class SelfAttention(nn.Module):
         residual: bool = True,
         dropout: float = 0.0,
         out_dropout: float = 0.0,
+        drop_path: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -264,9 +306,10 @@ class SelfAttention(nn.Module):
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
         check_probability("out_dropout", out_dropout)
+        check_probability("drop_path", drop_path)
         check_eps(eps)
         self.dim, self.num_heads, self.residual, self.dropout = dim, num_heads, residual, dropout
-        self.out_dropout = out_dropout
+        self.out_dropout, self.drop_path = out_dropout, drop_path
         self.qk_channels, self.v_channels, self.causal = qk_channels, v_channels, causal
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
@@ -315,6 +358,7 @@ class SelfAttention(nn.Module):
         out = self.out_proj(merge_heads(attended))
         if self.out_dropout:
             out = F.dropout(out, self.out_dropout, self.training)
+        out = drop_path(out, self.drop_path, self.training)
         return x + out if self.residual else out
 
     def flops(self, batch: int, N: int) -> int:

@@ -29,6 +29,7 @@ class LatentBlock(nn.Module):
         widening_factor, activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
         out_dropout, dropout, hidden_dropout: dropout of the attention's result, of the feed-forward's and of its hidden layer.
+        drop_path: probability of dropping a batch entry's whole branch before a residual, in training.
         eps: of the norms.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1.
@@ -51,12 +52,15 @@ class LatentBlock(nn.Module):
         out_dropout: float = 0.0,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
+        drop_path: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where: dict[str, Any] = {"bias": bias, "norm": norm, "eps": eps, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {
+            "bias": bias, "norm": norm, "drop_path": drop_path, "eps": eps, "device": device, "dtype": dtype,
+        }  # fmt: skip
         self.attention = SelfAttention(
             dim, num_heads, qk_channels=qk_channels, v_channels=v_channels, causal=causal, out_bias=bias, qk_norm=qk_norm,
             dropout=attention_dropout, out_dropout=out_dropout, **where,
@@ -91,6 +95,7 @@ class CrossBlock(nn.Module):
         num_heads: heads of the cross-attention.
         qk_channels, v_channels: widths of all heads together; ``input_dim`` when None, see ``CrossAttention``.
         widening_factor, activation: see ``FeedForward``.
+        norm_inputs: LayerNorm on the inputs.
         residual: add the latents to what they read; the feed-forward always has its residual.
         attention_dropout: probability of dropping an attention weight, in training.
         dropout: dropout of the feed-forward's result.
@@ -110,6 +115,7 @@ class CrossBlock(nn.Module):
         v_channels: int | None = None,
         widening_factor: int = 1,
         activation: Activation = "gelu",
+        norm_inputs: bool = True,
         residual: bool = True,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -123,7 +129,8 @@ class CrossBlock(nn.Module):
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = CrossAttention(
             latent_dim, input_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels,
-            residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method, **where,
+            norm_inputs=norm_inputs, residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method,
+            **where,
         )  # fmt: skip
         self.feed_forward = FeedForward(latent_dim, widening_factor, activation=activation, dropout=dropout, **where)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.nn.attention import Linear
 from perceiver_kernels.nn.checks import check_choice, check_count, check_sequence
+from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.problem import check_eps, check_probability
 
@@ -56,6 +57,7 @@ class FeedForward(nn.Module):
         residual: add the sequence, as it came in, to the result.
         hidden_dim: channels of the hidden layer, instead of ``widening_factor * dim``.
         out_dim: channels of the result; ``dim`` when None, as ``residual`` requires.
+        drop_path: probability of dropping a batch entry's whole result before the residual, in training.
         eps: of the norm.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1, whose models have widening factor 1; GLU Variants Improve Transformer,
@@ -75,6 +77,7 @@ class FeedForward(nn.Module):
         residual: bool = True,
         hidden_dim: int | None = None,
         out_dim: int | None = None,
+        drop_path: float = 0.0,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,8 +86,8 @@ class FeedForward(nn.Module):
         check_count("dim", dim)
         check_count("widening_factor", widening_factor)
         check_activation(activation)
-        check_probability("dropout", dropout)
-        check_probability("hidden_dropout", hidden_dropout)
+        for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout), ("drop_path", drop_path)):
+            check_probability(name, p)
         check_eps(eps)
         if hidden_dim is not None:
             check_count("hidden_dim", hidden_dim)
@@ -94,7 +97,8 @@ class FeedForward(nn.Module):
             raise ValueError(f"out_dim must be dim={dim} with a residual, got {out_dim}")
         self.out_dim = out_dim
         self.dim, self.hidden_dim = dim, widening_factor * dim if hidden_dim is None else hidden_dim
-        self.activation, self.dropout, self.hidden_dropout, self.residual = activation, dropout, hidden_dropout, residual
+        self.activation, self.dropout, self.residual = activation, dropout, residual
+        self.hidden_dropout, self.drop_path = hidden_dropout, drop_path
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = make_norm(norm, dim, eps, **where)
         self.up_proj = Linear(dim, self.hidden_dim * (2 if _ACTIVATIONS[activation][1] else 1), bias, **where)
@@ -115,6 +119,7 @@ class FeedForward(nn.Module):
         out = self.down_proj(hidden)
         if self.dropout:
             out = F.dropout(out, self.dropout, self.training)
+        out = drop_path(out, self.drop_path, self.training)
         return x + out if self.residual else out
 
     def flops(self, batch: int, N: int) -> int:

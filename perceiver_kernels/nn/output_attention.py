@@ -13,10 +13,11 @@ from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.attention import Linear, split_heads
+from perceiver_kernels.nn.attention import Linear, attend_normed, split_heads
 from perceiver_kernels.nn.checks import check_array, check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
-from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, pad_channels
+from perceiver_kernels.nn.norms import NormKind, make_norm
+from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, check_query_mask, pad_channels
 
 
 class OutputCrossAttention(nn.Module):
@@ -42,6 +43,7 @@ class OutputCrossAttention(nn.Module):
         out_bias: bias of the output projection.
         norm_queries: LayerNorm on the queries.
         norm_latents: LayerNorm on the latents.
+        qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys. Queries must then be a tensor.
         residual: add the queries, as they came in, to the result. They must then be a tensor. False, as in the authors'
             decoders, whose queries are positions and whose results are not.
         dropout: probability of dropping an attention weight, in training.
@@ -65,6 +67,7 @@ class OutputCrossAttention(nn.Module):
         out_bias: bool = True,
         norm_queries: bool = True,
         norm_latents: bool = True,
+        qk_norm: NormKind | None = None,
         residual: bool = False,
         dropout: float = 0.0,
         eps: float = 1e-5,
@@ -87,12 +90,16 @@ class OutputCrossAttention(nn.Module):
         check_reading(None, method)
         if method == "absorbed" and num_heads > 1:
             raise ValueError(f"num_heads must be 1 with method='absorbed', got {num_heads}")
+        if method == "absorbed" and qk_norm is not None:
+            raise ValueError(f"qk_norm must be None with method='absorbed', got {qk_norm!r}")
         self.query_dim, self.latent_dim, self.num_heads = query_dim, latent_dim, num_heads
         self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
         self.residual, self.dropout, self.eps, self.method = residual, dropout, eps, method
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_queries = nn.LayerNorm(query_dim, eps, **where) if norm_queries else None
         self.norm_latents = nn.LayerNorm(latent_dim, eps, **where) if norm_latents else None
+        self.norm_query = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
+        self.norm_key = make_norm(qk_norm, qk_channels // num_heads, eps, **where)
         self.q_proj = Linear(query_dim, qk_channels, bias, **where)
         self.k_proj = Linear(latent_dim, qk_channels, bias, **where)
         self.v_proj = Linear(latent_dim, v_channels, bias, **where)
@@ -133,6 +140,8 @@ class OutputCrossAttention(nn.Module):
         seen = visible(key_mask, lengths, latents.shape[1])
         latents = latents if seen is None else torch.where(seen[..., None], latents, 0.0)
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
+        if self.norm_query is not None:
+            return self._attend_normed(queries, normed, seen, query_mask)
         w_q, b_q, w_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
         out = functional.output_cross_attention(
             queries,
@@ -155,6 +164,17 @@ class OutputCrossAttention(nn.Module):
         )
         out = with_zero_gradient(out, self.k_proj.bias)
         return queries + out if self.residual and isinstance(queries, Tensor) else out
+
+    def _attend_normed(
+        self, queries: Tensor | InputArray | PackedInputs, normed: Tensor, seen: Tensor | None, query_mask: Tensor | None
+    ) -> Tensor:
+        if not isinstance(queries, Tensor):
+            raise TypeError(f"queries must be a torch.Tensor with qk_norm, got {type(queries).__name__}")
+        check_query_mask(query_mask, "B, O", normed.shape[0], queries.shape[1], "queries", queries)
+        rows = queries if query_mask is None else torch.where(query_mask[..., None], queries, 0.0)
+        rows = rows if self.norm_queries is None else self.norm_queries(rows)
+        out = self.out_proj(attend_normed(self, rows, normed, seen, query_mask=query_mask))
+        return queries + out if self.residual else out
 
     def _weights(self, latents: Tensor) -> list[Any]:
         """Weights of q, k and v, biases of q and v, the output weight and the affine part of the queries' LayerNorm.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perceiver_kernels
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
-from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions
+from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions, SelfAttention
 
 B, N, M, D, C = 2, 6, 19, 16, 11
 
@@ -114,6 +115,35 @@ def test_feed_forward_dropout_spares_the_residual() -> None:
     torch.testing.assert_close(added[~dropped], 2 * undropped[~dropped], rtol=1e-4, atol=1e-5)
 
 
+def test_hidden_dropout_is_before_the_second_linear_layer() -> None:
+    """With an identity as that layer, half of the result is 0 and the rest twice what it was."""
+    layer = randomised(FeedForward(D, hidden_dropout=0.5, residual=False))
+    layer.down_proj.weight.data, layer.down_proj.bias.data = torch.eye(D), torch.zeros(D)
+    x = torch.randn(64, N, D)
+    dropped, undropped = layer(x), layer.eval()(x)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    torch.testing.assert_close(dropped[kept], 2 * undropped[kept])
+
+
+@pytest.mark.parametrize("kind", [lambda p: SelfAttention(D, 4, drop_path=p), lambda p: FeedForward(D, drop_path=p)])
+def test_drop_path_drops_whole_branches(kind: Callable[[float], nn.Module]) -> None:
+    """An entry of the batch is the residual alone, or its branch weighs 1 / (1 - p); evaluation drops nothing."""
+    layer, x = randomised(kind(0.25)), torch.randn(400, N, D)
+    branch = layer.eval()(x) - x
+    layer.train()
+    actual = layer(x) - x
+    kept = (actual != 0).flatten(1).any(1)
+    assert 0.68 < kept.float().mean() < 0.82
+    torch.testing.assert_close(actual[kept], branch[kept] / 0.75, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_pass_their_options_on() -> None:
+    block = LatentBlock(D, 4, hidden_dropout=0.1, drop_path=0.2)
+    assert (block.feed_forward.hidden_dropout, block.feed_forward.drop_path, block.attention.drop_path) == (0.1, 0.2, 0.2)
+    assert CrossBlock(D, C, norm_inputs=False).attention.norm_inputs is None
+
+
 def test_cross_block_is_attention_then_feed_forward() -> None:
     block = randomised(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, activation="gelu_tanh"))
     latents, inputs = torch.randn(1, N, D), torch.randn(B, M, C)
@@ -204,6 +234,9 @@ def test_learned_positions_start_as_the_latents_do() -> None:
         (lambda: FeedForward(D, activation="fast"), "activation must be one of 'gelu', .*'swiglu', got 'fast'"),
         (lambda: FeedForward(D, norm="batch"), "norm must be one of 'layer', 'rms', got 'batch'"),
         (lambda: FeedForward(D, hidden_dim=0), "hidden_dim must be at least 1, got 0"),
+        (lambda: FeedForward(D, hidden_dropout=1.0), r"hidden_dropout must be in \[0, 1\), got 1.0"),
+        (lambda: FeedForward(D, drop_path=1.5), r"drop_path must be in \[0, 1\), got 1.5"),
+        (lambda: LatentBlock(D, drop_path=-1), r"drop_path must be in \[0, 1\), got -1"),
         (lambda: FeedForward(D, dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
         (lambda: LatentBlock(D, 3), "qk_channels must be a positive multiple of num_heads=3, got 16"),
         (lambda: LearnedPositions(0, 4), "length must be at least 1, got 0"),

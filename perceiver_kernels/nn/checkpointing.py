@@ -1,0 +1,19 @@
+"""Blocks whose activations are computed again for the gradient instead of being kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run_block(block: nn.Module, *arguments: Any, checkpointing: bool) -> Any:
+    """``block(*arguments)``; with ``checkpointing``, in training, only the arguments are kept for its gradient.
+
+    Source: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
+    """
+    if checkpointing and block.training and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
