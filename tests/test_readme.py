@@ -30,14 +30,15 @@ def load_tables() -> ModuleType:
 tables = load_tables()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/encode.md", "docs/rotary.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/encode.md", "docs/models.md", "docs/rotary.md"])
 def test_python_blocks_run(path: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
     assert blocks or path != "README.md"
+    names: dict[str, Any] = {"__name__": "example"}  # a block may go on from the one before
     for block in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block, path, "exec"), {"__name__": "example"})
+            exec(compile(block, path, "exec"), names)
         assert path != "README.md" or "pack_inputs on" in printed.getvalue()
 
 
