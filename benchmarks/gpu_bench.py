@@ -8,6 +8,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - memory: extra peak bytes against M, until stock PyTorch runs out of memory
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
+- models: whole models beside their originals, forward, training step and captured graph
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
 A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import large  # noqa: E402
+import models  # noqa: E402
 import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
@@ -237,6 +239,14 @@ def hundred_million(context: Context) -> None:
     )
 
 
+def whole_models(context: Context) -> None:
+    """Models of the family beside their originals."""
+    context.failures += models.measure_models(
+        context.report("models"), context.console, context.device, torch.bfloat16, compiled=context.compiled,
+        seconds=context.seconds, out_of_time=context.out_of_time,
+    )  # fmt: skip
+
+
 PARTS: dict[str, Callable[[Context], None]] = {
     "correctness": correctness,
     "kernels": kernels,
@@ -244,6 +254,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "memory": memory_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
+    "models": whole_models,
     **{name: functools.partial(attention, name=name) for name in ATTENTION_REGIMES},
 }
 

@@ -22,7 +22,7 @@ from perceiver_kernels.cli.measure import kernel_name  # noqa: E402
 RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
 """Folders of RESULTS, in the order in which a table takes its figures from them."""
-DOCUMENTS = (ROOT.parent / "README.md", *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md")))
+DOCUMENTS = (ROOT.parent / "README.md", *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md", "models.md")))
 OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
@@ -37,6 +37,7 @@ PASS_TITLES = {
 }
 ATTENTION_TITLES = {"forward": "forward", "backward": "backward"}
 """Of attention over given keys and values, whose backward starts from a saved forward."""
+MODEL_TITLES = {"forward": "forward", "training": "forward + backward", "graph": "forward, CUDA graph"}
 ATTENTION_PARTS = ("decode", "process", "encode-kv")
 HOST_PEERS = ("flash", "cudnn", "efficient")
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -114,6 +115,23 @@ def attention(results: Results) -> list[str]:
     return [*where, "", *_markdown(header, table)] if table else []
 
 
+def models(results: Results) -> list[str]:
+    """Whole models beside their originals: milliseconds of every implementation, and memory of the first two."""
+    rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, "models")}
+    others = list(dict.fromkeys(name for _, _, name in rows if name != "ours"))
+
+    def cell(row: dict[str, Any] | None, show: Callable[[dict[str, Any]], str]) -> str:
+        return "-" if row is None else "cannot" if row["failure"] else show(row)
+
+    table = []
+    for case, which in dict.fromkeys((case, which) for case, which, _ in rows):
+        ours = rows.get((case, which, "ours"))
+        times = [cell(rows.get((case, which, name)), lambda row: _ms(row["p50_ms"])) for name in ("ours", *others)]
+        table.append([case, MODEL_TITLES[which], *times, cell(ours, lambda row: _bytes(row["peak_extra_bytes"]))])
+    header = ["case", "pass", "ours, ms", *others, "our extra memory"]
+    return [_where(results["models"]), "", *_markdown(header, table)] if table else []
+
+
 def host(results: Results) -> list[str]:
     """What the host takes to enqueue one eager call, in microseconds, beside torch's own attention."""
     rows = [row for row in _rows(results, "process") if row.get("host_us") is not None]
@@ -183,6 +201,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "attention-kernels": attention_kernels,
     "two-backends": two_backends,
     "host": host,
+    "models": models,
 }
 
 
