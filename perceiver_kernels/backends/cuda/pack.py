@@ -93,7 +93,7 @@ class PackTiles:
     """How rows are dealt out: ``blocks`` resident blocks, each taking tiles of ``rows_per_tile`` in turn."""
 
     flat: bool
-    """Rows are copied as one aligned run per batch entry through shared memory, not by elements."""
+    """Rows are one aligned run, copied through shared memory, not element by element."""
     rows_per_tile: int
     blocks: int
     shared_bytes: int
@@ -124,7 +124,8 @@ def plan_tiles(
     """
     row_bytes, together = channels * itemsize, rows_together(channels)
     if flat:
-        rows, resident = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device), 4
+        rows = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device)
+        resident = 6 if channels <= 320 else 5 if channels <= 384 else 4
     else:
         rows, resident = 64, 2 if channels <= 512 else 1
     # Small inputs: rather smaller tiles than idle multiprocessors.
@@ -138,13 +139,12 @@ def plan_tiles(
 
 
 def _content_fields(content: Tensor, key_mask: Tensor | None, alone: bool) -> tuple[bool, dict[str, Any]]:
-    """Whether ``content`` is flat, and the fields for it and its contiguous mask; joins adjoining batches."""
+    """Whether ``content`` is one run, and the fields for it, as one batch entry then, and its contiguous mask."""
     batch, tokens, C = content.shape
     strides = content.stride()
-    aligned = alone and content.data_ptr() % 16 == 0
-    flat = aligned and strides[1:] == (C, 1) and strides[0] * content.element_size() % 16 == 0
-    if aligned and content.is_contiguous():
-        flat, batch, tokens, strides = True, 1, batch * tokens, (0, C, 1)
+    flat = alone and content.data_ptr() % 16 == 0 and content.is_contiguous()
+    if flat:
+        batch, tokens, strides = 1, batch * tokens, (0, C, 1)
     fields = {
         "content": address(content),
         "content_type": ELEMENT_TYPES[content.dtype],
