@@ -1,8 +1,7 @@
 // pack_inputs forward: packed[b, m] = cast(pad((x - mean(x)) * rstd)), x = content[b, m] ++ positions[b, m].
 // Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row.
 // pack_flat_kernel: content is one aligned run and batch is 1, copied tile by tile through kPipelineSlots slots. A tile of the
-// result is put together in one of two places in shared memory and leaves as 16-byte vectors: a row that a warp stores starts
-// anywhere.
+// result is put together in one of two places in shared memory and leaves from there: a row that a warp stores starts anywhere.
 // pack_strided_kernel: any strides and positions, read channel by channel from device memory.
 // Shared memory: flat pack_flat_bytes, else none.
 // Device memory: B * M * (C * sizeof(Content) + C_padded * sizeof(Packed) + 4) bytes. FLOPs: 7 * B * M * C.
@@ -22,10 +21,9 @@ constexpr int kPackThreads = 256;
 // A turn of a tile of 16 rows takes a block some 2.6 us of the 122 of 8 x 50,176 on an H200, a copy 1 or 2: two slots hide it.
 constexpr int kPipelineSlots = 2;
 
-// Resident blocks per multiprocessor: 6 leave 40 registers a thread, enough up to 320 channels; 4 leave 64. plan_tiles in
-// backends/cuda/pack.py sizes grid and tiles by the same figures.
+// Resident blocks per multiprocessor; plan_tiles in backends/cuda/pack.py sizes grid and tiles by the same figures.
 template <class Shape>
-constexpr int kFlatBlocksPerSm = Shape::kMaxChannels <= 320 ? 6 : Shape::kMaxChannels <= 384 ? 5 : 4;
+constexpr int kFlatBlocksPerSm = Shape::kMaxChannels <= 64 ? 6 : 3;
 
 // The strided kernel holds a row's addresses beside its values: 128 registers, 255 past 512 channels.
 template <class Shape>
@@ -41,14 +39,6 @@ __host__ __device__ inline int pack_out_bytes(const PackForwardParams& params, i
 __host__ __device__ inline int pack_flat_bytes(const PackForwardParams& params, int content_bytes, int packed_bytes) {
   return TilePipeline<kPipelineSlots>::kHeaderBytes + kPipelineSlots * pack_slot_bytes(params, content_bytes) +
          2 * pack_out_bytes(params, packed_bytes);
-}
-
-// Copies whole vectors of a run that starts on 16 bytes out of shared memory, all threads of the block together.
-__device__ __forceinline__ void store_vectors(unsigned char* gRun, const unsigned char* sRun, int bytes) {
-#pragma unroll 1
-  for (int at = 16 * threadIdx.x; at < (bytes & ~15); at += 16 * kPackThreads) {
-    *reinterpret_cast<uint4*>(gRun + at) = *reinterpret_cast<const uint4*>(sRun + at);
-  }
 }
 
 // Tiles of rows_per_tile rows of each batch entry, dealt to a grid in turn: block b has tiles b, b + gridDim.x, ...
@@ -138,10 +128,12 @@ __device__ __forceinline__ void walk_tiles(TilePipeline<kPipelineSlots>& pipelin
   for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
     unsigned char* sResults = sOut + turn % 2 * out_bytes;
     compute(tile, pipeline.wait(turn), sResults);
+    pipeline.finish_results();
     __syncthreads();
     if (pipeline.fetches()) fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
     leave(tile, sResults);
   }
+  pipeline.finish_stores();
 }
 
 template <typename Content, typename Packed, class Shape>
@@ -170,8 +162,8 @@ __global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm<Shape>)
   };
   const auto leave = [&](int tile, const unsigned char* sPacked) {
     const int row_bytes = params.packed_channels * static_cast<int>(sizeof(Packed));
-    store_vectors(static_cast<unsigned char*>(params.packed) + tiles.token(tile) * row_bytes, sPacked,
-                  tiles.rows(tile) * row_bytes);
+    pipeline.store(static_cast<unsigned char*>(params.packed) + tiles.token(tile) * row_bytes, sPacked,
+                   tiles.rows(tile) * row_bytes);
   };
   walk_tiles(pipeline, tiles, sOut, out_bytes, fetch, compute, leave);
 }

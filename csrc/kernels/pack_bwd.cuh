@@ -3,7 +3,7 @@
 // Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row, two neighbouring
 // channels a lane and step, one order of the sums. Tiles of dy and x_hat are copied through kPipelineSlots slots. Rows of
 // dcontent start anywhere: a tile of them, one run that starts on 16 bytes, is put together in one of two places in shared
-// memory, so that one barrier a tile does, and leaves as vectors. Shared memory: pack_backward_bytes. Device memory: rows
+// memory, so that one barrier a tile does, and leaves from there. Shared memory: pack_backward_bytes. Device memory: rows
 // (2 C_padded sizeof(Packed) + C_content sizeof(Content) + 4) bytes. FLOPs: 9 rows C. On any GPU.
 #pragma once
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPackThreads, kBackwardBlocksPerSm<Shape>)
   const auto leave = [&](int tile, const unsigned char* sTile) {
     const int row_bytes = out_bytes / params.rows_per_tile, bytes = tiles.rows(tile) * row_bytes;
     auto* gTile = static_cast<unsigned char*>(params.dcontent) + tiles.token(tile) * row_bytes;
-    store_vectors(gTile, sTile, bytes);
+    pipeline.store(gTile, sTile, bytes);
     // The last tile may end within 16 bytes.
     if (const int at = (bytes & ~15) + static_cast<int>(threadIdx.x); at < bytes) gTile[at] = sTile[at];
   };

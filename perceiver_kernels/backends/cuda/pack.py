@@ -119,13 +119,14 @@ def plan_tiles(
 ) -> PackTiles:
     """Tiles of a few KiB, at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like), or what shared memory allows.
 
-    On an H200 2 x 182,528 rows of 322 bf16 channels take 0.129 ms in tiles of 32 rows, 0.131 of 16 and 0.150 of 8; 8 x 50,176
-    of 261 0.1225 of 24 and 0.123 of 16 or 32; of 128 0.059 of 48 and 0.061 of 32; of 64 0.038 of 64 and 0.039 of 128.
+    In ms on an H200, bf16, in 3, 4, 5 and 6 blocks: 8 x 50,176 rows of 261 channels 0.120, 0.122, 0.125 and 0.125, of 128 0.060,
+    0.061, 0.061 and 0.061, of 64 0.038, 0.037, 0.037 and 0.036; 2 x 182,528 of 322 0.134, 0.140, 0.140 and 0.137. In tiles of 8
+    KiB, 261 channels take 0.149 in 3 blocks, of 16 KiB 0.127.
     """
     row_bytes, together = channels * itemsize, rows_together(channels)
     if flat:
         rows = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device)
-        resident = 6 if channels <= 320 else 5 if channels <= 384 else 4
+        resident = 6 if channels <= 64 else 3
     else:
         rows, resident = 64, 2 if channels <= 512 else 1
     # Small inputs: rather smaller tiles than idle multiprocessors.
