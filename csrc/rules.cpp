@@ -152,12 +152,10 @@ const char* broken_rule(const PackForwardParams& p) {
   if (!is_aligned(p.packed)) return "packed must lie on 16 bytes";
   if (!p.flat) return nullptr;
   const int64_t element_bytes = p.content_type == static_cast<int32_t>(ElementType::kFloat32) ? 4 : 2;
-  if (p.position_channels != 0 || p.stride_content_channel != 1 ||
-      p.stride_content_token != p.content_channels) {
-    return "a flat pack needs contiguous content and no positions";
+  if (p.position_channels != 0 || p.batch != 1 || p.stride_content_channel != 1 || p.stride_content_token != p.content_channels) {
+    return "a flat pack needs content that is one run, batch 1 and no positions";
   }
-  if (!is_aligned(p.content) || (p.batch > 1 && p.stride_content_batch * element_bytes % 16 != 0) ||
-      p.rows_per_tile * p.content_channels * element_bytes % 16 != 0) {
+  if (!is_aligned(p.content) || p.rows_per_tile * p.content_channels * element_bytes % 16 != 0) {
     return "a flat pack needs every tile to start on 16 bytes";
   }
   return nullptr;

@@ -1,7 +1,7 @@
 // pack_inputs forward: packed[b, m] = cast(pad((x - mean(x)) * rstd)), x = content[b, m] ++ positions[b, m].
 // Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row.
-// pack_flat_kernel: content[b] is one aligned run, copied tile by tile through kPipelineSlots slots. A tile of the result is put
-// together in one of two places in shared memory and leaves as 16-byte vectors: a row that a warp stores starts anywhere.
+// pack_flat_kernel: content is one aligned run and batch is 1, copied tile by tile through kPipelineSlots slots. A tile of the
+// result is put together in one of two places in shared memory and leaves from there: a row that a warp stores starts anywhere.
 // pack_strided_kernel: any strides and positions, read channel by channel from device memory.
 // Shared memory: flat pack_flat_bytes, else none.
 // Device memory: B * M * (C * sizeof(Content) + C_padded * sizeof(Packed) + 4) bytes. FLOPs: 7 * B * M * C.
@@ -21,9 +21,9 @@ constexpr int kPackThreads = 256;
 // A turn of a tile of 16 rows takes a block some 2.6 us of the 122 of 8 x 50,176 on an H200, a copy 1 or 2: two slots hide it.
 constexpr int kPipelineSlots = 2;
 
-// Resident blocks per multiprocessor: 4 leave 64 registers a thread. plan_tiles in backends/cuda/pack.py sizes grid and tiles
-// by the same figures.
-constexpr int kFlatBlocksPerSm = 4;
+// Resident blocks per multiprocessor; plan_tiles in backends/cuda/pack.py sizes grid and tiles by the same figures.
+template <class Shape>
+constexpr int kFlatBlocksPerSm = Shape::kMaxChannels <= 64 ? 6 : 3;
 
 // The strided kernel holds a row's addresses beside its values: 128 registers, 255 past 512 channels.
 template <class Shape>
@@ -39,15 +39,6 @@ __host__ __device__ inline int pack_out_bytes(const PackForwardParams& params, i
 __host__ __device__ inline int pack_flat_bytes(const PackForwardParams& params, int content_bytes, int packed_bytes) {
   return TilePipeline<kPipelineSlots>::kHeaderBytes + kPipelineSlots * pack_slot_bytes(params, content_bytes) +
          2 * pack_out_bytes(params, packed_bytes);
-}
-
-// Copies a run that starts on 16 bytes out of shared memory, all threads of the block together. It may end within 16 bytes.
-__device__ __forceinline__ void store_vectors(unsigned char* gRun, const unsigned char* sRun, int bytes) {
-  const int vector_bytes = bytes & ~15;
-  for (int at = 16 * threadIdx.x; at < vector_bytes; at += 16 * kPackThreads) {
-    *reinterpret_cast<uint4*>(gRun + at) = *reinterpret_cast<const uint4*>(sRun + at);
-  }
-  if (const int at = vector_bytes + static_cast<int>(threadIdx.x); at < bytes) gRun[at] = sRun[at];
 }
 
 // Tiles of rows_per_tile rows of each batch entry, dealt to a grid in turn: block b has tiles b, b + gridDim.x, ...
@@ -122,8 +113,31 @@ __device__ __forceinline__ void pack_tile(const PackForwardParams& params, const
   }
 }
 
+// Walks the block's tiles: fetch(turn, tile) copies one ahead, compute(tile, sTile, sResults) puts its results together in one
+// of two places at sOut, from where leave(tile, sResults) stores them. Before turn t, the tiles of turns
+// t .. t + kPipelineSlots - 1 are in flight or in shared memory.
+template <class Fetch, class Compute, class Leave>
+__device__ __forceinline__ void walk_tiles(TilePipeline<kPipelineSlots>& pipeline, const TileGrid& tiles, unsigned char* sOut,
+                                           int out_bytes, Fetch fetch, Compute compute, Leave leave) {
+  int tile = blockIdx.x;
+  const int count = tiles.count(), stride = gridDim.x;
+  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn) {
+    if (pipeline.fetches()) fetch(turn, tile + turn * stride);
+  }
+  __syncthreads();
+  for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
+    unsigned char* sResults = sOut + turn % 2 * out_bytes;
+    compute(tile, pipeline.wait(turn), sResults);
+    pipeline.finish_results();
+    __syncthreads();
+    if (pipeline.fetches()) fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
+    leave(tile, sResults);
+  }
+  pipeline.finish_stores();
+}
+
 template <typename Content, typename Packed, class Shape>
-__global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm)
+__global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm<Shape>)
     pack_flat_kernel(const __grid_constant__ PackForwardParams params) {
   extern __shared__ __align__(128) unsigned char sMemory[];
   const int slot_bytes = pack_slot_bytes(params, sizeof(Content)), out_bytes = pack_out_bytes(params, sizeof(Packed));
@@ -132,36 +146,26 @@ __global__ void __launch_bounds__(kPackThreads, kFlatBlocksPerSm)
   const int channels = params.content_channels;
   const float inverse_channels = 1.0f / static_cast<float>(channels);
 
-  const TileGrid tiles(params.tokens, params.rows_per_tile, params.batch);
+  const TileGrid tiles(params.tokens, params.rows_per_tile, 1);
   const auto fetch = [&](uint32_t turn, int tile) {
-    if (!pipeline.fetches()) return;
-    const int64_t offset = tiles.entry(tile) * params.stride_content_batch + tiles.token(tile) * channels;
+    const auto* source = static_cast<const Content*>(params.content) + tiles.token(tile) * channels;
     const int bytes = tiles.rows(tile) * channels * static_cast<int>(sizeof(Content));
-    const auto* source = static_cast<const Content*>(params.content) + offset;
     const Run runs[1] = {{reinterpret_cast<const unsigned char*>(source), bytes, 0}};
     pipeline.fetch(turn, runs);
   };
-
-  int tile = blockIdx.x;
-  const int count = tiles.count(), stride = gridDim.x;
-  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn) fetch(turn, tile + turn * stride);
-  __syncthreads();
-
-  // Before turn t, the tiles of turns t .. t + kPipelineSlots - 1 are in flight or in shared memory.
-  for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
-    const auto* sTile = reinterpret_cast<const Content*>(pipeline.wait(turn));
-    unsigned char* sPacked = sOut + turn % 2 * out_bytes;
+  const auto compute = [&](int tile, const unsigned char* sTile, unsigned char* sPacked) {
     const auto fill = [&](Row<Shape>& row, int r, int left) {
-      const Content* sRow = sTile + r * channels + (channels - left);
+      const Content* sRow = reinterpret_cast<const Content*>(sTile) + r * channels + (channels - left);
       row.fill(left, [&](int offset) { return to_float(sRow[offset]); });
     };
     pack_tile<Packed, Shape>(params, tiles, tile, reinterpret_cast<Packed*>(sPacked), inverse_channels, fill);
-    __syncthreads();
-    fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
+  };
+  const auto leave = [&](int tile, const unsigned char* sPacked) {
     const int row_bytes = params.packed_channels * static_cast<int>(sizeof(Packed));
-    const int64_t row = tiles.entry(tile) * params.tokens + tiles.token(tile);
-    store_vectors(static_cast<unsigned char*>(params.packed) + row * row_bytes, sPacked, tiles.rows(tile) * row_bytes);
-  }
+    pipeline.store(static_cast<unsigned char*>(params.packed) + tiles.token(tile) * row_bytes, sPacked,
+                   tiles.rows(tile) * row_bytes);
+  };
+  walk_tiles(pipeline, tiles, sOut, out_bytes, fetch, compute, leave);
 }
 
 // Fills channels [first, first + count) of `row` from `elements`; `channel` is the first that the lane holds.

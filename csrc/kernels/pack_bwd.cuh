@@ -3,7 +3,7 @@
 // Work: tiles of rows_per_tile rows, dealt round robin to a persistent grid; 8, 16 or 32 lanes own a row, two neighbouring
 // channels a lane and step, one order of the sums. Tiles of dy and x_hat are copied through kPipelineSlots slots. Rows of
 // dcontent start anywhere: a tile of them, one run that starts on 16 bytes, is put together in one of two places in shared
-// memory, so that one barrier a tile does, and leaves as vectors. Shared memory: pack_backward_bytes. Device memory: rows
+// memory, so that one barrier a tile does, and leaves from there. Shared memory: pack_backward_bytes. Device memory: rows
 // (2 C_padded sizeof(Packed) + C_content sizeof(Content) + 4) bytes. FLOPs: 9 rows C. On any GPU.
 #pragma once
 
@@ -99,22 +99,15 @@ __global__ void __launch_bounds__(kPackThreads, kBackwardBlocksPerSm<Shape>)
   const float inverse_channels = 1.0f / static_cast<float>(params.channels);
   const TileGrid tiles(params.rows, params.rows_per_tile, 1);
   const auto fetch = [&](uint32_t turn, int tile) {
-    if (!pipeline.fetches()) return;
     const int row_bytes = params.packed_channels * static_cast<int>(sizeof(Packed)), bytes = tiles.rows(tile) * row_bytes;
     const int64_t offset = tiles.token(tile) * row_bytes;
     const Run runs[2] = {{static_cast<const unsigned char*>(params.dpacked) + offset, bytes, 0},
                          {static_cast<const unsigned char*>(params.packed) + offset, params.normalize ? bytes : 0, tile_bytes}};
     pipeline.fetch(turn, runs);
   };
-
-  int tile = blockIdx.x;
-  const int count = tiles.count(), stride = gridDim.x;
-  for (uint32_t turn = 0; turn < kPipelineSlots; ++turn) fetch(turn, tile + turn * stride);
-  __syncthreads();
-  for (uint32_t turn = 0; tile < count; ++turn, tile += stride) {
-    const auto* sDy = reinterpret_cast<const Packed*>(pipeline.wait(turn));
-    const auto* sXHat = reinterpret_cast<const Packed*>(reinterpret_cast<const unsigned char*>(sDy) + tile_bytes);
-    unsigned char* sTile = sOut + turn % 2 * out_bytes;
+  const auto compute = [&](int tile, const unsigned char* sSlot, unsigned char* sTile) {
+    const auto* sDy = reinterpret_cast<const Packed*>(sSlot);
+    const auto* sXHat = reinterpret_cast<const Packed*>(sSlot + tile_bytes);
     const int rows = tiles.rows(tile);
     // The rows of a warp start and end the loop together, so that the sums over lanes are complete.
     for (int warp_row = group - group % kRowsPerWarp; warp_row < rows; warp_row += kRowsPerPass) {
@@ -128,11 +121,15 @@ __global__ void __launch_bounds__(kPackThreads, kBackwardBlocksPerSm<Shape>)
       }
       if (r < rows) write_row_as(params.content_type, dy, sTile, r * params.content_channels + 2 * lane, content_left);
     }
-    __syncthreads();
-    fetch(turn + kPipelineSlots, tile + kPipelineSlots * stride);
-    const int row_bytes = out_bytes / params.rows_per_tile;
-    store_vectors(static_cast<unsigned char*>(params.dcontent) + tiles.token(tile) * row_bytes, sTile, rows * row_bytes);
-  }
+  };
+  const auto leave = [&](int tile, const unsigned char* sTile) {
+    const int row_bytes = out_bytes / params.rows_per_tile, bytes = tiles.rows(tile) * row_bytes;
+    auto* gTile = static_cast<unsigned char*>(params.dcontent) + tiles.token(tile) * row_bytes;
+    pipeline.store(gTile, sTile, bytes);
+    // The last tile may end within 16 bytes.
+    if (const int at = (bytes & ~15) + static_cast<int>(threadIdx.x); at < bytes) gTile[at] = sTile[at];
+  };
+  walk_tiles(pipeline, tiles, sOut, out_bytes, fetch, compute, leave);
 }
 
 }  // namespace perceiver

@@ -40,7 +40,7 @@ struct PackForwardParams {
   int32_t packed_type;
   int32_t normalize;
   float eps;
-  // The plan. flat: no positions, and content[b] is one run that starts on 16 bytes.
+  // The plan. flat: no positions, batch 1, and content is one run that starts on 16 bytes.
   int32_t flat;
   int32_t rows_per_tile;
   int32_t blocks;

@@ -93,7 +93,7 @@ class PackTiles:
     """How rows are dealt out: ``blocks`` resident blocks, each taking tiles of ``rows_per_tile`` in turn."""
 
     flat: bool
-    """Rows are copied as one aligned run per batch entry through shared memory, not by elements."""
+    """Rows are one aligned run, copied through shared memory, not element by element."""
     rows_per_tile: int
     blocks: int
     shared_bytes: int
@@ -119,12 +119,14 @@ def plan_tiles(
 ) -> PackTiles:
     """Tiles of a few KiB, at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like), or what shared memory allows.
 
-    On an H200 2 x 182,528 rows of 322 bf16 channels take 0.129 ms in tiles of 32 rows, 0.131 of 16 and 0.150 of 8; 8 x 50,176
-    of 261 0.1225 of 24 and 0.123 of 16 or 32; of 128 0.059 of 48 and 0.061 of 32; of 64 0.038 of 64 and 0.039 of 128.
+    In ms on an H200, bf16, in 3, 4, 5 and 6 blocks: 8 x 50,176 rows of 261 channels 0.120, 0.122, 0.125 and 0.125, of 128 0.060,
+    0.061, 0.061 and 0.061, of 64 0.038, 0.037, 0.037 and 0.036; 2 x 182,528 of 322 0.134, 0.140, 0.140 and 0.137. In tiles of 8
+    KiB, 261 channels take 0.149 in 3 blocks, of 16 KiB 0.127.
     """
     row_bytes, together = channels * itemsize, rows_together(channels)
     if flat:
-        rows, resident = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device), 4
+        rows = tile_rows(channels, row_bytes, SLOTS * row_bytes + 2 * packed_row_bytes, 12288, 3, device)
+        resident = 6 if channels <= 64 else 3
     else:
         rows, resident = 64, 2 if channels <= 512 else 1
     # Small inputs: rather smaller tiles than idle multiprocessors.
@@ -138,13 +140,12 @@ def plan_tiles(
 
 
 def _content_fields(content: Tensor, key_mask: Tensor | None, alone: bool) -> tuple[bool, dict[str, Any]]:
-    """Whether ``content`` is flat, and the fields for it and its contiguous mask; joins adjoining batches."""
+    """Whether ``content`` is one run, and the fields for it, as one batch entry then, and its contiguous mask."""
     batch, tokens, C = content.shape
     strides = content.stride()
-    aligned = alone and content.data_ptr() % 16 == 0
-    flat = aligned and strides[1:] == (C, 1) and strides[0] * content.element_size() % 16 == 0
-    if aligned and content.is_contiguous():
-        flat, batch, tokens, strides = True, 1, batch * tokens, (0, C, 1)
+    flat = alone and content.data_ptr() % 16 == 0 and content.is_contiguous()
+    if flat:
+        batch, tokens, strides = 1, batch * tokens, (0, C, 1)
     fields = {
         "content": address(content),
         "content_type": ELEMENT_TYPES[content.dtype],

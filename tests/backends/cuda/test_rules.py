@@ -127,8 +127,8 @@ class TestErrors:
             ({"packed": 8200}, "packed must lie on 16 bytes"),
             ({"flat": 1, "content": 4104}, "every tile to start on 16 bytes"),
             ({"flat": 1, "rows_per_tile": 3}, "every tile to start on 16 bytes"),
-            ({"flat": 1, "batch": 2, "stride_content_batch": 21}, "every tile to start on 16 bytes"),
-            ({"flat": 1, "stride_content_token": 6}, "needs contiguous content and no positions"),
+            ({"flat": 1, "batch": 2}, "one run, batch 1 and no positions"),
+            ({"flat": 1, "stride_content_token": 6}, "one run, batch 1 and no positions"),
         ],
     )
     def test_broken_promise_is_a_sentence(self, binding, changes, sentence):

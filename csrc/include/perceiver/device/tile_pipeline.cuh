@@ -1,11 +1,13 @@
-// A ring of shared-memory slots into which 16-byte-aligned runs of device memory are copied ahead of use.
-// sm_90 and newer: one thread starts a bulk copy per slot, an mbarrier counts its bytes (UBLKCP).
-// sm_80: every thread copies 16-byte vectors past the registers and the L1 (LDGSTS.BYPASS.128).
+// A ring of shared-memory slots into which 16-byte-aligned runs of device memory are copied ahead of use, and the way out of
+// shared memory for results.
+// sm_90 and newer: one thread starts a bulk copy per slot and per result, an mbarrier counts the bytes that come (UBLKCP).
+// sm_80: every thread copies 16-byte vectors, on their way in past the registers and the L1 (LDGSTS.BYPASS.128).
 //
 // Contract: fetch is called by every thread for which fetches() holds, wait by every thread, with the same
 // arguments as the others; fetches are numbered 0, 1, 2, ... by `turn`. A __syncthreads stands between the
 // last read of turn t and fetch(t + kSlots), and between the first kSlots fetches and the first wait. A run
-// of zero bytes is fetched too, so that turns and slots stay in step.
+// of zero bytes is fetched too, so that turns and slots stay in step. Results lie in two places in turn: every thread calls
+// finish_results after it wrote to one, then comes a __syncthreads, then store by every thread, and finish_stores at the end.
 #pragma once
 
 #include <cstdint>
@@ -120,6 +122,38 @@ class TilePipeline {
     __syncthreads();
 #endif
     return slot(turn);
+  }
+
+  // What this thread wrote may be stored after the next __syncthreads, and the other place for results may be written then.
+  __device__ void finish_results() const {
+#if __CUDA_ARCH__ >= 900
+    fence_against_bulk_copies();
+    finish_stores();
+#endif
+  }
+
+  // Starts copying whole vectors of a run that starts on 16 bytes to device memory.
+  __device__ void store(unsigned char* gRun, const unsigned char* sRun, int bytes) const {
+    const int vector_bytes = bytes & ~15;
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0 && vector_bytes > 0) {
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(gRun),
+                   "r"(shared_address(sRun)), "r"(vector_bytes)
+                   : "memory");
+    }
+#else
+#pragma unroll 1
+    for (int at = 16 * threadIdx.x; at < vector_bytes; at += 16 * blockDim.x) {
+      *reinterpret_cast<uint4*>(gRun + at) = *reinterpret_cast<const uint4*>(sRun + at);
+    }
+#endif
+  }
+
+  // Waits until the stores that this thread started have read shared memory.
+  __device__ void finish_stores() const {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
   }
 
  private:
