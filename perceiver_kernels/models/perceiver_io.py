@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.inputs import FourierPositions
-from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
-from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, Source, TokenHead
+from perceiver_kernels.models.encoder import PERCEIVER_PYTORCH, EncoderConfig, PerceiverEncoder
+from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, PlainHead, Source, TokenHead
 from perceiver_kernels.models.multimodal import MultimodalPreprocessor
 from perceiver_kernels.models.preprocessing import (
+    ArrayPreprocessor,
     AudioPreprocessor,
     ConvPreprocessor,
     FlowPreprocessor,
@@ -24,7 +25,7 @@ from perceiver_kernels.models.preprocessing import (
     TextPreprocessor,
     VideoPreprocessor,
 )
-from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
+from perceiver_kernels.models.queries import FourierQueries, GivenQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
 from perceiver_kernels.nn.checks import check_choice
 
@@ -89,7 +90,8 @@ class PerceiverIO(nn.Module):
             key_mask: bool [B, M], True where a token of the input array is visible.
             lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
             query_mask: bool [B, O], False for outputs whose queries see nothing.
-            points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities); None: all.
+            points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities), None: all; or
+                the queries themselves, float [B, O, C_q] or [O, C_q], where they are ``GivenQueries``.
 
         Returns:
             What the head gives.
@@ -281,6 +283,61 @@ class PerceiverIO(nn.Module):
             "label": ClassHead(hidden_channels, num_classes, **where),
         }
         return cls(preprocessor, encoder, queries, decoder, MultimodalHead(queries.channels, hidden_channels, heads, **where))
+
+    @classmethod
+    def perceiver_pytorch(
+        cls, *, channels: int = 32, query_channels: int = 32, out_channels: int | None = 100,
+        decoder_feed_forward: bool = False, device: Where = None, dtype: torch.dtype | None = None, **changes: Any,
+    ) -> PerceiverIO:  # fmt: skip
+        """PerceiverIO of lucidrains/perceiver-pytorch with the sizes of its README; the queries are given as ``points``.
+
+        Args:
+            channels, query_channels: of the input array and of the queries (dim, queries_dim there).
+            out_channels: of the outputs (logits_dim); None: what the decoder gives.
+            decoder_feed_forward: a feed-forward layer after the decoder's attention (decoder_ff).
+            changes: other values for fields of ``EncoderConfig``, of which the decoder has heads and width: depth is
+                ``num_blocks``, cross_dim_head ``qk_channels / cross_heads``, latent_dim_head ``latent_qk_channels /
+                latent_heads``, seq_dropout_prob ``input_dropout``, weight_tie_layers ``weight_sharing="v2"``.
+
+        Source: README of perceiver-pytorch 0.11.0, whose inverted attention and attention residuals are not here.
+        """
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        head = PlainHead() if out_channels is None else PatchHead(query_channels, out_channels, **where)
+        changes = {"input_dropout": 0.2, **changes}
+        preprocessor, queries = ArrayPreprocessor(channels), GivenQueries(query_channels)
+        return cls._lucidrains(preprocessor, queries, head, decoder_feed_forward, changes, where)
+
+    @classmethod
+    def perceiver_pytorch_lm(
+        cls, *, vocab_size: int = 20_000, channels: int = 32, max_length: int = 2048, decoder_feed_forward: bool = False,
+        device: Where = None, dtype: torch.dtype | None = None, **changes: Any,
+    ) -> PerceiverIO:  # fmt: skip
+        """PerceiverLM of lucidrains/perceiver-pytorch with the sizes of its README: the embedded tokens are the queries.
+
+        Args:
+            channels: of the embeddings and queries (dim there).
+            decoder_feed_forward, changes: see ``PerceiverIO.perceiver_pytorch``.
+
+        Source: README of perceiver-pytorch 0.11.0.
+        """
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        preprocessor = TextPreprocessor(vocab_size, channels, max_length, **where)
+        head = PatchHead(channels, vocab_size, **where)
+        return cls._lucidrains(preprocessor, InputQueries(channels), head, decoder_feed_forward, changes, where)
+
+    @classmethod
+    def _lucidrains(
+        cls, preprocessor: Any, queries: Any, head: nn.Module, feed_forward: bool, changes: dict[str, Any],
+        where: dict[str, Any],
+    ) -> PerceiverIO:  # fmt: skip
+        published = {**PERCEIVER_PYTORCH, "num_cross_attends": 1, "num_blocks": 6, "layers_per_block": 1}
+        config = EncoderConfig(**{"input_dim": preprocessor.channels, **published, **changes})
+        encoder = PerceiverEncoder(config, **where)
+        decoder = _decoder(
+            encoder, queries.channels, where, num_heads=config.cross_heads, qk_channels=config.qk_channels,
+            qkv_bias=config.qkv_bias, widening_factor=config.cross_widening_factor, feed_forward=feed_forward,
+        )  # fmt: skip
+        return cls(preprocessor, encoder, queries, decoder, head)
 
     @classmethod
     def _classifier(
