@@ -207,42 +207,6 @@ def test_chunked_equals_whole(chunk_size: int) -> None:
     assert_same(actual, result_and_gradients(lambda x: whole(x, lengths=lengths), whole, x))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_dropped_inputs_are_not_read(masked: bool) -> None:
-    """A quarter of the visible tokens is read; gradients say which, and the rest may hold anything."""
-    model = randomised(tiny(input_dropout=0.75, num_cross_attends=2)).train()
-    visible = torch.arange(M) < torch.tensor([[M], [9]]) if masked else None
-    x = tokens().requires_grad_()
-    torch.manual_seed(0)
-    logits = model(x, visible)
-    logits.sum().backward()
-    read = x.grad.any(-1)
-    assert read.sum(1).tolist() == [10, 3 if masked else 10]
-    if visible is not None:
-        assert not (read & ~visible).any()
-    torch.manual_seed(0)
-    torch.testing.assert_close(model(torch.where(read[..., None], x, 7.0), visible), logits)
-    torch.testing.assert_close(model.eval()(x, read), logits)
-    packed = functional.pack_inputs(x, key_mask=visible)
-    torch.manual_seed(0)
-    torch.testing.assert_close(model.train()(packed), logits)
-
-
-def test_one_input_remains_and_none_is_none() -> None:
-    model = randomised(tiny(input_dropout=0.9)).train()
-    x = tokens()[:, :5].requires_grad_()
-    model(x).sum().backward()
-    assert x.grad.any(-1).sum(1).tolist() == [1, 1]
-    assert model(tokens()[:, :0]).shape == (B, 5)
-
-
-def test_dropped_inputs_compile_as_one_graph() -> None:
-    model, x = randomised(tiny(input_dropout=0.5)).train(), tokens()
-    torch._dynamo.reset()
-    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(x, torch.rand(B, M) < 0.8)
-    assert logits.shape == (B, 5) and logits.isfinite().all()
-
-
 def test_lengths_mask_and_truncation_agree() -> None:
     model, x = randomised(tiny()), tokens()
     lengths = torch.tensor([17, 17], dtype=torch.int32)
@@ -391,38 +355,6 @@ def test_learns_a_batch() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_latents": 0}, "num_latents must be at least 1, got 0"),
-        ({"num_blocks": -1}, "num_blocks must be at least 0, got -1"),
-        ({"num_cross_attends": 5}, "num_cross_attends must be at most num_blocks=4 when interleaved, got 5"),
-        ({"cross_attends": "end"}, "cross_attends must be one of 'interleaved', 'start', got 'end'"),
-        ({"weight_sharing": "v3"}, "weight_sharing must be one of 'v1', 'v2', 'none', got 'v3'"),
-        ({"cross_weight_sharing": "v3"}, "cross_weight_sharing must be one of 'v1', 'v2', 'none', got 'v3'"),
-        ({"input_dropout": 1.0}, r"input_dropout must be in \[0, 1\), got 1.0"),
-        ({"input_dropout": 0.1, "chunk_size": 4}, "input_dropout must be 0 with chunk_size=4, got 0.1"),
-        ({"activation": "fast"}, "activation must be one of 'gelu', .* got 'fast'"),
-        ({"method": "fused"}, "method must be 'absorbed', 'projected' or None"),
-        ({"cross_heads": 2}, "qk_channels must be a positive multiple of num_heads=2, got 13"),
-        ({"latent_heads": 3}, "latent_dim must be a positive multiple of num_heads=3, got 16"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"eps": -1.0}, "eps must be a finite number, at least 0, got -1.0"),
-        ({"chunk_size": 0}, "chunk_size must be a positive number of tokens, got 0"),
-        ({"chunk_size": 4, "method": "projected"}, "chunk_size needs method='absorbed' or None"),
-    ],
-)
-def test_wrong_configurations_are_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny(**changes)
-
-
-@pytest.mark.parametrize("name", ["qkv_bias", "cross_residual", "activation_checkpointing"])
-def test_flags_are_bools(name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a bool, got 1"):
-        tiny(**{name: 1})
 
 
 def test_wrong_inputs_are_named() -> None:
