@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from perceiver_kernels.convert.rules import Rule, check_shapes, to_ours, to_theirs
 
 LIBRARIES = (
-    "diffusers", "flamingo_pytorch", "ip_adapter", "open_flamingo", "perceiver_ar_pytorch", "perceiver_pytorch", "transformers",
+    "diffusers", "flamingo_pytorch", "ip_adapter", "open_flamingo", "perceiver_ar_pytorch", "perceiver_io",
+    "perceiver_pytorch", "transformers",
 )  # fmt: skip
 """Each is a module here whose RULES give, for a class of ours, the function from a model to its rules."""
 

@@ -37,7 +37,8 @@ class EncoderConfig:
         latent_qk_channels, latent_v_channels: widths of the self-attention, all heads together; ``latent_dim`` when None.
         qkv_bias: biases of the query, key and value projections of all attention layers.
         cross_residual: add the latents to what they read from the inputs.
-        cross_attends: "interleaved" spaces them evenly between the blocks, "start" puts all before the first block.
+        cross_attends: "interleaved" spaces them evenly between the blocks, "leading" puts one before each of the first
+            blocks, "start" all before the first block.
         weight_sharing: "v2", all blocks share weights; "v1", all but the first; "none". With either of the first two,
             all cross-attends but the first share weights too.
         cross_weight_sharing: of the cross-attends, where it is not as ``weight_sharing`` says: "v2", all share weights; "v1",
@@ -70,7 +71,7 @@ class EncoderConfig:
     latent_v_channels: int | None = None
     qkv_bias: bool = True
     cross_residual: bool = True
-    cross_attends: Literal["interleaved", "start"] = "interleaved"
+    cross_attends: Literal["interleaved", "leading", "start"] = "interleaved"
     weight_sharing: WeightSharing = "v2"
     cross_weight_sharing: WeightSharing | None = None
     cross_widening_factor: int = 1
@@ -92,14 +93,14 @@ class EncoderConfig:
             check_count(name, getattr(self, name))
         for name in ("num_blocks", "layers_per_block"):
             check_count(name, getattr(self, name), 0)
-        check_choice("cross_attends", self.cross_attends, ("interleaved", "start"))
+        check_choice("cross_attends", self.cross_attends, ("interleaved", "leading", "start"))
         check_choice("weight_sharing", self.weight_sharing, ("v1", "v2", "none"))
         if self.cross_weight_sharing is not None:
             check_choice("cross_weight_sharing", self.cross_weight_sharing, ("v1", "v2", "none"))
         check_activation(self.activation)
-        if self.cross_attends == "interleaved" and self.num_cross_attends > max(self.num_blocks, 1):
+        if self.cross_attends != "start" and self.num_cross_attends > max(self.num_blocks, 1):
             raise ValueError(
-                f"num_cross_attends must be at most num_blocks={self.num_blocks} when interleaved, got "
+                f"num_cross_attends must be at most num_blocks={self.num_blocks} when {self.cross_attends}, got "
                 f'{self.num_cross_attends}; cross_attends="start" takes any number'
             )
         qk_channels = self.input_dim if self.qk_channels is None else self.qk_channels
@@ -134,9 +135,11 @@ class EncoderConfig:
     def schedule(self) -> tuple[tuple[Literal["cross", "block"], int], ...]:
         """The model's steps in order, as (kind, which of the distinct modules of that kind)."""
         crosses, blocks = self.cross_weights(), self.block_weights()
-        interleaved = self.cross_attends == "interleaved"
-        # Cross-attend i comes before this block: evenly spaced, the first one always before everything else.
-        before = [i * self.num_blocks // len(crosses) if interleaved else 0 for i in range(len(crosses))]
+        # Cross-attend i comes before this block; the first one always before everything else.
+        before = [
+            {"interleaved": i * self.num_blocks // len(crosses), "leading": i, "start": 0}[self.cross_attends]
+            for i in range(len(crosses))
+        ]
         steps: list[tuple[Literal["cross", "block"], int]] = []
         for i_block in range(max(self.num_blocks, 1)):
             steps += [("cross", cross) for cross, place in zip(crosses, before, strict=True) if place == i_block]

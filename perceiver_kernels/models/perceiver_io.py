@@ -5,17 +5,19 @@ Source: Perceiver IO: A General Architecture for Structured Inputs & Outputs, ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.inputs import FourierPositions
-from perceiver_kernels.models.encoder import PERCEIVER_PYTORCH, EncoderConfig, PerceiverEncoder
-from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, PlainHead, Source, TokenHead
+from perceiver_kernels.inputs import FourierPositions, InputArray
+from perceiver_kernels.models import perceiver_io_libraries as libraries
+from perceiver_kernels.models.encoder import PerceiverEncoder
+from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, Source, TokenHead
 from perceiver_kernels.models.multimodal import MultimodalPreprocessor
+from perceiver_kernels.models.perceiver_io_parts import LANGUAGE, Like, Where, decoder_of, encoder_of
 from perceiver_kernels.models.preprocessing import (
-    ArrayPreprocessor,
     AudioPreprocessor,
     ConvPreprocessor,
     FlowPreprocessor,
@@ -25,12 +27,8 @@ from perceiver_kernels.models.preprocessing import (
     TextPreprocessor,
     VideoPreprocessor,
 )
-from perceiver_kernels.models.queries import FourierQueries, GivenQueries, InputQueries, LearnedQueries, MultimodalQueries
+from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
-from perceiver_kernels.nn.checks import check_choice
-
-Like = Literal["deepmind", "transformers"]
-Where = torch.device | str | None
 
 
 class PerceiverIO(nn.Module):
@@ -100,7 +98,10 @@ class PerceiverIO(nn.Module):
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
         array = self.preprocessor(inputs)
-        latents = self.encoder(array, key_mask, lengths)
+        seen = array
+        if isinstance(array, InputArray) and (key_mask is not None or lengths is not None):
+            seen, key_mask, lengths = replace(array, key_mask=key_mask, lengths=lengths), None, None
+        latents = self.encoder(seen, key_mask, lengths)
         queries = self.queries(array, points)
         source = Source(array, self.preprocessor)
         if not isinstance(queries, dict):
@@ -180,7 +181,7 @@ class PerceiverIO(nn.Module):
         Source: arXiv 2107.14795, section 4.1; PerceiverForSequenceClassification of transformers.
         """
         preprocessor = TextPreprocessor(vocab_size, channels, max_length, device=device, dtype=dtype)
-        return cls._classifier(preprocessor, num_classes, True, like, device, dtype, {**_LANGUAGE, **changes})
+        return cls._classifier(preprocessor, num_classes, True, like, device, dtype, {**LANGUAGE, **changes})
 
     @classmethod
     def language(
@@ -201,8 +202,8 @@ class PerceiverIO(nn.Module):
         """
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         preprocessor = TextPreprocessor(vocab_size, channels, max_length, **where)
-        encoder = _encoder(preprocessor, like, {**_LANGUAGE, **changes}, where)
-        decoder = _decoder(
+        encoder = encoder_of(preprocessor, like, {**LANGUAGE, **changes}, where)
+        decoder = decoder_of(
             encoder, channels, where, num_heads=decoder_heads, qk_channels=decoder_qk_channels, v_channels=channels
         )
         queries = LearnedQueries(max_length, channels, like_inputs=True, **where)
@@ -227,8 +228,8 @@ class PerceiverIO(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         preprocessor = FlowPreprocessor(positions=FourierPositions(64, size), **where)
         published = {"num_latents": 2048, "latent_dim": 512, "num_blocks": 1, "layers_per_block": 24, "latent_heads": 16}
-        encoder = _encoder(preprocessor, like, {**published, **changes}, where)
-        decoder = _decoder(encoder, preprocessor.channels, where)
+        encoder = encoder_of(preprocessor, like, {**published, **changes}, where)
+        decoder = decoder_of(encoder, preprocessor.channels, where)
         queries = InputQueries(preprocessor.channels)
         return cls(preprocessor, encoder, queries, decoder, FlowHead(preprocessor.channels, **where))
 
@@ -267,7 +268,7 @@ class PerceiverIO(nn.Module):
             4, {"audio": 0.0, "image": 0.0, "label": 1.0}, **where,
         )  # fmt: skip
         published = {"num_latents": 784, "latent_dim": 512, "num_blocks": 1, "layers_per_block": 8, "latent_heads": 8}
-        encoder = _encoder(preprocessor, like, {**published, **changes}, where)
+        encoder = encoder_of(preprocessor, like, {**published, **changes}, where)
         queries = MultimodalQueries(
             {
                 "audio": FourierQueries((samples // samples_per_patch,), audio),
@@ -276,7 +277,7 @@ class PerceiverIO(nn.Module):
             },
             2, **where,
         )  # fmt: skip
-        decoder = _decoder(encoder, queries.channels, where)
+        decoder = decoder_of(encoder, queries.channels, where)
         heads = {
             "audio": PatchHead(hidden_channels, samples_per_patch, flat=True, **where),
             "image": PatchHead(hidden_channels, 3, **where),
@@ -284,60 +285,11 @@ class PerceiverIO(nn.Module):
         }
         return cls(preprocessor, encoder, queries, decoder, MultimodalHead(queries.channels, hidden_channels, heads, **where))
 
-    @classmethod
-    def perceiver_pytorch(
-        cls, *, channels: int = 32, query_channels: int = 32, out_channels: int | None = 100,
-        decoder_feed_forward: bool = False, device: Where = None, dtype: torch.dtype | None = None, **changes: Any,
-    ) -> PerceiverIO:  # fmt: skip
-        """PerceiverIO of lucidrains/perceiver-pytorch with the sizes of its README; the queries are given as ``points``.
-
-        Args:
-            channels, query_channels: of the input array and of the queries (dim, queries_dim there).
-            out_channels: of the outputs (logits_dim); None: what the decoder gives.
-            decoder_feed_forward: a feed-forward layer after the decoder's attention (decoder_ff).
-            changes: other values for fields of ``EncoderConfig``, of which the decoder has heads and width: depth is
-                ``num_blocks``, cross_dim_head ``qk_channels / cross_heads``, latent_dim_head ``latent_qk_channels /
-                latent_heads``, seq_dropout_prob ``input_dropout``, weight_tie_layers ``weight_sharing="v2"``.
-
-        Source: README of perceiver-pytorch 0.11.0, whose inverted attention and attention residuals are not here.
-        """
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        head = PlainHead() if out_channels is None else PatchHead(query_channels, out_channels, **where)
-        changes = {"input_dropout": 0.2, **changes}
-        preprocessor, queries = ArrayPreprocessor(channels), GivenQueries(query_channels)
-        return cls._lucidrains(preprocessor, queries, head, decoder_feed_forward, changes, where)
-
-    @classmethod
-    def perceiver_pytorch_lm(
-        cls, *, vocab_size: int = 20_000, channels: int = 32, max_length: int = 2048, decoder_feed_forward: bool = False,
-        device: Where = None, dtype: torch.dtype | None = None, **changes: Any,
-    ) -> PerceiverIO:  # fmt: skip
-        """PerceiverLM of lucidrains/perceiver-pytorch with the sizes of its README: the embedded tokens are the queries.
-
-        Args:
-            channels: of the embeddings and queries (dim there).
-            decoder_feed_forward, changes: see ``PerceiverIO.perceiver_pytorch``.
-
-        Source: README of perceiver-pytorch 0.11.0.
-        """
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        preprocessor = TextPreprocessor(vocab_size, channels, max_length, **where)
-        head = PatchHead(channels, vocab_size, **where)
-        return cls._lucidrains(preprocessor, InputQueries(channels), head, decoder_feed_forward, changes, where)
-
-    @classmethod
-    def _lucidrains(
-        cls, preprocessor: Any, queries: Any, head: nn.Module, feed_forward: bool, changes: dict[str, Any],
-        where: dict[str, Any],
-    ) -> PerceiverIO:  # fmt: skip
-        published = {**PERCEIVER_PYTORCH, "num_cross_attends": 1, "num_blocks": 6, "layers_per_block": 1}
-        config = EncoderConfig(**{"input_dim": preprocessor.channels, **published, **changes})
-        encoder = PerceiverEncoder(config, **where)
-        decoder = _decoder(
-            encoder, queries.channels, where, num_heads=config.cross_heads, qk_channels=config.qk_channels,
-            qkv_bias=config.qkv_bias, widening_factor=config.cross_widening_factor, feed_forward=feed_forward,
-        )  # fmt: skip
-        return cls(preprocessor, encoder, queries, decoder, head)
+    # Those of other libraries are methods in a file of their own.
+    perceiver_pytorch = classmethod(libraries.perceiver_pytorch)
+    perceiver_pytorch_lm = classmethod(libraries.perceiver_pytorch_lm)
+    mnist = classmethod(libraries.mnist)
+    imdb = classmethod(libraries.imdb)
 
     @classmethod
     def _classifier(
@@ -345,32 +297,7 @@ class PerceiverIO(nn.Module):
         changes: dict[str, Any],
     ) -> PerceiverIO:  # fmt: skip
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        encoder = _encoder(preprocessor, like, changes, where)
+        encoder = encoder_of(preprocessor, like, changes, where)
         D = encoder.config.latent_dim
-        decoder = _decoder(encoder, D, where, residual=residual)
+        decoder = decoder_of(encoder, D, where, residual=residual)
         return cls(preprocessor, encoder, LearnedQueries(1, D, **where), decoder, ClassHead(D, num_classes, **where))
-
-
-_LANGUAGE: dict[str, Any] = {
-    "num_latents": 256, "latent_dim": 1280, "num_blocks": 1, "layers_per_block": 26, "cross_heads": 8, "qk_channels": 256,
-    "v_channels": 1280, "latent_qk_channels": 256, "latent_v_channels": 1280,
-}  # fmt: skip
-
-
-def _encoder(preprocessor: Any, like: Like, changes: dict[str, Any], where: dict[str, Any]) -> PerceiverEncoder:
-    """One cross-attend, then blocks that share their weights; ImageNet's sizes but for ``changes``."""
-    check_choice("like", like, ("deepmind", "transformers"))
-    fields: dict[str, Any] = {
-        "input_dim": preprocessor.channels, "num_cross_attends": 1,
-        "activation": "gelu_tanh" if like == "deepmind" else "gelu",
-    }  # fmt: skip
-    return PerceiverEncoder(EncoderConfig(**{**fields, **changes}), **where)
-
-
-def _decoder(encoder: PerceiverEncoder, channels: int, where: dict[str, Any], **options: Any) -> OutputBlock:
-    """The published decoders have one head as wide as the latents but where ``options`` say otherwise."""
-    config = encoder.config
-    return OutputBlock(
-        channels, config.latent_dim, activation=config.activation, attention_dropout=config.attention_dropout,
-        dropout=config.dropout, eps=config.eps, **options, **where,
-    )  # fmt: skip

@@ -105,6 +105,7 @@ ORDERS = {
     "v2": (tiny(), "C0 B0 C1 B0 C1 B0 B0"),
     "v1": (tiny(weight_sharing="v1"), "C0 B0 C1 B1 C1 B1 B1"),
     "none": (tiny(weight_sharing="none"), "C0 B0 C1 B1 C2 B2 B3"),
+    "leading": (tiny(cross_attends="leading", num_cross_attends=2), "C0 B0 C1 B0 B0 B0"),
     "start": (tiny(cross_attends="start"), "C0 C1 C1 B0 B0 B0 B0"),
     "every block": (tiny(num_cross_attends=4), "C0 B0 C1 B0 C1 B0 C1 B0"),
     "one cross-attend": (tiny(num_cross_attends=1), "C0 B0 B0 B0 B0"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import EncoderConfig, PerceiverEncoder, PerceiverIO, flow_patches
-from perceiver_kernels.models.heads import ClassHead
+from perceiver_kernels.models.heads import ClassHead, Source
 from perceiver_kernels.models.multimodal import CommonWidth, MultimodalPreprocessor, written_out
 from perceiver_kernels.models.preprocessing import (
     ConvPreprocessor,
@@ -56,6 +56,12 @@ OTHERS: dict[str, tuple[Callable[..., PerceiverIO], Callable[[], Any]]] = {
                "latent_qk_channels": 12, "decoder_feed_forward": True, **c}
         ),
         lambda: torch.randint(0, 20, (2, 9)),
+    ),
+    "mnist": (
+        lambda **c: PerceiverIO.mnist(
+            image_size=(7, 6), num_bands=3, query_channels=12, decoder_heads=2, **{**TINY, "attention_dropout": 0.0, **c}
+        ),
+        lambda: torch.randn(2, 1, 7, 6),
     ),
 }  # fmt: skip
 
@@ -174,6 +180,22 @@ def test_encode_decode_by_hand() -> None:
     decoded = model.decoder(model.queries.positions.weight[None, :9], latents, None, key_mask)
     expected = decoded @ model.preprocessor.embedding.weight.T + model.head.bias
     torch.testing.assert_close(model(ids, key_mask, query_mask=key_mask), expected)
+
+
+@pytest.mark.parametrize("name", ["fourier", "flow"])
+def test_masks_of_pixels(name: str) -> None:
+    """What they hide is not read; outputs are asked for at all places all the same."""
+    build, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model, raw = build().eval(), inputs()
+    array = model.preprocessor(raw)
+    key_mask = torch.rand(2, array.length) < 0.7
+    queries = model.queries(array, None)
+    latents = model.encoder(written_out(array, torch.float32), key_mask)
+    expected = model.head(model.decoder(queries, latents), Source(array, model.preprocessor))
+    torch.testing.assert_close(model(raw, key_mask), expected)
+    lengths = torch.tensor([array.length, 5], dtype=torch.int32)
+    torch.testing.assert_close(model(raw, lengths=lengths), model(raw, torch.arange(array.length) < lengths[:, None]))
 
 
 def test_lengths_are_a_mask() -> None:
