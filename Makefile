@@ -19,8 +19,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 GPU := nvidia-smi -L >/dev/null 2>&1
 NEW_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-# Originals that tests compare with and whose own dependencies are of years ago: only files of them are loaded.
-BY_PATH := open_flamingo==2.0.1
+# Originals that tests compare with and whose own dependencies, or Pythons, are of years ago: only files of them are loaded.
+BY_PATH := open_flamingo==2.0.1 perceiver-io==0.11.0
 TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
 
 .PHONY: help run test lint gpu-build gpu-test gpu-bench gpu-sanitize clean
@@ -53,7 +53,7 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.cli $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	@echo "== installing perceiver-kernels[$*] into $(VENV); where nvcc is, compiling CUDA takes a minute"
 	@$(PIP) install --quiet --editable '.[$*]'
-	@$(if $(filter test,$*),$(PIP) install --quiet --no-deps $(BY_PATH),:)
+	@$(if $(filter test,$*),$(PIP) install --quiet --no-deps --ignore-requires-python $(BY_PATH),:)
 	@$(BIN)/python -c 'from perceiver_kernels import build_info as b; print("== CUDA library:", b.read()["reason"] or "built")'
 	@touch $@
 

@@ -23,6 +23,8 @@ LIBRARIES = (
     "linformer",
     "open_flamingo",
     "perceiver_ar_pytorch",
+    "perceiver_io",
+    "perceiver_pytorch",
     "set_transformer",
     "transformers",
 )

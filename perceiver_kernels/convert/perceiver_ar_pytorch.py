@@ -27,8 +27,8 @@ def _attention() -> list[Rule]:
     return [*affine("norm", "norm"), *affine("qkv_proj", "to_qkv", bias=False), *affine("out_proj", "to_out", bias=False)]
 
 
-def _frequencies(width: int) -> Callable[[], Tensor]:
-    # In fp32, as the library computes its buffer.
+def frequencies(width: int) -> Callable[[], Tensor]:
+    """The buffer of rotary frequencies, in fp32 as libraries compute it."""
     return lambda: 1.0 / (10_000 ** (torch.arange(0, width, 2).float() / width))
 
 
@@ -57,7 +57,7 @@ def perceiver_ar(model: PerceiverAR) -> list[Rule]:
     rules = [
         Rule("token_embedding.weight", ("token_emb.weight",)),
         Rule("positions.tables.0.weight", ("pos_emb.weight",)),
-        Rule("", ("rotary_pos_emb.inv_freq",), value=_frequencies(config.rotary_channels)),
+        Rule("", ("rotary_pos_emb.inv_freq",), value=frequencies(config.rotary_channels)),
         *affine("head", "to_logits", bias=False),
     ]
     for i in range(config.num_perceiver_layers):

@@ -7,7 +7,7 @@ A rule works in both directions, so a model that was read can be written: ``to_o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Rule:
         sizes: rows of each, where there are several.
         read, write: their tensors as they stand in ours, and back: inverse functions, the same for all of ``theirs``.
         value: gives what we do not keep, when it is written (a buffer that follows from the sizes).
+        rows: first row and row past the last, where ours is a part of one of theirs; the rules of its parts follow their order.
+        same_as: for a tensor of theirs that we do not keep: the name of the one whose weights it shares.
     """
 
     ours: str
@@ -33,6 +35,8 @@ class Rule:
     read: Callable[[Tensor], Tensor] | None = None
     write: Callable[[Tensor], Tensor] | None = None
     value: Callable[[], Tensor] | None = None
+    rows: tuple[int, int] | None = None
+    same_as: str | None = None
 
 
 def renamed(ours: str, theirs: str, *kinds: str) -> list[Rule]:
@@ -51,18 +55,41 @@ def stacked(ours: str, theirs: Sequence[str], sizes: Sequence[int], bias: bool =
     return [Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), tuple(sizes)) for kind in kinds]
 
 
+def parted(ours: Sequence[str], theirs: str, sizes: Sequence[int], bias: bool = True) -> list[Rule]:
+    """Several linear layers of ours, with ``sizes`` rows each, whose rows are those of one of theirs, in this order."""
+    kinds, rules, start = ("weight", "bias") if bias else ("weight",), [], 0
+    for name, size in zip(ours, sizes, strict=True):
+        rules += [Rule(f"{name}.{kind}", (f"{theirs}.{kind}",), rows=(start, start + size)) for kind in kinds]
+        start += size
+    return rules
+
+
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> list[Rule]:
     """The rules of a part, which lies at prefixes ``ours`` and ``theirs`` (each with its dot, or empty)."""
-    moved = []
-    for rule in rules:
-        names = tuple(theirs + name for name in rule.theirs)
-        moved.append(Rule(rule.ours and ours + rule.ours, names, rule.sizes, rule.read, rule.write, rule.value))
-    return moved
+    return [
+        replace(
+            rule,
+            ours=rule.ours and ours + rule.ours,
+            theirs=tuple(theirs + name for name in rule.theirs),
+            same_as=rule.same_as and theirs + rule.same_as,
+        )
+        for rule in rules
+    ]
 
 
-def _complain(what: str, lacking: Iterable[str], besides: Iterable[str], wrong: Iterable[str] = ()) -> None:
+def under_each(ours: str, theirs: Sequence[str], rules: Sequence[Rule]) -> list[Rule]:
+    """``under`` for a part of ours whose weights several of theirs share, at the prefixes ``theirs``."""
+    names = dict.fromkeys(name for rule in rules for name in rule.theirs)
+    shared = [Rule("", (other + name,), same_as=theirs[0] + name) for other in theirs[1:] for name in names]
+    return under(ours, theirs[0], rules) + shared
+
+
+def _complain(
+    what: str, lacking: Iterable[str], besides: Iterable[str], wrong: Iterable[str] = (), unlike: Iterable[str] = ()
+) -> None:
     lines = [f"  {title}: {', '.join(names)}" for title, names in (
         ("it lacks", sorted(lacking)), ("it has besides", sorted(besides)), ("of wrong shape", sorted(wrong)),
+        ("of shared weights that differ", sorted(unlike)),
     ) if names]  # fmt: skip
     if lines:
         raise ValueError("\n".join((f"{what} does not fit the model", *lines)))
@@ -71,25 +98,47 @@ def _complain(what: str, lacking: Iterable[str], besides: Iterable[str], wrong: 
 def to_ours(rules: Sequence[Rule], theirs: State) -> dict[str, Tensor]:
     """Their state dict as ours; a tensor of one of theirs is theirs, not a copy.
 
+    What shares its weights may be missing, as files leave it out.
+
     Raises:
-        ValueError: it lacks names, has others, or rows that do not follow each other; the message lists all of them.
+        ValueError: it lacks names, has others, or rows that do not follow each other, or weights that ours shares differ;
+            the message lists all of them.
     """
     known = {name for rule in rules for name in rule.theirs}
     needed = {name for rule in rules if rule.ours for name in rule.theirs}
     wrong = [
         f"{name} {tuple(theirs[name].shape)} instead of {size} rows"
-        for rule in rules
-        for name, size in zip(rule.theirs, rule.sizes, strict=False)
+        for name, size in _row_counts(rules)
         if name in theirs and theirs[name].shape[:1] != (size,)
     ]
-    _complain("the state dict", needed - theirs.keys(), theirs.keys() - known, wrong)
+    _complain("the state dict", needed - theirs.keys(), theirs.keys() - known, wrong, _unlike(rules, theirs))
     result: dict[str, Tensor] = {}
     for rule in rules:
         if not rule.ours:
             continue
         parts = [theirs[name] if rule.read is None else rule.read(theirs[name]) for name in rule.theirs]
-        result[rule.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[rule.ours] = whole if rule.rows is None else whole[slice(*rule.rows)]
     return result
+
+
+def _row_counts(rules: Sequence[Rule]) -> Iterable[tuple[str, int]]:
+    """Names of theirs and the rows that they must have."""
+    counts = {name: size for rule in rules for name, size in zip(rule.theirs, rule.sizes, strict=False)}
+    for rule in rules:
+        if rule.rows is not None:
+            counts[rule.theirs[0]] = max(counts.get(rule.theirs[0], 0), rule.rows[1])
+    return counts.items()
+
+
+def _unlike(rules: Sequence[Rule], theirs: State) -> list[str]:
+    """Names of theirs whose values are not those of the tensors that they must be again; on meta there are none."""
+    pairs = ((rule.theirs[0], rule.same_as) for rule in rules if rule.same_as is not None)
+    return [
+        f"{name} from {other}"
+        for name, other in pairs
+        if name in theirs and other in theirs and not theirs[name].is_meta and not torch.equal(theirs[name], theirs[other])
+    ]
 
 
 def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
@@ -106,7 +155,11 @@ def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
             whole = ours[rule.ours]
             parts = whole.split(rule.sizes) if rule.sizes else (whole,)
             written = [part if rule.write is None else rule.write(part) for part in parts]
+            if rule.rows is not None and rule.rows[0]:
+                written = [torch.cat((result[rule.theirs[0]], written[0]))]
             result.update(zip(rule.theirs, written, strict=True))
+        elif rule.same_as is not None:
+            result[rule.theirs[0]] = result[rule.same_as]
         elif rule.value is not None:
             result.update((name, rule.value()) for name in rule.theirs)
     return result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
-from perceiver_kernels.functional.common import autocast_dtype
+from perceiver_kernels.functional.common import autocast_dtype, visible
 from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn import CrossBlock, LatentBlock
@@ -18,6 +18,8 @@ from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_array, check_choice, check_count, check_flag, check_input_dim, check_widths
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.problem import check_eps, check_probability
+
+WeightSharing = Literal["v1", "v2", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,19 @@ class EncoderConfig:
         cross_heads, latent_heads: heads of cross-attention and of self-attention.
         qk_channels, v_channels: widths of the cross-attention, all heads together; ``input_dim`` when None.
         latent_qk_channels, latent_v_channels: widths of the self-attention, all heads together; ``latent_dim`` when None.
+        qkv_bias: biases of the query, key and value projections of all attention layers.
         cross_residual: add the latents to what they read from the inputs.
-        cross_attends: "interleaved" spaces them evenly between the blocks, "start" puts all before the first block.
+        cross_attends: "interleaved" spaces them evenly between the blocks, "leading" puts one before each of the first
+            blocks, "start" all before the first block.
         weight_sharing: "v2", all blocks share weights; "v1", all but the first; "none". With either of the first two,
             all cross-attends but the first share weights too.
+        cross_weight_sharing: of the cross-attends, where it is not as ``weight_sharing`` says: "v2", all share weights; "v1",
+            all but the first; "none".
         cross_widening_factor, latent_widening_factor: of the feed-forward layers.
         activation: of the feed-forward layers, see ``nn.FeedForward``.
         attention_dropout, dropout: of the attention weights and of the feed-forward layers.
+        input_dropout: share of the visible input tokens that a forward leaves out in training, others for every array; one
+            remains. Not beside ``chunk_size``.
         eps: of every LayerNorm.
         chunk_size: the inputs are packed and read this many tokens at a time, at every cross-attend, so that memory
             does not grow with their number; None packs them once per forward.
@@ -61,14 +69,17 @@ class EncoderConfig:
     v_channels: int | None = None
     latent_qk_channels: int | None = None
     latent_v_channels: int | None = None
+    qkv_bias: bool = True
     cross_residual: bool = True
-    cross_attends: Literal["interleaved", "start"] = "interleaved"
-    weight_sharing: Literal["v1", "v2", "none"] = "v2"
+    cross_attends: Literal["interleaved", "leading", "start"] = "interleaved"
+    weight_sharing: WeightSharing = "v2"
+    cross_weight_sharing: WeightSharing | None = None
     cross_widening_factor: int = 1
     latent_widening_factor: int = 1
     activation: Activation = "gelu"
     attention_dropout: float = 0.0
     dropout: float = 0.0
+    input_dropout: float = 0.0
     eps: float = 1e-5
     chunk_size: int | None = None
     method: Method | None = None
@@ -82,12 +93,14 @@ class EncoderConfig:
             check_count(name, getattr(self, name))
         for name in ("num_blocks", "layers_per_block"):
             check_count(name, getattr(self, name), 0)
-        check_choice("cross_attends", self.cross_attends, ("interleaved", "start"))
+        check_choice("cross_attends", self.cross_attends, ("interleaved", "leading", "start"))
         check_choice("weight_sharing", self.weight_sharing, ("v1", "v2", "none"))
+        if self.cross_weight_sharing is not None:
+            check_choice("cross_weight_sharing", self.cross_weight_sharing, ("v1", "v2", "none"))
         check_activation(self.activation)
-        if self.cross_attends == "interleaved" and self.num_cross_attends > max(self.num_blocks, 1):
+        if self.cross_attends != "start" and self.num_cross_attends > max(self.num_blocks, 1):
             raise ValueError(
-                f"num_cross_attends must be at most num_blocks={self.num_blocks} when interleaved, got "
+                f"num_cross_attends must be at most num_blocks={self.num_blocks} when {self.cross_attends}, got "
                 f'{self.num_cross_attends}; cross_attends="start" takes any number'
             )
         qk_channels = self.input_dim if self.qk_channels is None else self.qk_channels
@@ -99,34 +112,52 @@ class EncoderConfig:
             check_widths(self.latent_heads, latent_qk_channels=self.latent_qk_channels)
         if self.latent_v_channels is not None:
             check_widths(self.latent_heads, latent_v_channels=self.latent_v_channels)
+        check_flag("qkv_bias", self.qkv_bias)
         check_flag("cross_residual", self.cross_residual)
         check_flag("activation_checkpointing", self.activation_checkpointing)
         check_probability("attention_dropout", self.attention_dropout)
         check_probability("dropout", self.dropout)
+        check_probability("input_dropout", self.input_dropout)
         check_eps(self.eps)
         check_reading(self.chunk_size, self.method)
+        if self.input_dropout and self.chunk_size is not None:
+            raise ValueError(f"input_dropout must be 0 with chunk_size={self.chunk_size}, got {self.input_dropout}")
 
     def cross_weights(self) -> tuple[int, ...]:
         """For every cross-attend, which of the distinct cross modules it uses."""
-        steps = range(self.num_cross_attends)
-        return tuple(step if self.weight_sharing == "none" else min(step, 1) for step in steps)
+        paper: WeightSharing = "none" if self.weight_sharing == "none" else "v1"
+        return _shared(self.num_cross_attends, self.cross_weight_sharing or paper)
 
     def block_weights(self) -> tuple[int, ...]:
         """For every latent block, which of the distinct blocks it uses."""
-        last = {"none": self.num_blocks, "v1": 1, "v2": 0}[self.weight_sharing]
-        return tuple(min(step, last) for step in range(self.num_blocks))
+        return _shared(self.num_blocks, self.weight_sharing)
 
     def schedule(self) -> tuple[tuple[Literal["cross", "block"], int], ...]:
         """The model's steps in order, as (kind, which of the distinct modules of that kind)."""
         crosses, blocks = self.cross_weights(), self.block_weights()
-        interleaved = self.cross_attends == "interleaved"
-        # Cross-attend i comes before this block: evenly spaced, the first one always before everything else.
-        before = [i * self.num_blocks // len(crosses) if interleaved else 0 for i in range(len(crosses))]
+        # Cross-attend i comes before this block; the first one always before everything else.
+        before = [
+            {"interleaved": i * self.num_blocks // len(crosses), "leading": i, "start": 0}[self.cross_attends]
+            for i in range(len(crosses))
+        ]
         steps: list[tuple[Literal["cross", "block"], int]] = []
         for i_block in range(max(self.num_blocks, 1)):
             steps += [("cross", cross) for cross, place in zip(crosses, before, strict=True) if place == i_block]
             steps += [("block", block) for block in blocks[i_block : i_block + 1]]
         return tuple(steps)
+
+
+# lucidrains/perceiver-pytorch, with what the examples of its README have in common.
+PERCEIVER_PYTORCH: dict[str, Any] = {
+    "num_latents": 256, "latent_dim": 512, "qk_channels": 64, "latent_qk_channels": 512, "qkv_bias": False,
+    "weight_sharing": "none", "cross_widening_factor": 4, "latent_widening_factor": 4, "activation": "geglu",
+}  # fmt: skip
+
+
+def _shared(count: int, sharing: WeightSharing) -> tuple[int, ...]:
+    """For every one of ``count`` steps, which of the distinct modules it uses."""
+    last = {"none": count, "v1": 1, "v2": 0}[sharing]
+    return tuple(min(step, last) for step in range(count))
 
 
 class PerceiverEncoder(nn.Module):
@@ -161,7 +192,7 @@ class PerceiverEncoder(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
             "activation": config.activation, "attention_dropout": config.attention_dropout, "dropout": config.dropout,
-            "eps": config.eps, **where,
+            "qkv_bias": config.qkv_bias, "eps": config.eps, **where,
         }  # fmt: skip
         self.latents = nn.Parameter(torch.empty(1, config.num_latents, config.latent_dim, **where))
         nn.init.trunc_normal_(self.latents, std=0.02, a=-2.0, b=2.0)
@@ -219,6 +250,8 @@ class PerceiverEncoder(nn.Module):
         if prepared is not inputs:
             # What was packed here carries its masks.
             key_mask, lengths = None, None
+        if self.config.input_dropout and self.training and isinstance(prepared, PackedInputs):
+            prepared = _thinned(prepared, 1.0 - self.config.input_dropout)
         latents: Tensor = self.latents
         checkpointing = self.config.activation_checkpointing
         for kind, index in self.schedule:
@@ -258,3 +291,17 @@ class PerceiverEncoder(nn.Module):
                 layers: Any = self.latent_blocks[index]
                 total += sum(layer.flops(batch, config.num_latents) for layer in layers)
         return total
+
+
+def _thinned(packed: PackedInputs, share: float) -> PackedInputs:
+    """A ``share`` of the tokens of every array, or of those that are visible, drawn from torch's generator."""
+    B, M, C = packed.data.shape
+    seen = visible(packed.key_mask, packed.lengths, M)
+    chance = torch.randn(B, M, device=packed.data.device)
+    if seen is not None:
+        chance = chance.masked_fill(~seen, -torch.inf)
+    # Visible tokens come first, so that those that remain are a prefix.
+    kept = chance.topk(min(M, max(1, int(share * M))), dim=1).indices
+    lengths = None if seen is None else torch.ceil(seen.sum(1) * share).int()
+    data = packed.data.gather(1, kept[..., None].expand(-1, -1, C))
+    return PackedInputs(data, packed.channels, packed.normalized, lengths=lengths, constants=packed.constants)

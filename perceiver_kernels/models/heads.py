@@ -27,6 +27,14 @@ class Source:
     preprocessor: nn.Module
 
 
+class PlainHead(nn.Module):
+    """What the decoder gives is the result."""
+
+    def forward(self, decoded: Tensor, source: Source) -> Tensor:
+        """[B, O, C] -> the same."""
+        return decoded
+
+
 class ClassHead(nn.Module):
     """Class scores of one output query: W y + b.
 
@@ -99,11 +107,11 @@ class FlowHead(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Values of every token's patch: W y + b.
+    """Values of every output, those of a token's patch or the scores of its classes: W y + b.
 
     Args:
         channels: of the decoder's result.
-        values: of a token.
+        values: of an output.
         flat: one after the other, [B, O * values], as samples of audio.
     """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.inputs import InputArray, PackedInputs
-from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
+from perceiver_kernels.models.encoder import PERCEIVER_PYTORCH, EncoderConfig, PerceiverEncoder
 from perceiver_kernels.nn import Linear
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.checks import check_count, check_flag
@@ -113,6 +113,26 @@ class Perceiver(PerceiverEncoder):
         Source: arXiv 2103.03206, section 4.3.
         """
         published: dict[str, Any] = {"input_dim": 387, "num_classes": 40, "num_cross_attends": 2, "num_blocks": 2}
+        return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
+
+    @classmethod
+    def perceiver_pytorch(
+        cls, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **changes: Any
+    ) -> Perceiver:  # fmt: skip
+        """The model of lucidrains/perceiver-pytorch with the sizes of its README: 6 cross-attends, each before 2 layers.
+
+        Inputs: ``InputArray.image(images, FourierPositions(6, (10.0, 10.0), order="perceiver-pytorch"))``. Its arguments are
+        here: num_freq_bands and max_freq those of the positions, depth ``num_cross_attends`` and ``num_blocks``,
+        self_per_cross_attn ``layers_per_block``, cross_dim_head ``qk_channels / cross_heads``, latent_dim_head
+        ``latent_qk_channels / latent_heads``, attn_dropout ``attention_dropout``, ff_dropout ``dropout``, weight_tie_layers
+        ``weight_sharing="v1"``. Without final_classifier_head it is a ``PerceiverEncoder``. Weights start as in the paper.
+
+        Source: README of perceiver-pytorch 0.11.0, whose inverted attention and attention residuals are not here.
+        """
+        published: dict[str, Any] = {
+            **PERCEIVER_PYTORCH, "input_dim": 29, "num_classes": 1000, "num_cross_attends": 6, "num_blocks": 6,
+            "layers_per_block": 2, "head_norm": True,
+        }  # fmt: skip
         return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
 
     def forward(

@@ -18,7 +18,7 @@ from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.models import perceiver_ar_config as published
 from perceiver_kernels.models.generation import generate
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
-from perceiver_kernels.models.sequence_positions import SequencePositions
+from perceiver_kernels.models.sequence_positions import SequencePositions, mask_of_padding
 from perceiver_kernels.nn import FeedForward, JointAttention, KeyValueCache, LatentBlock, Linear, Rotary
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count
@@ -154,7 +154,10 @@ class PerceiverAR(nn.Module):
     # A method, in a file of its own.
     generate = generate
 
-    def forward(self, tokens: Tensor, prefix_length: int | None = None, prefix_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, prefix_length: int | None = None, prefix_mask: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits of the tokens that follow the latents' tokens.
 
         Args:
@@ -162,6 +165,8 @@ class PerceiverAR(nn.Module):
             prefix_length: tokens before the latents, of which there are 1 to ``num_latents``; None: all but the last
                 ``num_latents``.
             prefix_mask: bool [B, prefix_length], True where a token of the prefix may be read.
+            padding: int64 [B], how many tokens before the first of each sequence are none, at most ``prefix_length``: they
+                are not read, and positions count from after them. Excludes ``prefix_mask``.
 
         Returns:
             [B, M - prefix_length, vocab_size].
@@ -169,16 +174,23 @@ class PerceiverAR(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        return self.logits(self.encode(tokens, prefix_length, prefix_mask))
+        return self.logits(self.encode(tokens, prefix_length, prefix_mask, padding))
 
-    def encode(self, tokens: Tensor, prefix_length: int | None = None, prefix_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, prefix_length: int | None = None, prefix_mask: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The latents [B, N, D] after all layers; arguments as ``forward``."""
         prefix_length = self.check_tokens("tokens", tokens, prefix_length)
+        B = tokens.shape[0]
         if prefix_mask is not None:
-            B = tokens.shape[0]
             layout = f"[B, prefix_length] with B={B}, prefix_length={prefix_length}"
             check_tensor("prefix_mask", prefix_mask, layout, (B, prefix_length), dtypes=(torch.bool,))
-        return self.extend(tokens, 0, prefix_length, prefix_mask)
+        if padding is not None:
+            if prefix_mask is not None:
+                raise ValueError("padding and prefix_mask exclude each other: give one of them")
+            prefix_mask = mask_of_padding(padding, B, prefix_length)
+        return self.extend(tokens, 0, prefix_length, prefix_mask, padding=padding)
 
     def logits(self, latents: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, vocab_size]."""
@@ -186,19 +198,16 @@ class PerceiverAR(nn.Module):
         return F.linear(normed, self.token_embedding.weight, self.head_bias) if self.head is None else self.head(normed)
 
     def extend(
-        self,
-        tokens: Tensor,
-        start: int,
-        prefix_length: int,
-        prefix_mask: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, start: int, prefix_length: int, prefix_mask: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None, padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The latents of tokens start, start + 1, .. of a sequence, of which the first ``prefix_length`` are prefix.
 
         Args:
             tokens: int64 or int32 [B, M].
             start: tokens before these; they must be in ``caches``.
             prefix_mask: as in ``forward``; not beside caches.
+            padding: as in ``forward``, hidden by ``prefix_mask``; rotary positions, which are relative, need not know it.
             caches: those of ``new_caches``, to which the tokens are appended.
 
         Returns:
@@ -207,7 +216,7 @@ class PerceiverAR(nn.Module):
         embedded = self.token_embedding(tokens)
         B, M, _ = embedded.shape
         if self.positions is not None:
-            embedded = embedded + self.positions(start, start + M, embedded)
+            embedded = embedded + self.positions(start, start + M, embedded, padding)
         latents = embedded[:, prefix_length:]
         context, context_mask = embedded[:, :prefix_length], prefix_mask
         if not self.config.own_keys:

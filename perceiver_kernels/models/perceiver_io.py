@@ -5,15 +5,18 @@ Source: Perceiver IO: A General Architecture for Structured Inputs & Outputs, ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.inputs import FourierPositions
-from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
+from perceiver_kernels.inputs import FourierPositions, InputArray
+from perceiver_kernels.models import perceiver_io_libraries as libraries
+from perceiver_kernels.models.encoder import PerceiverEncoder
 from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, Source, TokenHead
 from perceiver_kernels.models.multimodal import MultimodalPreprocessor
+from perceiver_kernels.models.perceiver_io_parts import LANGUAGE, Like, Where, decoder_of, encoder_of
 from perceiver_kernels.models.preprocessing import (
     AudioPreprocessor,
     ConvPreprocessor,
@@ -26,10 +29,6 @@ from perceiver_kernels.models.preprocessing import (
 )
 from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
-from perceiver_kernels.nn.checks import check_choice
-
-Like = Literal["deepmind", "transformers"]
-Where = torch.device | str | None
 
 
 class PerceiverIO(nn.Module):
@@ -89,7 +88,8 @@ class PerceiverIO(nn.Module):
             key_mask: bool [B, M], True where a token of the input array is visible.
             lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
             query_mask: bool [B, O], False for outputs whose queries see nothing.
-            points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities); None: all.
+            points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities), None: all; or
+                the queries themselves, float [B, O, C_q] or [O, C_q], where they are ``GivenQueries``.
 
         Returns:
             What the head gives.
@@ -98,7 +98,10 @@ class PerceiverIO(nn.Module):
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
         array = self.preprocessor(inputs)
-        latents = self.encoder(array, key_mask, lengths)
+        seen = array
+        if isinstance(array, InputArray) and (key_mask is not None or lengths is not None):
+            seen, key_mask, lengths = replace(array, key_mask=key_mask, lengths=lengths), None, None
+        latents = self.encoder(seen, key_mask, lengths)
         queries = self.queries(array, points)
         source = Source(array, self.preprocessor)
         if not isinstance(queries, dict):
@@ -178,7 +181,7 @@ class PerceiverIO(nn.Module):
         Source: arXiv 2107.14795, section 4.1; PerceiverForSequenceClassification of transformers.
         """
         preprocessor = TextPreprocessor(vocab_size, channels, max_length, device=device, dtype=dtype)
-        return cls._classifier(preprocessor, num_classes, True, like, device, dtype, {**_LANGUAGE, **changes})
+        return cls._classifier(preprocessor, num_classes, True, like, device, dtype, {**LANGUAGE, **changes})
 
     @classmethod
     def language(
@@ -199,8 +202,8 @@ class PerceiverIO(nn.Module):
         """
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         preprocessor = TextPreprocessor(vocab_size, channels, max_length, **where)
-        encoder = _encoder(preprocessor, like, {**_LANGUAGE, **changes}, where)
-        decoder = _decoder(
+        encoder = encoder_of(preprocessor, like, {**LANGUAGE, **changes}, where)
+        decoder = decoder_of(
             encoder, channels, where, num_heads=decoder_heads, qk_channels=decoder_qk_channels, v_channels=channels
         )
         queries = LearnedQueries(max_length, channels, like_inputs=True, **where)
@@ -225,8 +228,8 @@ class PerceiverIO(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         preprocessor = FlowPreprocessor(positions=FourierPositions(64, size), **where)
         published = {"num_latents": 2048, "latent_dim": 512, "num_blocks": 1, "layers_per_block": 24, "latent_heads": 16}
-        encoder = _encoder(preprocessor, like, {**published, **changes}, where)
-        decoder = _decoder(encoder, preprocessor.channels, where)
+        encoder = encoder_of(preprocessor, like, {**published, **changes}, where)
+        decoder = decoder_of(encoder, preprocessor.channels, where)
         queries = InputQueries(preprocessor.channels)
         return cls(preprocessor, encoder, queries, decoder, FlowHead(preprocessor.channels, **where))
 
@@ -265,7 +268,7 @@ class PerceiverIO(nn.Module):
             4, {"audio": 0.0, "image": 0.0, "label": 1.0}, **where,
         )  # fmt: skip
         published = {"num_latents": 784, "latent_dim": 512, "num_blocks": 1, "layers_per_block": 8, "latent_heads": 8}
-        encoder = _encoder(preprocessor, like, {**published, **changes}, where)
+        encoder = encoder_of(preprocessor, like, {**published, **changes}, where)
         queries = MultimodalQueries(
             {
                 "audio": FourierQueries((samples // samples_per_patch,), audio),
@@ -274,7 +277,7 @@ class PerceiverIO(nn.Module):
             },
             2, **where,
         )  # fmt: skip
-        decoder = _decoder(encoder, queries.channels, where)
+        decoder = decoder_of(encoder, queries.channels, where)
         heads = {
             "audio": PatchHead(hidden_channels, samples_per_patch, flat=True, **where),
             "image": PatchHead(hidden_channels, 3, **where),
@@ -282,38 +285,19 @@ class PerceiverIO(nn.Module):
         }
         return cls(preprocessor, encoder, queries, decoder, MultimodalHead(queries.channels, hidden_channels, heads, **where))
 
+    # Those of other libraries are methods in a file of their own.
+    perceiver_pytorch = classmethod(libraries.perceiver_pytorch)
+    perceiver_pytorch_lm = classmethod(libraries.perceiver_pytorch_lm)
+    mnist = classmethod(libraries.mnist)
+    imdb = classmethod(libraries.imdb)
+
     @classmethod
     def _classifier(
         cls, preprocessor: nn.Module, num_classes: int, residual: bool, like: Like, device: Where, dtype: torch.dtype | None,
         changes: dict[str, Any],
     ) -> PerceiverIO:  # fmt: skip
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        encoder = _encoder(preprocessor, like, changes, where)
+        encoder = encoder_of(preprocessor, like, changes, where)
         D = encoder.config.latent_dim
-        decoder = _decoder(encoder, D, where, residual=residual)
+        decoder = decoder_of(encoder, D, where, residual=residual)
         return cls(preprocessor, encoder, LearnedQueries(1, D, **where), decoder, ClassHead(D, num_classes, **where))
-
-
-_LANGUAGE: dict[str, Any] = {
-    "num_latents": 256, "latent_dim": 1280, "num_blocks": 1, "layers_per_block": 26, "cross_heads": 8, "qk_channels": 256,
-    "v_channels": 1280, "latent_qk_channels": 256, "latent_v_channels": 1280,
-}  # fmt: skip
-
-
-def _encoder(preprocessor: Any, like: Like, changes: dict[str, Any], where: dict[str, Any]) -> PerceiverEncoder:
-    """One cross-attend, then blocks that share their weights; ImageNet's sizes but for ``changes``."""
-    check_choice("like", like, ("deepmind", "transformers"))
-    fields: dict[str, Any] = {
-        "input_dim": preprocessor.channels, "num_cross_attends": 1,
-        "activation": "gelu_tanh" if like == "deepmind" else "gelu",
-    }  # fmt: skip
-    return PerceiverEncoder(EncoderConfig(**{**fields, **changes}), **where)
-
-
-def _decoder(encoder: PerceiverEncoder, channels: int, where: dict[str, Any], **options: Any) -> OutputBlock:
-    """The published decoders have one head as wide as the latents but where ``options`` say otherwise."""
-    config = encoder.config
-    return OutputBlock(
-        channels, config.latent_dim, activation=config.activation, attention_dropout=config.attention_dropout,
-        dropout=config.dropout, eps=config.eps, **options, **where,
-    )  # fmt: skip

@@ -22,6 +22,25 @@ def _check_images(images: Tensor, channels: int, dtypes: Any = RAW_DTYPES) -> No
     check_tensor("images", images, f"[B, Ch, H, W] with Ch={channels}", (None, channels, None, None), dtypes=dtypes)
 
 
+class ArrayPreprocessor(nn.Module):
+    """The input array is given as it is.
+
+    Args:
+        channels: C, content and positions together.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_count("channels", channels)
+        self.channels = channels
+
+    def forward(self, array: Tensor | InputArray) -> Tensor | InputArray:
+        """[B, M, C] -> the same."""
+        if not isinstance(array, (Tensor, InputArray)):
+            raise TypeError(f"inputs must be a Tensor or InputArray, got {type(array).__name__}")
+        return array
+
+
 class PixelPreprocessor(nn.Module):
     """Every pixel is a token, with Fourier features of its place.
 

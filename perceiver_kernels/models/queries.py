@@ -1,4 +1,4 @@
-"""What a decoder asks: output queries, learned, from the places of the outputs, or the inputs themselves."""
+"""What a decoder asks: output queries, learned, from the places of the outputs, the inputs themselves, or given."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models.multimodal import CommonWidth, check_modalities, written_out
 from perceiver_kernels.nn import LearnedPositions
+from perceiver_kernels.nn.checks import check_count
 
 
 class LearnedQueries(nn.Module):
@@ -97,6 +98,26 @@ class InputQueries(nn.Module):
         if points is not None:
             raise ValueError("points must be None where the inputs are the queries, got a tensor")
         return array
+
+
+class GivenQueries(nn.Module):
+    """Queries that come with every call, as its ``points``.
+
+    Args:
+        channels: of a query.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_count("channels", channels)
+        self.channels = channels
+
+    def forward(self, array: Tensor | InputArray, points: Tensor | None = None) -> Tensor:
+        """The input array, and float queries [B, O, C] or [O, C] for the whole batch -> [B or 1, O, C]."""
+        layout = f"[B, O, C] or [O, C], the queries, with C={self.channels}"
+        check_tensor("points", points, layout, (None, None, self.channels), (None, self.channels))
+        assert points is not None
+        return points if points.ndim == 3 else points[None]
 
 
 class MultimodalQueries(nn.Module):

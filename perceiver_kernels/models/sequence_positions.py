@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.nn import LearnedPositions
 from perceiver_kernels.nn.checks import check_choice, check_count
 
@@ -52,8 +53,18 @@ class SequencePositions(nn.Module):
         learned = kind == "learned"
         self.tables = nn.ModuleList(LearnedPositions(count, dim, **where) for count in rows) if learned else None
 
-    def forward(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """The vectors of the tokens start..stop, [stop - start, D], sinusoids in the dtype and on the device of ``like``."""
+    def forward(self, start: int, stop: int, like: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The vectors of the tokens start..stop, [stop - start, D], sinusoids in the dtype and on the device of ``like``.
+
+        Args:
+            padding: int64 [B], places before the first one of each sequence: the result is then [B, stop - start, D].
+        """
+        if padding is None:
+            return self._vectors(start, stop, like)
+        place = torch.arange(start, stop, device=padding.device) - padding[:, None]
+        return self._vectors(0, stop, like)[place.clamp(min=0)]
+
+    def _vectors(self, start: int, stop: int, like: Tensor) -> Tensor:
         if self.tables is None:
             return _sinusoids(start, stop, self.dim, like.device).to(like.dtype)
         if self.grid is None:
@@ -68,6 +79,16 @@ class SequencePositions(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, length={self.length}, grid={self.grid}"
+
+
+def mask_of_padding(padding: Tensor, batch: int, prefix_length: int) -> Tensor:
+    """Which tokens of the prefix may be read, bool [B, prefix_length], where ``padding`` [B] of them are none."""
+    check_tensor("padding", padding, f"[B] with B={batch}", (batch,), dtypes=(torch.int64,))
+    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        least, most = padding.aminmax()
+        if least < 0 or most > prefix_length:
+            raise ValueError(f"padding must be in 0..prefix_length={prefix_length}, got {least.item()}..{most.item()}")
+    return torch.arange(prefix_length, device=padding.device) >= padding[:, None]
 
 
 def check_positions(kind: object, length: int, dim: int, grid: Sequence[int] | None) -> None:

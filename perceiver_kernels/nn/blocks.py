@@ -26,6 +26,7 @@ class LatentBlock(nn.Module):
         num_heads: heads of the self-attention.
         qk_channels, v_channels: widths of all heads together, see ``SelfAttention``.
         causal, bias, norm, qk_norm: see ``SelfAttention``; bias and norm of the feed-forward too.
+        qkv_bias: biases of the query, key and value projection, where they are not as ``bias`` says of the other layers.
         widening_factor, activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
         out_dropout, dropout, hidden_dropout: dropout of the attention's result, of the feed-forward's and of its hidden layer.
@@ -44,6 +45,7 @@ class LatentBlock(nn.Module):
         v_channels: int | None = None,
         causal: bool = False,
         bias: bool = True,
+        qkv_bias: bool | None = None,
         norm: NormKind = "layer",
         qk_norm: NormKind | None = None,
         widening_factor: int = 1,
@@ -58,15 +60,14 @@ class LatentBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where: dict[str, Any] = {
-            "bias": bias, "norm": norm, "drop_path": drop_path, "eps": eps, "device": device, "dtype": dtype,
-        }  # fmt: skip
+        where: dict[str, Any] = {"norm": norm, "drop_path": drop_path, "eps": eps, "device": device, "dtype": dtype}
         self.attention = SelfAttention(
-            dim, num_heads, qk_channels=qk_channels, v_channels=v_channels, causal=causal, out_bias=bias, qk_norm=qk_norm,
-            dropout=attention_dropout, out_dropout=out_dropout, **where,
+            dim, num_heads, qk_channels=qk_channels, v_channels=v_channels, causal=causal,
+            bias=bias if qkv_bias is None else qkv_bias, out_bias=bias, qk_norm=qk_norm, dropout=attention_dropout,
+            out_dropout=out_dropout, **where,
         )  # fmt: skip
         self.feed_forward = FeedForward(
-            dim, widening_factor, activation=activation, dropout=dropout, hidden_dropout=hidden_dropout, **where
+            dim, widening_factor, activation=activation, bias=bias, dropout=dropout, hidden_dropout=hidden_dropout, **where
         )
 
     def forward(
@@ -94,6 +95,7 @@ class CrossBlock(nn.Module):
         input_dim: C, channels of the inputs, content and positions together.
         num_heads: heads of the cross-attention.
         qk_channels, v_channels: widths of all heads together; ``input_dim`` when None, see ``CrossAttention``.
+        qkv_bias: biases of the query, key and value projections.
         widening_factor, activation: see ``FeedForward``.
         norm_inputs: LayerNorm on the inputs.
         residual: add the latents to what they read; the feed-forward always has its residual.
@@ -113,6 +115,7 @@ class CrossBlock(nn.Module):
         num_heads: int = 1,
         qk_channels: int | None = None,
         v_channels: int | None = None,
+        qkv_bias: bool = True,
         widening_factor: int = 1,
         activation: Activation = "gelu",
         norm_inputs: bool = True,
@@ -128,7 +131,7 @@ class CrossBlock(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = CrossAttention(
-            latent_dim, input_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels,
+            latent_dim, input_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, bias=qkv_bias,
             norm_inputs=norm_inputs, residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method,
             **where,
         )  # fmt: skip
@@ -160,7 +163,9 @@ class OutputBlock(nn.Module):
         latent_dim: D, channels of the latents.
         num_heads: heads of the cross-attention.
         qk_channels, v_channels: widths of all heads together, see ``OutputCrossAttention``.
+        qkv_bias: biases of the query, key and value projections.
         residual: add the queries to what they read, see ``OutputCrossAttention``; the feed-forward always has its residual.
+        feed_forward: False: there is none, and y is the result.
         widening_factor, activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
         dropout: dropout of the feed-forward's result.
@@ -178,7 +183,9 @@ class OutputBlock(nn.Module):
         num_heads: int = 1,
         qk_channels: int | None = None,
         v_channels: int | None = None,
+        qkv_bias: bool = True,
         residual: bool = False,
+        feed_forward: bool = True,
         widening_factor: int = 1,
         activation: Activation = "gelu",
         attention_dropout: float = 0.0,
@@ -191,10 +198,12 @@ class OutputBlock(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = OutputCrossAttention(
-            query_dim, latent_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, residual=residual,
-            dropout=attention_dropout, method=method, **where,
+            query_dim, latent_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, bias=qkv_bias,
+            residual=residual, dropout=attention_dropout, method=method, **where,
         )  # fmt: skip
-        self.feed_forward = FeedForward(query_dim, widening_factor, activation=activation, dropout=dropout, **where)
+        self.feed_forward = None
+        if feed_forward:
+            self.feed_forward = FeedForward(query_dim, widening_factor, activation=activation, dropout=dropout, **where)
 
     def forward(
         self,
@@ -204,9 +213,10 @@ class OutputBlock(nn.Module):
         query_mask: Tensor | None = None,
     ) -> Tensor:
         """queries [B or 1, O, C], latents [B, N, D] -> [B, O, C]; see ``OutputCrossAttention.forward``."""
-        return self.feed_forward(self.attention(queries, latents, key_mask, query_mask))
+        read = self.attention(queries, latents, key_mask, query_mask)
+        return read if self.feed_forward is None else self.feed_forward(read)
 
     def flops(self, batch: int, O: int, N: int, *, query_batch: int | None = None, method: Method = "projected") -> int:
         """FLOPs of the matrix products of one forward, see ``OutputCrossAttention.flops``."""
         attention = self.attention.flops(batch, O, N, query_batch=query_batch, method=method)
-        return attention + self.feed_forward.flops(batch, O)
+        return attention + (0 if self.feed_forward is None else self.feed_forward.flops(batch, O))

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perceiver_kernels.convert.rules import Rule, affine, check_shapes, renamed, stacked, to_ours, to_theirs, under
+from perceiver_kernels.convert.rules import (
+    Rule,
+    affine,
+    check_shapes,
+    parted,
+    renamed,
+    stacked,
+    to_ours,
+    to_theirs,
+    under,
+    under_each,
+)
 
 RULES = under(
     "block.",
@@ -71,3 +82,35 @@ def test_shapes_are_checked_against_the_model() -> None:
     check_shapes({"a": torch.ones(2), "b": torch.ones(3, 1)}, model)
     with pytest.raises(ValueError, match=r"of wrong shape: a \(3,\) instead of \(2,\), b \(3,\) instead of \(3, 1\)"):
         check_shapes({"a": torch.ones(3), "b": torch.ones(3)}, model)
+
+
+SHARED = under_each("block.", ("layers.1.", "layers.2."), [*parted(("k", "v"), "kv", (4, 6)), *affine("norm", "ln")])
+
+
+def shared() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {"kv.weight": (10, 5), "kv.bias": (10,), "ln.weight": (5,), "ln.bias": (5,)}
+    layer = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {f"layers.{i}.{name}": tensor.clone() for i in (1, 2) for name, tensor in layer.items()}
+
+
+def test_parts_of_one_and_weights_of_several() -> None:
+    state = shared()
+    ours = to_ours(SHARED, state)
+    assert set(ours) == {f"block.{name}.{kind}" for name in ("k", "v", "norm") for kind in ("weight", "bias")}
+    assert torch.equal(ours["block.v.bias"], state["layers.1.kv.bias"][4:])
+    for given in (state, {name: tensor for name, tensor in state.items() if "layers.1" in name}):
+        back = to_theirs(SHARED, to_ours(SHARED, given))
+        assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_parts_and_shared_weights_that_do_not_fit_are_listed() -> None:
+    state = shared() | {"layers.1.kv.weight": torch.zeros(9, 5)}
+    state["layers.2.ln.bias"] += 1
+    with pytest.raises(ValueError) as error:
+        to_ours(SHARED, state)
+    assert str(error.value).splitlines() == [
+        "the state dict does not fit the model",
+        "  of wrong shape: layers.1.kv.weight (9, 5) instead of 10 rows",
+        "  of shared weights that differ: layers.2.kv.weight from layers.1.kv.weight, layers.2.ln.bias from layers.1.ln.bias",
+    ]

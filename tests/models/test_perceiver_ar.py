@@ -161,6 +161,17 @@ def test_any_prefix_that_leaves_latents(prefix: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_padding_is_as_if_it_were_not_there(case: str) -> None:
+    """Learned positions move with the sequences; rotary tables are rounded to fp32, at other places otherwise."""
+    model, x, prefix = randomised(tiny(**CASES[case])), tokens(), M - N
+    logits = model(x, prefix, padding=torch.tensor([0, 5]))
+    for i, padding in enumerate((0, 5)):
+        expected = model(x[i : i + 1, padding:], prefix - padding)
+        torch.testing.assert_close(logits[i : i + 1], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits[1], model(x, prefix)[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_later_tokens_change_no_earlier_logits(case: str) -> None:
     model, x = randomised(tiny(**CASES[case])), tokens()
     logits = model(x)
@@ -347,5 +358,11 @@ def test_wrong_inputs_are_named() -> None:
         model(tokens(), None, torch.ones(B, M, dtype=torch.bool))
     with pytest.raises(TypeError, match="prefix_mask must be bool, True = visible, got float32"):
         model(tokens(), None, torch.ones(B, M - N))
+    with pytest.raises(ValueError, match=r"padding must be \[B\] with B=2, got \(3,\)"):
+        model(tokens(), padding=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"padding must be in 0..prefix_length={M - N}, got 0..{M}"):
+        model(tokens(), padding=torch.tensor([0, M]))
+    with pytest.raises(ValueError, match="padding and prefix_mask exclude each other"):
+        model(tokens(), None, torch.ones(B, M - N, dtype=torch.bool), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="positions must be one of"):
         SequencePositions("rotary", 4, 4)

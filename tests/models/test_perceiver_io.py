@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import EncoderConfig, PerceiverEncoder, PerceiverIO, flow_patches
-from perceiver_kernels.models.heads import ClassHead
+from perceiver_kernels.models.heads import ClassHead, Source
 from perceiver_kernels.models.multimodal import CommonWidth, MultimodalPreprocessor, written_out
 from perceiver_kernels.models.preprocessing import (
     ConvPreprocessor,
@@ -48,6 +48,23 @@ MODELS: dict[str, tuple[Callable[..., PerceiverIO], Callable[[], Any]]] = {
     ),
 }  # fmt: skip
 
+# Models of other sources, which do not have two.
+OTHERS: dict[str, tuple[Callable[..., PerceiverIO], Callable[[], Any]]] = {
+    "perceiver-pytorch language": (
+        lambda **c: PerceiverIO.perceiver_pytorch_lm(
+            **{**TINY, "vocab_size": 20, "channels": 24, "max_length": 12, "layers_per_block": 1, "qk_channels": 8,
+               "latent_qk_channels": 12, "decoder_feed_forward": True, **c}
+        ),
+        lambda: torch.randint(0, 20, (2, 9)),
+    ),
+    "mnist": (
+        lambda **c: PerceiverIO.mnist(
+            image_size=(7, 6), num_bands=3, query_channels=12, decoder_heads=2, **{**TINY, "attention_dropout": 0.0, **c}
+        ),
+        lambda: torch.randn(2, 1, 7, 6),
+    ),
+}  # fmt: skip
+
 
 def tensors(outputs: Any) -> list[Tensor]:
     return [outputs[name] for name in sorted(outputs)] if isinstance(outputs, dict) else [outputs]
@@ -77,11 +94,11 @@ def test_multimodal_tokens_and_queries_are_those_of_the_code() -> None:
     assert 1920 + 16 * 224 * 224 + 1 == 804_737
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 class TestEveryModel:
     def test_trains(self, name: str) -> None:
         """All has a gradient but key biases, which softmax cancels, and what the masks of modalities leave unread."""
-        build, inputs = MODELS[name]
+        build, inputs = (MODELS | OTHERS)[name]
         torch.manual_seed(0)
         model = build(attention_dropout=0.1, dropout=0.1)
         sum(tensor.square().mean() for tensor in tensors(model(inputs()))).backward()
@@ -90,7 +107,7 @@ class TestEveryModel:
         assert all(n.endswith("k_proj.bias") for n in without - unread), without
 
     def test_checkpointing_gives_the_same_gradients(self, name: str) -> None:
-        build, inputs = MODELS[name]
+        build, inputs = (MODELS | OTHERS)[name]
         torch.manual_seed(0)
         model, raw = build(), inputs()
         kept = build(activation_checkpointing=True)
@@ -101,16 +118,16 @@ class TestEveryModel:
             torch.testing.assert_close(p.grad, q.grad, msg=lambda text, key=key: f"{key}: {text}")
 
     def test_compiles_as_one_graph(self, name: str) -> None:
-        build, inputs = MODELS[name]
+        build, inputs = (MODELS | OTHERS)[name]
         torch.manual_seed(0)
-        model, raw = build(num_blocks=1, layers_per_block=1).eval(), inputs()
+        model, raw = build(layers_per_block=1).eval(), inputs()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for a, e in zip(tensors(compiled(raw)), tensors(model(raw)), strict=True):
             torch.testing.assert_close(a, e)
 
     def test_autocast(self, name: str) -> None:
-        build, inputs = MODELS[name]
+        build, inputs = (MODELS | OTHERS)[name]
         torch.manual_seed(0)
         model, raw = build().eval(), inputs()
         with torch.autocast("cpu", torch.bfloat16):
@@ -118,14 +135,37 @@ class TestEveryModel:
         for a, e in zip(outputs, tensors(model(raw)), strict=True):
             torch.testing.assert_close(a.float(), e, rtol=0.1, atol=0.05)
 
-    def test_the_two_sources_differ_in_what_is_said(self, name: str) -> None:
-        build, inputs = MODELS[name]
-        torch.manual_seed(0)
-        deepmind, transformers = build().eval(), build(like="transformers").eval()
-        assert {m.activation for m in deepmind.modules() if hasattr(m, "activation")} == {"gelu_tanh"}
-        assert {m.activation for m in transformers.modules() if hasattr(m, "activation")} == {"gelu"}
-        assert deepmind.decoder.attention.residual == (name in ("fourier", "conv"))
-        assert transformers.decoder.attention.residual == (name in ("fourier", "conv", "learned"))
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_two_sources_differ_in_what_is_said(name: str) -> None:
+    build, inputs = MODELS[name]
+    torch.manual_seed(0)
+    deepmind, transformers = build().eval(), build(like="transformers").eval()
+    assert {m.activation for m in deepmind.modules() if hasattr(m, "activation")} == {"gelu_tanh"}
+    assert {m.activation for m in transformers.modules() if hasattr(m, "activation")} == {"gelu"}
+    assert deepmind.decoder.attention.residual == (name in ("fourier", "conv"))
+    assert transformers.decoder.attention.residual == (name in ("fourier", "conv", "learned"))
+
+
+def given(**changes: Any) -> PerceiverIO:
+    sizes = {**TINY, "channels": 9, "query_channels": 7, "out_channels": 3, "qk_channels": 8, "layers_per_block": 1}
+    return PerceiverIO.perceiver_pytorch(**{**sizes, **changes})
+
+
+def test_queries_that_are_given() -> None:
+    """For the whole batch or for each array; the graph is one; their gradient reaches them."""
+    torch.manual_seed(0)
+    model, x, queries = given().eval(), torch.randn(2, 11, 9), torch.randn(5, 7, requires_grad=True)
+    out = model(x, points=queries)
+    torch.testing.assert_close(out, model(InputArray.tokens(x), points=queries.expand(2, 5, 7)))
+    expected = model.head.proj(model.decoder(queries[None], model.encoder(x)))
+    torch.testing.assert_close(out, expected)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x, points=queries), out)
+    out.sum().backward()
+    assert queries.grad.abs().sum(1).all()
+    raw = given(out_channels=None).eval()
+    torch.testing.assert_close(raw(x, points=queries), raw.decoder(queries[None], raw.encoder(x)))
 
 
 def test_encode_decode_by_hand() -> None:
@@ -140,6 +180,22 @@ def test_encode_decode_by_hand() -> None:
     decoded = model.decoder(model.queries.positions.weight[None, :9], latents, None, key_mask)
     expected = decoded @ model.preprocessor.embedding.weight.T + model.head.bias
     torch.testing.assert_close(model(ids, key_mask, query_mask=key_mask), expected)
+
+
+@pytest.mark.parametrize("name", ["fourier", "flow"])
+def test_masks_of_pixels(name: str) -> None:
+    """What they hide is not read; outputs are asked for at all places all the same."""
+    build, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model, raw = build().eval(), inputs()
+    array = model.preprocessor(raw)
+    key_mask = torch.rand(2, array.length) < 0.7
+    queries = model.queries(array, None)
+    latents = model.encoder(written_out(array, torch.float32), key_mask)
+    expected = model.head(model.decoder(queries, latents), Source(array, model.preprocessor))
+    torch.testing.assert_close(model(raw, key_mask), expected)
+    lengths = torch.tensor([array.length, 5], dtype=torch.int32)
+    torch.testing.assert_close(model(raw, lengths=lengths), model(raw, torch.arange(array.length) < lengths[:, None]))
 
 
 def test_lengths_are_a_mask() -> None:
@@ -270,6 +326,10 @@ def encoder(channels: int) -> PerceiverEncoder:
             lambda: MODELS["flow"][0]()(MODELS["flow"][1](), points=torch.tensor([1])), ValueError,
             "points must be None where the inputs are the queries",
         ),
+        (lambda: given()(torch.zeros(2, 4, 9)), TypeError, r"points must be a tensor \[B, O, C\] or .* C=7, got NoneType"),
+        (lambda: given()(torch.zeros(2, 4, 9), points=torch.zeros(3, 6)), ValueError, r"points must be .* C=7, got \(3, 6\)"),
+        (lambda: given()([1.0]), TypeError, "inputs must be a Tensor or InputArray, got list"),
+        (lambda: given()(torch.zeros(2, 4, 8), points=torch.zeros(3, 7)), ValueError, "inputs must have input_dim=9 channels"),
         (lambda: PerceiverIO.imagenet_fourier(like="keras"), ValueError, "like must be one of 'deepmind', 'transformers'"),
         (
             lambda: MultimodalPreprocessor({"x": LabelPreprocessor(3)}, 1, {"z": 0.5}), ValueError,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perceiver_kernels
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
-from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions, SelfAttention
+from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions, OutputBlock, SelfAttention
 
 B, N, M, D, C = 2, 6, 19, 16, 11
 
@@ -158,6 +158,32 @@ def test_cross_block_without_residual_forgets_the_latents() -> None:
     latents, inputs = torch.randn(B, N, D), torch.randn(B, 1, C)
     # With one token every query reads the same value, so nothing of the latents is left.
     torch.testing.assert_close(block(latents, inputs), block(torch.zeros_like(latents), inputs))
+
+
+def test_output_block_without_feed_forward_is_its_attention() -> None:
+    block = randomised(OutputBlock(C, D, qk_channels=6, feed_forward=False))
+    queries, latents = torch.randn(B, M, C), torch.randn(B, N, D)
+    assert torch.equal(block(queries, latents), block.attention(queries, latents))
+    assert block.feed_forward is None and block.flops(B, M, N) == block.attention.flops(B, M, N)
+
+
+def test_biases_of_queries_keys_and_values() -> None:
+    """Without them a block is the one whose biases are zero; the other layers keep theirs."""
+    x, inputs = torch.randn(B, N, D), torch.randn(B, M, C)
+    for build, arguments in (
+        (lambda **options: LatentBlock(D, 2, **options), (x,)),
+        (lambda **options: CrossBlock(D, C, **options), (x, inputs)),
+        (lambda **options: OutputBlock(C, D, **options), (inputs, x)),
+    ):
+        plain, biased = randomised(build(qkv_bias=False)), build(qkv_bias=True)
+        state = biased.state_dict()
+        lacking = state.keys() - plain.state_dict().keys()
+        assert lacking and all(name.startswith("attention.") and name.endswith("proj.bias") for name in lacking)
+        assert "attention.out_proj.bias" not in lacking
+        biased.load_state_dict(plain.state_dict() | {name: torch.zeros_like(state[name]) for name in lacking})
+        torch.testing.assert_close(plain(*arguments), biased(*arguments))
+    without = LatentBlock(D, bias=False, qkv_bias=True)
+    assert without.attention.qkv_proj.bias is not None and without.attention.out_proj.bias is None
 
 
 def test_flops_are_those_that_run() -> None:

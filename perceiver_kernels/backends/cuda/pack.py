@@ -119,9 +119,9 @@ def plan_tiles(
 ) -> PackTiles:
     """Tiles of a few KiB, at the occupancy that pack.cuh states (kFlatBlocksPerSm and its like), or what shared memory allows.
 
-    In ms on an H200, bf16, in 3, 4, 5 and 6 blocks: 8 x 50,176 rows of 261 channels 0.120, 0.122, 0.125 and 0.125, of 128 0.060,
-    0.061, 0.061 and 0.061, of 64 0.038, 0.037, 0.037 and 0.036; 2 x 182,528 of 322 0.134, 0.140, 0.140 and 0.137. In tiles of 8
-    KiB, 261 channels take 0.149 in 3 blocks, of 16 KiB 0.127.
+    In ms on an H200, bf16, in 3, 4, 5 and 6 blocks: 8 x 50,176 rows of 261 channels 0.120, 0.122, 0.125 and 0.125, of 128
+    0.060, 0.061, 0.061 and 0.061, of 64 0.038, 0.037, 0.037 and 0.036; 2 x 182,528 of 322 0.134, 0.140, 0.140 and 0.137. In
+    tiles of 8 KiB, 261 channels take 0.149 in 3 blocks, of 16 KiB 0.127.
     """
     row_bytes, together = channels * itemsize, rows_together(channels)
     if flat:
