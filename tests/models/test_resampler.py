@@ -165,15 +165,13 @@ def test_flops_are_those_that_run(case: str) -> None:
     assert counter.get_total_flops() == model.flops(B * T, FRAMES * M)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("case", ["frames", "connector", "ip-adapter"])
-def test_compiles_whole(case: str, checkpointing: bool, backend: str) -> None:
+@pytest.mark.parametrize(("case", "checkpointing"), [("frames", False), ("connector", True), ("ip-adapter", False)])
+def test_compiles_whole(case: str, checkpointing: bool) -> None:
     torch.compiler.reset()
     model = randomised(tiny(**VARIANTS[case], activation_checkpointing=checkpointing))
     media = features(B, T, FRAMES, M, model.config.media_dim)
     mask = visible(*media.shape[:-1])
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual = result_and_gradients(model, media, lambda x: compiled(x, mask))
     assert_same(actual, result_and_gradients(model, media, lambda x: model(x, mask)))
 

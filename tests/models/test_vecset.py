@@ -233,8 +233,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     assert len(runs) == 2, "the layer ran again for its gradient"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("case", ["sampled", "large"])
+@pytest.mark.parametrize(("case", "checkpointing"), [("sampled", False), ("large", True)])
 def test_compiles_without_a_graph_break(case: str, checkpointing: bool) -> None:
     model = model_of(case, activation_checkpointing=checkpointing)
     model.train(checkpointing)
