@@ -93,4 +93,4 @@ sanitize-%:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -f perceiver_kernels/*.so perceiver_kernels/_build_info.json
-	find perceiver_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find perceiver_kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

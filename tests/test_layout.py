@@ -25,7 +25,8 @@ def modules(folder: Path) -> list[Path]:
 
 
 def test_files_have_one_subject() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in sources("perceiver_kernels", "csrc", "tests", "benchmarks")}
+    folders = ("perceiver_kernels", "csrc", "tests", "benchmarks", "examples")
+    lengths = {path: len(path.read_text().splitlines()) for path in sources(*folders)}
     assert len(lengths) > 50
     assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_FILE} == {}
 

@@ -204,7 +204,7 @@ class TestMetadata:
         """setuptools alone takes tests/test*.py: tests without conftest.py, benchmarks and the documents that they read."""
         if not is_installed("setuptools"):
             pytest.skip("setuptools is not installed")
-        tree, folders = tmp_path / "tree", ("benchmarks", "csrc", "docs", "perceiver_kernels", "tests")
+        tree, folders = tmp_path / "tree", ("benchmarks", "csrc", "docs", "examples", "perceiver_kernels", "tests")
         for name in folders:
             ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", build_info.FILE_NAME)
             shutil.copytree(ROOT / name, tree / name, ignore=ignored)

@@ -60,7 +60,8 @@ def test_every_table_that_was_measured_has_a_place_in_the_readme() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")):
+    documents = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("benchmarks", "examples"))]
+    for path in (*documents, *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
