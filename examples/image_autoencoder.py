@@ -28,6 +28,8 @@ from perceiver_kernels.nn import OutputBlock
 
 TRAIN = ("astronaut", "rocket", "motorcycle", "hubble_deep_field", "immunohistochemistry")
 HELD_OUT = ("chelsea", "coffee")
+HEADS = 8
+"""Of every attention: a latent reads as many places at once."""
 SHOWN = 8
 """Squares along both sides of the part of a held-out photograph that is drawn."""
 
@@ -38,11 +40,11 @@ def build(arguments, latents: int) -> PerceiverIO:
     preprocessor = PixelPreprocessor(3, positions)
     config = EncoderConfig(
         input_dim=preprocessor.channels, num_latents=latents, latent_dim=D, num_cross_attends=2, num_blocks=2,
-        layers_per_block=2, cross_heads=1, latent_heads=4, qk_channels=D, v_channels=D, weight_sharing="none",
+        layers_per_block=2, cross_heads=HEADS, latent_heads=HEADS, qk_channels=D, v_channels=D, weight_sharing="none",
         latent_widening_factor=2,
     )  # fmt: skip
     queries = FourierQueries((side, side), positions)
-    decoder = OutputBlock(queries.channels, D, qk_channels=D, residual=False, widening_factor=4, **where)
+    decoder = OutputBlock(queries.channels, D, num_heads=HEADS, qk_channels=D, widening_factor=4, **where)
     head = PatchHead(queries.channels, 3, **where)
     return PerceiverIO(preprocessor, PerceiverEncoder(config, **where), queries, decoder, head)
 
@@ -157,10 +159,10 @@ def draw_pictures(axes, pictures: list[Tensor], title: str) -> None:
 
 if __name__ == "__main__":
     parser = options_of(
-        "Autoencode photographs with Perceiver IO.", name="image_autoencoder", steps=1500, batch_size=64, learning_rate=1e-3
+        "Autoencode photographs with Perceiver IO.", name="image_autoencoder", steps=1500, batch_size=64, learning_rate=2e-3
     )
     parser.add_argument("--latents", type=counts, default="4,16,64", help="a model is trained for each of these numbers")
-    parser.add_argument("--latent-dim", type=multiple_of(4), default=64, help="a multiple of 4, the number of heads")
+    parser.add_argument("--latent-dim", type=multiple_of(HEADS), default=64, help=f"a multiple of {HEADS}, the number of heads")
     parser.add_argument("--side", type=options.count, default=32, help="pixels along a side of a square")
     parser.add_argument("--squares", type=options.count, default=192, help="held-out squares that are evaluated")
     run(execute, parser)

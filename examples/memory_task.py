@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 MODULES = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "tarfile", "turtle")
-KEYS, VALUES, HASH_BITS = 16, 16, 24
+KEYS, VALUES, HASH_BITS = 32, 8, 64
 WORDS = 4096
 """Buckets into which words are hashed; 0 is no word."""
-SENTENCE, SNIPPET, WRITES = 15, 32, 16
-"""Tokens of an episode: words of a sentence, after one of its hash; tokens of a snippet; writes."""
-EPISODE = 1 + SENTENCE + SNIPPET + WRITES
+SENTENCE, SNIPPET, WRITES = 16, 44, 4
+"""Tokens of an episode: words of a sentence, of a snippet, writes."""
+EPISODE = SENTENCE + SNIPPET + WRITES
 TOKEN = r"\w+|[^\w\s]"
 """A word or a sign."""
 KINDS = ("value", "occurred", "module")
@@ -33,7 +34,8 @@ def word_ids(text: str, count: int) -> list[int]:
 
 def hash_bits(text: str) -> tuple[float, ...]:
     """Bits of a hash as -1 and 1."""
-    return tuple(2.0 * (zlib.crc32(text.encode()) >> bit & 1) - 1 for bit in range(HASH_BITS))
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=HASH_BITS // 8).digest(), "little")
+    return tuple(2.0 * (number >> bit & 1) - 1 for bit in range(HASH_BITS))
 
 
 def sentences_of(topics: dict[str, str]) -> dict[tuple[float, ...], str]:
@@ -92,7 +94,7 @@ def draw(records: Records, batch: int, episodes: int, asked: int, generator: tor
     """A batch of histories, ``asked`` questions of each kind about each, and their answers.
 
     Returns:
-        Histories: of each modality its tokens and their times [B, M]; times count episodes from the beginning.
+        Histories: of each modality its tokens and their times [B, M]; times count episodes and are negative, now is 0.
         Queries: "kind", "key" int64 and "time", "hash" [B, O], O = 3 * asked. Answers int64 [B, O], of the head's classes.
     """
     device = records.hashes.device
@@ -102,7 +104,7 @@ def draw(records: Records, batch: int, episodes: int, asked: int, generator: tor
 
     def times(*shape: int) -> Tensor:
         """[B, episodes, ...], each within its episode."""
-        begun = torch.arange(episodes, device=device).view(1, episodes, *(1 for _ in shape))
+        begun = torch.arange(-episodes, 0, device=device).view(1, episodes, *(1 for _ in shape))
         return begun + torch.rand(batch, episodes, *shape, generator=generator, device=device)
 
     rows = torch.arange(batch, device=device)[:, None]
@@ -129,8 +131,8 @@ def draw(records: Records, batch: int, episodes: int, asked: int, generator: tor
         "kind": torch.arange(3, device=device).repeat_interleave(asked).expand(batch, -1),
         "key": torch.cat((key, zero, zero), 1),
         "hash": torch.cat((none, records.hashes[sentence], none), 1),
-        # The first two ask at the end of the history.
-        "time": torch.cat((zero + episodes, zero + episodes, code_time[rows, which]), 1),
+        # The first two are asked now.
+        "time": torch.cat((zero, zero, code_time[rows, which]), 1),
     }
     modules = records.modules[snippet[rows, which]]
     return history, queries, torch.cat((values.gather(1, last), VALUES + occurred, VALUES + 2 + modules), 1)

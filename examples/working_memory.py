@@ -9,7 +9,7 @@ time of its record as Fourier features. The latents read it once; queries then a
     module    which module does the snippet at time t come from?      (chance: 1 / modules)
 
 Text and code are held out: other topics, and the last part of every module. Keys and values are drawn at random. A model is
-trained for each budget of latents, on histories of every length, and evaluated at each length: a grid.
+trained for each budget of latents, on histories of one episode to the longest, and evaluated at several lengths: a grid.
 
     python examples/working_memory.py
 """
@@ -28,7 +28,7 @@ from perceiver_kernels.cli.report import CommandError
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import EncoderConfig, PerceiverEncoder, PerceiverIO
 from perceiver_kernels.models.heads import PatchHead
-from perceiver_kernels.models.multimodal import MultimodalPreprocessor
+from perceiver_kernels.models.multimodal import MultimodalPreprocessor, written_out
 from perceiver_kernels.nn import OutputBlock
 
 
@@ -37,7 +37,7 @@ class Timed(nn.Module):
 
     Args:
         channels: of a token.
-        positions: of the time, which is divided by ``horizon``.
+        positions: of the time: 1 is now, -1 is ``horizon`` episodes ago.
     """
 
     def __init__(self, channels: int, positions: FourierPositions, horizon: float) -> None:
@@ -47,20 +47,22 @@ class Timed(nn.Module):
 
     def placed(self, tokens: Tensor, times: Tensor) -> InputArray:
         """tokens [B, M, content] at times [B, M]."""
-        return InputArray(tokens, self.positions, (2 * times / self.horizon - 1)[..., None])
+        return InputArray(tokens, self.positions, (1 + 2 * times / self.horizon)[..., None])
 
 
 class Text(Timed):
-    """Sentences: a token of the hash, then the words."""
+    """Sentences: half of a token's channels say the word, half the hash of its sentence."""
 
     def __init__(self, channels: int, positions: FourierPositions, horizon: float) -> None:
         super().__init__(channels, positions, horizon)
-        self.words, self.hash = nn.Embedding(memory.WORDS, channels), nn.Linear(memory.HASH_BITS, channels)
+        self.words = nn.Embedding(memory.WORDS, channels // 2)
+        self.hash = nn.Linear(memory.HASH_BITS, channels - channels // 2)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> InputArray:
         words, hashes, times = inputs
-        tokens = torch.cat((self.hash(hashes)[:, :, None], self.words(words)), 2)  # [B, episodes, 1 + memory.SENTENCE, content]
-        return self.placed(tokens.flatten(1, 2), times.repeat_interleave(1 + memory.SENTENCE, 1))
+        hashes = self.hash(hashes)[:, :, None].expand(-1, -1, memory.SENTENCE, -1)
+        tokens = torch.cat((self.words(words), hashes), -1)  # [B, episodes, SENTENCE, content]
+        return self.placed(tokens.flatten(1, 2), times.repeat_interleave(memory.SENTENCE, 1))
 
 
 class Code(Timed):
@@ -95,9 +97,10 @@ class Questions(Timed):
         self.kinds, self.keys = nn.Embedding(len(KINDS), channels), nn.Embedding(memory.KEYS, channels)
         self.hash = nn.Linear(memory.HASH_BITS, channels, bias=False)
 
-    def forward(self, array: Tensor, points: dict[str, Tensor]) -> InputArray:
+    def forward(self, array: Tensor, points: dict[str, Tensor]) -> Tensor:
         key = self.keys(points["key"]) * (points["kind"] == 0)[..., None]
-        return self.placed(self.kinds(points["kind"]) + key + self.hash(points["hash"]), points["time"])
+        content = self.kinds(points["kind"]) + key + self.hash(points["hash"])
+        return written_out(self.placed(content, points["time"]), array.dtype)
 
 
 def build(arguments, latents: int) -> PerceiverIO:
@@ -112,7 +115,8 @@ def build(arguments, latents: int) -> PerceiverIO:
         cross_widening_factor=2, latent_widening_factor=2,
     )  # fmt: skip
     queries = Questions(C, positions, horizon)
-    decoder = OutputBlock(queries.channels, D, num_heads=4, qk_channels=D, widening_factor=4)
+    # What was read is compared with what was asked: the residual brings both to the feed-forward layer.
+    decoder = OutputBlock(queries.channels, D, qk_channels=D, residual=True, widening_factor=4)
     model = PerceiverIO(preprocessor, PerceiverEncoder(config), queries, decoder, PatchHead(queries.channels, memory.ANSWERS))
     return model.to(arguments.device)
 
@@ -123,7 +127,7 @@ def execute(task: Run) -> None:
     if max(arguments.episodes) >= len(held_out.hashes):
         limit = f"below {len(held_out.hashes)}, the number of held-out sentences"
         raise CommandError(f"--episodes must be {limit}, got {max(arguments.episodes)}")
-    generator = torch.Generator(task.device)
+    generator, longest, most = torch.Generator(task.device), max(arguments.episodes), max(arguments.latents)
 
     def measure(model: PerceiverIO, episodes: int) -> dict[str, float]:
         """Accuracy of each kind of question, over histories that are the same at every evaluation."""
@@ -142,7 +146,8 @@ def execute(task: Run) -> None:
         model = build(arguments, latents)
 
         def loss_of(step: int) -> Tensor:
-            episodes = arguments.episodes[torch.randint(len(arguments.episodes), ()).item()]
+            # Short histories, where every latent holds something to be found, are what learning begins with.
+            episodes = round(longest ** torch.rand(()).item())
             history, queries, answers = draw(train, arguments.batch_size, episodes, arguments.asked, generator)
             return F.cross_entropy(model(history, points=queries).float().flatten(0, 1), answers.flatten())
 
@@ -156,7 +161,6 @@ def execute(task: Run) -> None:
         for latents, (by_length, _, _) in runs.items() for episodes, reached in by_length.items()
     ]  # fmt: skip
     show_grid(task, grid)
-    longest, most = max(arguments.episodes), max(arguments.latents)
     best = runs[most][0][longest]
     told = ", ".join(f"{kind} {best[kind]:.1%} (chance {memory.CHANCE[kind]:.1%})" for kind in KINDS)
     task.finish(
@@ -190,10 +194,10 @@ def draw_grid(axes, grid: list[dict], kind: str) -> None:
 
 if __name__ == "__main__":
     parser = options_of(
-        "Ask latents what a long history contained.", name="working_memory", steps=2500, batch_size=64, learning_rate=1e-3
+        "Ask latents what a long history contained.", name="working_memory", steps=4000, batch_size=64, learning_rate=2e-3
     )
     parser.add_argument("--latents", type=counts, default="8,32,128", help="a model is trained for each of these numbers")
-    parser.add_argument("--episodes", type=counts, default="8,16,32,64", help=f"of a history: {EPISODE} tokens each")
+    parser.add_argument("--episodes", type=counts, default="4,8,16,32,64", help=f"of a history: {EPISODE} tokens each")
     parser.add_argument("--latent-dim", type=multiple_of(4), default=128, help="a multiple of 4, the number of heads")
     parser.add_argument("--channels", type=multiple_of(2), default=64, help="of a token, even, beside its time")
     parser.add_argument("--asked", type=options.count, default=16, help="questions of each kind about a history")

@@ -29,7 +29,7 @@ SMALL = {
     "image_classification": "--data digits --latents 4 --latent-dim 16 --cross-attends 1",
     "language_modelling": "--latents 16 --prefixes 16,32 --dim 32 --layers 1 --windows 4 --sample 4",
     "point_clouds": "--points 8,16 --latents 4 --latent-dim 16",
-    "image_autoencoder": "--latents 2,4 --latent-dim 16 --side 8 --squares 8",
+    "image_autoencoder": "--latents 2,4 --latent-dim 8 --side 8 --squares 8",
     "working_memory": "--latents 2,4 --latent-dim 16 --channels 8 --episodes 1,2 --asked 2 --evaluated 8",
 }
 BAD = [
