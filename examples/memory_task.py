@@ -79,7 +79,7 @@ class Records:
         text = {bits: sentence for bits, sentence in rest.items() if bits not in first} if held_out else first
         snippets, modules = [], []
         for index, module in enumerate(MODULES):
-            known, new = parts_of(shipped.library_lines(module))
+            known, new = parts_of(shipped.source_lines(module))
             kept = [ids for ids in new if ids not in known] if held_out else known
             snippets += kept
             modules += [index] * len(kept)

@@ -89,7 +89,7 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in joined if len(sentence.split()) >= 5]
 
 
-def library_lines(module: str) -> list[str]:
+def source_lines(module: str) -> list[str]:
     """Lines of a module of the standard library, blank ones left out."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

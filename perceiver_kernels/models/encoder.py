@@ -12,6 +12,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.common import autocast_dtype, visible
 from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.inputs import InputArray, PackedInputs
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn import CrossBlock, LatentBlock
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.checkpointing import run_block
@@ -160,7 +161,7 @@ def _shared(count: int, sharing: WeightSharing) -> tuple[int, ...]:
     return tuple(min(step, last) for step in range(count))
 
 
-class PerceiverEncoder(nn.Module):
+class PerceiverEncoder(Model):
     """Learned latents read the inputs by cross-attention, transform themselves, and repeat.
 
         z_0 = learned latents [1, N, D]
@@ -274,10 +275,6 @@ class PerceiverEncoder(nn.Module):
         # The packed array has the dtype that the products run in, whatever the dtype of the content.
         dtype = autocast_dtype(self.latents) or self.latents.dtype
         return functional.pack_inputs(inputs, key_mask=key_mask, lengths=lengths, eps=self.config.eps, dtype=dtype)
-
-    def num_params(self) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def encoder_flops(self, batch: int, M: int, *, method: Method = "projected") -> int:
         """FLOPs of the matrix products of ``encode`` over arrays of M tokens, a multiply and an add counted as two."""

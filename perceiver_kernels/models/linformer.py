@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
@@ -65,7 +66,7 @@ class LinformerConfig:
         check_eps(self.eps)
 
 
-class Linformer(nn.Module):
+class Linformer(Model):
     """A sequence in, a sequence out, at a cost proportional to its length.
 
         x <- x + LinformerAttention(LN(x))
@@ -120,10 +121,6 @@ class Linformer(nn.Module):
             x = run_block(layer, x, key_mask, checkpointing=self.config.activation_checkpointing)
         return x
 
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
 
 class LinformerLayer(nn.Module):
     """Attention, then feed-forward, each with its norm and residual."""
@@ -153,7 +150,7 @@ class LinformerLMConfig(LinformerConfig):
         super().__post_init__()
 
 
-class LinformerLM(nn.Module):
+class LinformerLM(Model):
     """Logits of every place of a token sequence; each sees the whole sequence.
 
         x_i = E[token_i] + P[i]
@@ -199,7 +196,3 @@ class LinformerLM(nn.Module):
             raise ValueError(f"tokens must have at most length={self.config.length} places, got {tokens.shape[1]}")
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         return self.head(self.linformer(x, key_mask))
-
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.models import perceiver_ar_config as published
 from perceiver_kernels.models.generation import generate
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
 from perceiver_kernels.models.sequence_positions import SequencePositions, mask_of_padding
 from perceiver_kernels.nn import FeedForward, JointAttention, KeyValueCache, LatentBlock, Linear, Rotary
@@ -87,7 +88,7 @@ class PerceiverLayer(nn.Module):
         return torch.cat((kept, rest.expand(batch, -1)), 1)
 
 
-class PerceiverAR(nn.Module):
+class PerceiverAR(Model):
     """A causal model of sequences whose last tokens alone, the latents, pass all layers.
 
         e_t = E[token_t] + position_t,   prefix = e_0 .. e_(M - N - 1),   z = W e_(M - N) .. e_(M - 1)
@@ -276,10 +277,6 @@ class PerceiverAR(nn.Module):
         if not 1 <= M - prefix_length <= N:
             raise ValueError(f"prefix_length must leave 1 to num_latents={N} of M={M} tokens, got {prefix_length}")
         return prefix_length
-
-    def num_params(self) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, batch: int, M: int, N: int | None = None) -> int:
         """FLOPs of one forward over ``batch`` sequences of M tokens, the last N of them latents (``num_latents`` when None).

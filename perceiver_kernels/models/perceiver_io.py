@@ -15,6 +15,7 @@ from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import perceiver_io_libraries as libraries
 from perceiver_kernels.models.encoder import PerceiverEncoder
 from perceiver_kernels.models.heads import ClassHead, FlowHead, MultimodalHead, PatchHead, Source, TokenHead
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.models.multimodal import MultimodalPreprocessor
 from perceiver_kernels.models.perceiver_io_parts import LANGUAGE, Like, Where, decoder_of, encoder_of
 from perceiver_kernels.models.preprocessing import (
@@ -31,7 +32,7 @@ from perceiver_kernels.models.queries import FourierQueries, InputQueries, Learn
 from perceiver_kernels.nn import OutputBlock
 
 
-class PerceiverIO(nn.Module):
+class PerceiverIO(Model):
     """Preprocess, encode, process, decode.
 
         x = preprocessor(inputs)                  [B, M, C]
@@ -109,10 +110,6 @@ class PerceiverIO(nn.Module):
         sizes = [part.shape[1] for part in queries.values()]
         decoded = self.decoder(torch.cat(list(queries.values()), 1), latents, None, query_mask).split(sizes, 1)
         return self.head(dict(zip(queries, decoded, strict=True)), source)
-
-    def num_params(self) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     # ------ published models
 

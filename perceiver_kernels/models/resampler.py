@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import check_positive
 from perceiver_kernels.checks import check_tensor as check_layout
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn import FeedForward, JointAttention, Linear
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_sequence
@@ -131,7 +132,7 @@ class ResamplerLayer(nn.Module):
         return self.attention.flops(batch, N, M) + self.feed_forward.flops(batch, N)
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(Model):
     """Learned latents read a medium (the features of an image, or of a video's frames) and themselves.
 
         x = P media + e_frame + e_medium         P and the embeddings where the configuration has them
@@ -327,10 +328,6 @@ class PerceiverResampler(nn.Module):
         if self.media_embedding is not None:
             tokens = (tokens.unflatten(0, (B, T)) + self.media_embedding[:T, None]).flatten(0, 1)
         return tokens, visible
-
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, batch: int, M: int) -> int:
         """FLOPs of the matrix products of one forward over ``batch`` media (B T) of M tokens, those of all frames together.

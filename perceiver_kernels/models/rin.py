@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.checks import FLOAT_DTYPES, check_tensor
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
@@ -129,7 +130,7 @@ class TimeEmbedding(nn.Module):
         return self.down_proj(F.silu(self.up_proj(normed.to(weight.dtype))))
 
 
-class RIN(nn.Module):
+class RIN(Model):
     """Noisy images in, what their denoising needs out, and the latents for the next call.
 
         x = LN(W patches + b) + P                                                the tape [B, M, C]
@@ -293,7 +294,3 @@ class RIN(nn.Module):
         config, side = self.config, self.config.image_size // self.config.patch_size
         patches = tokens.unflatten(2, (config.patch_size, config.patch_size, -1)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.functional.cross_attention import check_reading
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
@@ -73,7 +74,7 @@ class SetTransformerConfig:
         check_reading(None, self.method)
 
 
-class SetTransformer(nn.Module):
+class SetTransformer(Model):
     """A set in, k outputs out, whatever the order of the set's elements.
 
         x <- ISAB(x)                     ``encoder_blocks`` times; SAB without inducing points
@@ -177,7 +178,3 @@ class SetTransformer(nn.Module):
         for block in self.encoder:
             x = run_block(block, x, key_mask, checkpointing=self.config.activation_checkpointing)
         return x
-
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())

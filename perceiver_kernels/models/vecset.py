@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import check_tensor, is_integer
 from perceiver_kernels.functional.common import autocast_dtype
+from perceiver_kernels.models.model import Model
 from perceiver_kernels.models.progress import Progress, reporting
 from perceiver_kernels.nn import CrossAttention, FeedForward, OutputCrossAttention, SelfAttention
 from perceiver_kernels.nn.checkpointing import run_block
@@ -110,7 +111,7 @@ class LatentDistribution:
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).mean((1, 2))
 
 
-class VecSetAutoencoder(nn.Module):
+class VecSetAutoencoder(Model):
     """A cloud of points in, N latents between, and the value of a field at any point out.
 
         z = q + CrossAttention(LN(q), LN(e(cloud))),   z <- z + FeedForward(LN(z))        q sampled or learned, [B, N, D]
@@ -336,10 +337,6 @@ class VecSetAutoencoder(nn.Module):
                 flat[:, start:stop] = self.query(transformed, places[None])
                 report(stop)
         return out
-
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def _grid_shape(resolution: int | tuple[int, int, int]) -> tuple[int, int, int]:
