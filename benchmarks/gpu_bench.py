@@ -8,7 +8,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - memory: extra peak bytes against M, until stock PyTorch runs out of memory
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
-- models: whole models beside their originals, forward, training step and captured graph
+- models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
 A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.

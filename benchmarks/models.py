@@ -1,12 +1,14 @@
 """Whole models beside their originals, with the same weights and in the same run.
 
-Perceiver IO beside transformers, eager and compiled; the shape autoencoder's decoder beside the same model through PyTorch's
-own attention. A result is held against the original in fp32 before it is timed: its error may be twice that of the original
-in the dtype that is timed, plus the rounding of the output. Gradients are judged as one vector.
+Perceiver IO beside transformers, eager, compiled and as a CUDA graph; the shape autoencoder's decoder beside the same model
+through PyTorch's own attention. A whole model is thousands of launches: where the host is slower at them than the GPU, an eager
+call shows the host's time, a graph the GPU's. A result is held against the original in fp32 before it is timed: its error may
+be twice that of the original in the dtype that is timed, plus the rounding of the output. Gradients are judged as one vector.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ PARTS_OF_A_VIDEO = 128
 COMPILED = ("imagenet-fourier-b8",)
 """Compiling a case takes minutes: forward and training, of both models."""
 GRIDS = (129, 257)
+PASSES = ("forward", "training")
 SHAPES = VecSetAutoencoder.shapenet
 SUBJECT, ORIGINAL = "ours", "transformers"
 
@@ -47,7 +50,8 @@ class ModelCase:
         build: our model.
         inputs: float inputs on a CPU, or a mapping of them.
         options: arguments of our call and of theirs, beside the inputs.
-        passes: of "forward", "training" (forward and backward) and "graph" (a captured forward).
+        passes: of "forward" and "training" (forward and backward).
+        theirs_under_autocast: the original mixes in fp32 tables and cannot be of half width; its weights stay in fp32.
     """
 
     name: str
@@ -55,7 +59,8 @@ class ModelCase:
     build: Callable[..., PerceiverIO]
     inputs: Callable[[], Any]
     options: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = lambda: ({}, {})
-    passes: tuple[str, ...] = ("forward", "training")
+    passes: tuple[str, ...] = PASSES
+    theirs_under_autocast: bool = False
 
 
 def _images(batch: int) -> Tensor:
@@ -81,7 +86,7 @@ CASES = {
         ),
         ModelCase(
             "imagenet-fourier-b1", ("PerceiverForImageClassificationFourier", {**IMAGENET, **ONE_HEAD, "num_labels": 1000}),
-            PerceiverIO.imagenet_fourier, functools.partial(_images, 1), passes=("forward", "graph"),
+            PerceiverIO.imagenet_fourier, functools.partial(_images, 1), passes=("forward",),
         ),
         ModelCase(
             "optical-flow", ("PerceiverForOpticalFlow", {**FLOW, **ONE_HEAD}), PerceiverIO.optical_flow,
@@ -89,7 +94,7 @@ CASES = {
         ),
         ModelCase(
             "multimodal-part", ("PerceiverForMultimodalAutoencoding", {**MULTIMODAL, **ONE_HEAD, "num_labels": 700}),
-            PerceiverIO.multimodal, _media, _part_of_a_video,
+            PerceiverIO.multimodal, _media, _part_of_a_video, theirs_under_autocast=True,
         ),
     )
 }  # fmt: skip
@@ -127,26 +132,35 @@ def _measure_case(
     with measure.seeded(1):
         inputs = _moved(case.inputs(), device, torch.float32)
     our_options, their_options = (_moved(options, device, None) for options in case.options())
-    exact = {which: _result(theirs, ours, inputs, their_options, which) for which in case.passes if which != "graph"}
-    theirs, ours, inputs = theirs.to(dtype), ours.to(dtype), _moved(inputs, device, dtype)
+    exact = {which: _result(theirs, ours, _call(theirs, inputs, their_options, which)) for which in case.passes}
+    ours, our_inputs = ours.to(dtype), _moved(inputs, device, dtype)
+    width = dtype if case.theirs_under_autocast else None
+    theirs, their_inputs = (theirs, inputs) if width else (theirs.to(dtype), our_inputs)
     failures = []
     for which in case.passes:
-        calls = {SUBJECT: _call(ours, inputs, our_options, which), ORIGINAL: _call(theirs, inputs, their_options, which)}
-        if compiled and which != "graph":
-            calls[f"{SUBJECT}-compiled"] = _call(torch.compile(ours), inputs, our_options, which)
-            calls[f"{ORIGINAL}-compiled"] = _call(torch.compile(theirs), inputs, their_options, which)
+        subject = _call(ours, our_inputs, our_options, which)
+        peer = _call(theirs, their_inputs, their_options, which, width)
+        calls: dict[str, measure.Call] = {SUBJECT: subject, ORIGINAL: peer}
+        if device.type == "cuda":
+            calls |= {f"{SUBJECT}-graphed": _captured(subject, ours), f"{ORIGINAL}-graphed": _captured(peer, theirs)}
+        if compiled:
+            calls[f"{SUBJECT}-compiled"] = _call(torch.compile(ours), our_inputs, our_options, which)
+            calls[f"{ORIGINAL}-compiled"] = _call(torch.compile(theirs), their_inputs, their_options, which, width)
         stopped = {name: reason for name, call in calls.items() if (reason := measure.attempt(call))}
-        errors: dict[str, Any] = {}
-        if which in exact and not stopped.keys() & {SUBJECT, ORIGINAL}:
-            found = _result(None, ours, inputs, our_options, which)
-            eager = _result(theirs, ours, inputs, their_options, which)
-            for name, truth in exact[which].items():
-                judged = compare(found[name], eager[name], truth.double())[0]
-                errors[name] = {"error": judged.error, "eager": judged.eager}
-                if not judged.passes:
-                    failures.append(f"{case.name} {which} {name}: {judged}")
-        failures += [f"{case.name} {which} {SUBJECT}: {stopped[SUBJECT]}"] if SUBJECT in stopped else []
         running = {name: call for name, call in calls.items() if name not in stopped}
+        errors: dict[str, dict[str, Any]] = {name: {} for name in calls}
+        if ORIGINAL in running:
+            eager = _result(theirs, ours, peer)
+            for name in [name for name in running if name.startswith(SUBJECT)]:
+                found = _result(None, ours, running[name])
+                for what, truth in exact[which].items():
+                    judged = compare(found[what], eager[what], truth.double())[0]
+                    errors[name][what] = {"error": judged.error, "eager": judged.eager}
+                    if not judged.passes:
+                        failures.append(f"{case.name} {which} {name} {what}: {judged}")
+        failures += [
+            f"{case.name} {which} {name}: {reason}" for name, reason in stopped.items() if name in (SUBJECT, ORIGINAL)
+        ]
         _record(report, console, case.name, which, running, stopped, errors, device, seconds)
     return failures
 
@@ -186,23 +200,30 @@ def _train(model: nn.Module, inputs: Any, options: dict[str, Any]) -> list[Tenso
     return outputs
 
 
-def _call(model: Any, inputs: Any, options: dict[str, Any], which: str) -> measure.Call:
-    if which == "training":
-        return functools.partial(_train, model, inputs, options)
+def _call(model: Any, inputs: Any, options: dict[str, Any], which: str, width: torch.dtype | None = None) -> measure.Call:
+    """A call that returns outputs; of training, gradients are then in the parameters. ``width``: under autocast to it."""
 
-    def forward() -> list[Tensor]:
-        with torch.no_grad():
-            return _outputs(model, inputs, options)
+    def call() -> list[Tensor]:
+        with contextlib.nullcontext() if width is None else torch.autocast(_device_type(inputs), width):
+            if which == "training":
+                return _train(model, inputs, options)
+            with torch.no_grad():
+                return _outputs(model, inputs, options)
 
-    return _captured(forward) if which == "graph" else forward
+    return call
 
 
-def _captured(call: measure.Call) -> measure.Call:
-    """A call's kernels as a CUDA graph, made at the first use."""
+def _device_type(inputs: Any) -> str:
+    return next(iter(inputs.values())).device.type if isinstance(inputs, Mapping) else inputs.device.type
+
+
+def _captured(call: measure.Call, model: nn.Module) -> measure.Call:
+    """A call's kernels as a CUDA graph, made at the first use; outputs and gradients are overwritten by every replay."""
     graphs: list[Any] = []
 
-    def replay() -> None:
+    def replay() -> list[Tensor]:
         if not graphs:
+            model.zero_grad(set_to_none=True)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -212,30 +233,30 @@ def _captured(call: measure.Call) -> measure.Call:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 kept = call()
-            graphs.extend((graph, kept))
-        graphs[0].replay()
+            graphs.extend((graph, kept, [p.grad for p in model.parameters()]))
+        graph, kept, gradients = graphs
+        graph.replay()
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            p.grad = gradient
+        return kept
 
     return replay
 
 
-def _result(
-    theirs: nn.Module | None, ours: PerceiverIO, inputs: Any, options: dict[str, Any], which: str
-) -> dict[str, Tensor]:  # fmt: skip
-    """Outputs, and in training the gradients of all parameters, as vectors; of the original under our names."""
+def _result(theirs: nn.Module | None, ours: PerceiverIO, call: measure.Call) -> dict[str, Tensor]:
+    """Outputs of a call, and the gradients that it leaves, as vectors; of the original under our names."""
     model: nn.Module = ours if theirs is None else theirs
-    if which != "training":
-        with torch.no_grad():
-            return {"out": torch.cat([output.flatten() for output in _outputs(model, inputs, options)])}
-    outputs = _train(model, inputs, options)
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
-    }
+    model.zero_grad(set_to_none=True)
+    out = {"out": torch.cat([output.detach().flatten().clone() for output in call()])}
+    if all(p.grad is None for p in model.parameters()):
+        return out
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     if theirs is not None:
         state = {name: gradients.get(name, torch.zeros_like(tensor)) for name, tensor in theirs.state_dict().items()}
         gradients = convert.to_ours(convert.rules_of(ours, ORIGINAL), state)
+    out["gradients"] = torch.cat([gradients[name].flatten() for name, _ in ours.named_parameters()])
     model.zero_grad(set_to_none=True)
-    vector = torch.cat([gradients[name].flatten() for name, _ in ours.named_parameters()])
-    return {"out": torch.cat([output.detach().flatten() for output in outputs]), "gradients": vector}
+    return out
 
 
 def _measure_grid(
@@ -260,7 +281,7 @@ def _measure_grid(
         with use_backend("reference"):
             eager = model.decode(latents, queries)
     judged = compare(found.flatten(), eager.flatten(), truth.flatten())[0]
-    errors = {"out": {"error": judged.error, "eager": judged.eager}}
+    errors = {SUBJECT: {"out": {"error": judged.error, "eager": judged.eager}}}
     calls = {SUBJECT: lambda: model.decode_grid(latents, resolution), "sdpa": through_sdpa}
     stopped = {name: reason for name, call in calls.items() if (reason := measure.attempt(call))}
     running = {name: call for name, call in calls.items() if name not in stopped}
@@ -271,15 +292,17 @@ def _measure_grid(
 
 def _record(
     report: Report, console: Console, case: str, which: str, running: dict[str, measure.Call], stopped: dict[str, str],
-    errors: dict[str, Any], device: torch.device, seconds: float,
+    errors: dict[str, dict[str, Any]], device: torch.device, seconds: float,
 ) -> None:  # fmt: skip
     timings = measure.time_calls(running, device, seconds=seconds, max_samples=50)
     for name in (*running, *stopped):
         timing = timings[name].as_dict() if name in timings else {}
-        peak = measure.peak_extra_bytes(running[name], device) if name in running else None
+        # A graph's memory is taken once, at its capture.
+        counted = name in running and not name.endswith("-graphed")
+        peak = measure.peak_extra_bytes(running[name], device) if counted else None
         report.add(
             kind="model", case=case, implementation=name, failure=stopped.get(name), peak_extra_bytes=peak,
-            errors=errors if name == SUBJECT else {}, **{"pass": which}, **timing,
+            errors=errors.get(name, {}), **{"pass": which}, **timing,
         )  # fmt: skip
         told = f"{timing['p50_ms']:9.3f} ms  {(peak or 0) / 2**20:9.1f} MiB" if timing else stopped[name]
         console.line(f"  {which:9} {name:22} {told}")

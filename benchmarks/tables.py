@@ -37,7 +37,7 @@ PASS_TITLES = {
 }
 ATTENTION_TITLES = {"forward": "forward", "backward": "backward"}
 """Of attention over given keys and values, whose backward starts from a saved forward."""
-MODEL_TITLES = {"forward": "forward", "training": "forward + backward", "graph": "forward, CUDA graph"}
+MODEL_TITLES = {"forward": "forward", "training": "forward + backward"}
 ATTENTION_PARTS = ("decode", "process", "encode-kv")
 HOST_PEERS = ("flash", "cudnn", "efficient")
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

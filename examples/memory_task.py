@@ -11,7 +11,7 @@ import shipped
 import torch
 from torch import Tensor
 
-MODULES = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "tarfile", "turtle")
+MODULES = ("argparse", "ast", "difflib", "doctest", "inspect", "subprocess", "tarfile", "turtle")
 KEYS, VALUES, HASH_BITS = 32, 8, 64
 WORDS = 4096
 """Buckets into which words are hashed; 0 is no word."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import linformer
 import pytest
 import torch
 
 from perceiver_kernels import convert
 from perceiver_kernels.models import Linformer, LinformerConfig, LinformerLM, LinformerLMConfig
+
+linformer = pytest.importorskip("linformer")
 
 
 @pytest.mark.parametrize("share_kv", [False, True])

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from perceiver_ar_pytorch import PerceiverAR as Original
-from perceiver_ar_pytorch.autoregressive_wrapper import AutoregressiveWrapper
 from torch import Tensor, nn
 
 from perceiver_kernels import convert
@@ -16,6 +14,9 @@ from perceiver_kernels.convert.perceiver_ar_pytorch import perceiver_ar
 from perceiver_kernels.models import Perceiver, PerceiverAR
 from perceiver_kernels.models import perceiver_ar as module
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+
+Original = pytest.importorskip("perceiver_ar_pytorch").PerceiverAR
+AutoregressiveWrapper = pytest.importorskip("perceiver_ar_pytorch.autoregressive_wrapper").AutoregressiveWrapper
 
 B, M, P, VOCAB = 2, 24, 16, 13
 

@@ -285,8 +285,8 @@ FULL_SIZE: dict[str, tuple[str, dict[str, Any], Callable[[], PerceiverIO], Calla
         lambda: torch.randn(1, 3, 224, 224),
     ),
     "learned": (
-        "PerceiverForImageClassificationLearned", {}, lambda: PerceiverIO.imagenet_learned(like="transformers"),
-        lambda: torch.randn(1, 3, 224, 224),
+        "PerceiverForImageClassificationLearned", {"image_size": 224},
+        lambda: PerceiverIO.imagenet_learned(like="transformers"), lambda: torch.randn(1, 3, 224, 224),
     ),
     "conv": (
         "PerceiverForImageClassificationConvProcessing", {}, lambda: PerceiverIO.imagenet_conv(like="transformers"),

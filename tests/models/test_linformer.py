@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import linformer
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from perceiver_kernels.models import Linformer, LinformerConfig, LinformerLM, Li
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.models.test_perceiver import assert_same
 from tests.nn.test_attention import result_and_gradients
+
+linformer = pytest.importorskip("linformer")
 
 B, N, LENGTH, D, V = 2, 11, 16, 24, 30
 
