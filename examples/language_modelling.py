@@ -103,13 +103,13 @@ def draw_contexts(axes, by_context: dict[int, float]) -> None:
 
 if __name__ == "__main__":
     parser = options_of(
-        "Model English bytes with a Perceiver AR.", name="language_modelling", steps=3000, batch_size=32, learning_rate=1e-3
+        "Model English bytes with a Perceiver AR.", name="language_modelling", steps=1200, batch_size=32, learning_rate=1e-3
     )
     parser.add_argument("--latents", type=options.count, default=128, help="the last bytes of a window")
     parser.add_argument("--prefixes", type=counts, default="32,128,512,1920", help="bytes before them, trained and evaluated")
     parser.add_argument("--dim", type=multiple_of(HEAD_DIM), default=256, help=f"a multiple of {HEAD_DIM}, a head's channels")
     parser.add_argument("--layers", type=options.count, default=6)
-    parser.add_argument("--dropout", type=share, default=0.1)
+    parser.add_argument("--dropout", type=share, default=0.2)
     parser.add_argument("--windows", type=options.count, default=128, help="held-out windows that are evaluated")
     parser.add_argument("--sample", type=options.count, default=400, help="bytes to generate")
     run(execute, parser)

@@ -194,7 +194,7 @@ def draw_grid(axes, grid: list[dict], kind: str) -> None:
 
 if __name__ == "__main__":
     parser = options_of(
-        "Ask latents what a long history contained.", name="working_memory", steps=4000, batch_size=64, learning_rate=2e-3
+        "Ask latents what a long history contained.", name="working_memory", steps=2500, batch_size=64, learning_rate=2e-3
     )
     parser.add_argument("--latents", type=counts, default="8,32,128", help="a model is trained for each of these numbers")
     parser.add_argument("--episodes", type=counts, default="4,8,16,32,64", help=f"of a history: {EPISODE} tokens each")

@@ -160,6 +160,23 @@ def grid_coordinates(
     return ((2 * (index // steps % sizes) - last) / last).float()
 
 
+def picked_coordinates(shape: Sequence[int], points: Tensor) -> Tensor:
+    """Coordinates -1 + 2 i / size of tokens that are picked from a dense row-major grid.
+
+    Args:
+        shape: sizes of the grid.
+        points: int64 [n], tokens of the flattened grid.
+
+    Returns:
+        fp32 [n, len(shape)].
+
+    Source: deepmind-research/perceiver, whose subsampled output points are placed so, without the grid's last step.
+    """
+    shape = tuple(shape)
+    steps, sizes, _ = constant(("grid", shape), points.device, lambda: _grid_rows(shape), torch.float64)
+    return (-1 + 2 * (points[:, None] // steps % sizes) / sizes).float()
+
+
 def _grid_rows(shape: tuple[int, ...]) -> list[list[int]]:
     steps = [max(math.prod(shape[axis + 1 :]), 1) for axis in range(len(shape))]
     return [steps, [max(size, 1) for size in shape], [max(size - 1, 1) for size in shape]]

@@ -116,7 +116,7 @@ def _cut_down_models(models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     ours = {"num_latents": 6, "latent_dim": 16, "num_blocks": 1, "layers_per_block": 1, "latent_heads": 2}
     image, media = models.CASES["imagenet-fourier-b8"], models.CASES["multimodal-part"]
     small_media = {
-        "num_frames": 2, "audio_samples_per_frame": 32, "image_size": 8, "output_shape": [1, 2, 8, 8], "num_labels": 5
+        "num_frames": 2, "audio_samples_per_frame": 32, "image_size": 2, "output_shape": [1, 2, 8, 8], "num_labels": 5
     }  # fmt: skip
     points = {"image": torch.arange(9), "audio": torch.arange(2), "label": None}
     cases = {

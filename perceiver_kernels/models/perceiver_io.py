@@ -255,7 +255,8 @@ class PerceiverIO(Model):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         samples = frames * samples_per_frame
         audio = FourierPositions(192, (samples,))
-        video = FourierPositions(32, (frames, image_size, image_size))
+        # The highest frequency is that of the patches, for pixels that are asked for too: so it is in the released weights.
+        video = FourierPositions(32, (frames, image_size // 4, image_size // 4))
         preprocessor = MultimodalPreprocessor(
             {
                 "audio": AudioPreprocessor(samples_per_patch, audio),

@@ -272,7 +272,7 @@ class VideoPreprocessor(nn.Module):
     Args:
         in_channels: Ch, channels of a frame.
         patch: (frames, rows, columns) of a token.
-        positions: of three axes; ``FourierPositions(32, (16, 224, 224))`` when None.
+        positions: of three axes; ``FourierPositions(32, (16, 56, 56))`` when None.
 
     Source: Perceiver IO, arXiv 2107.14795, section 4.3; bands as in DeepMind's code.
     """
@@ -283,7 +283,7 @@ class VideoPreprocessor(nn.Module):
         super().__init__()
         check_count("in_channels", in_channels)
         self.in_channels, self.patch = in_channels, patch
-        self.positions = FourierPositions(32, (16, 224, 224)) if positions is None else positions
+        self.positions = FourierPositions(32, (16, 56, 56)) if positions is None else positions
         self.channels = in_channels * patch[0] * patch[1] * patch[2] + self.positions.channels
 
     def forward(self, video: Tensor) -> InputArray:

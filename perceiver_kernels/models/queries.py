@@ -14,6 +14,7 @@ from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models.multimodal import CommonWidth, check_modalities, written_out
 from perceiver_kernels.nn import LearnedPositions
 from perceiver_kernels.nn.checks import check_count
+from perceiver_kernels.positions import picked_coordinates
 
 
 class LearnedQueries(nn.Module):
@@ -56,7 +57,7 @@ class FourierQueries(nn.Module):
         positions: one axis for each of them.
 
     Places lie evenly in [-1, 1]. Points that are picked are at ``-1 + 2 i / size`` instead: so do DeepMind's code and
-    transformers, whose weights saw both.
+    transformers, whose weights saw both. Both are made on the device, for CUDA graphs too.
 
     Source: Perceiver IO, arXiv 2107.14795, section 3.2.
     """
@@ -77,10 +78,7 @@ class FourierQueries(nn.Module):
         if points is None:
             return InputArray(nothing, self.positions, grid=self.grid)
         check_tensor("points", points, "[n]", (None,), dtypes=(torch.int64,))
-        sizes = torch.tensor(self.grid, device=points.device)
-        places = torch.stack(torch.unravel_index(points, self.grid), 1)
-        coordinates = (-1 + 2 * places / sizes).to(array.device)
-        return InputArray(nothing, self.positions, coordinates)
+        return InputArray(nothing, self.positions, picked_coordinates(self.grid, points.to(array.device)))
 
 
 class InputQueries(nn.Module):

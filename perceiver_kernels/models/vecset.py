@@ -296,7 +296,7 @@ class VecSetAutoencoder(Model):
         self,
         latents: Tensor,
         resolution: int | tuple[int, int, int],
-        chunk_size: int = 65_536,
+        chunk_size: int = 262_144,
         progress: Progress = None,
         *,
         out: Tensor | None = None,

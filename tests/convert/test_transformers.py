@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import convert
+from perceiver_kernels.inputs import FourierPositions
 from perceiver_kernels.models import PerceiverIO
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -102,7 +103,7 @@ def media() -> dict[str, Tensor]:
 
 
 MULTIMODAL: dict[str, Any] = {
-    "num_frames": 2, "audio_samples_per_frame": 8, "samples_per_patch": 4, "image_size": 8, "output_shape": [2, 2, 8, 8],
+    "num_frames": 2, "audio_samples_per_frame": 8, "samples_per_patch": 4, "image_size": 2, "output_shape": [2, 2, 8, 8],
     "output_num_channels": 24, "_label_trainable_num_channels": 40,
 }  # fmt: skip
 PAIRS = {
@@ -279,49 +280,84 @@ def test_unknown_libraries_and_models_are_named() -> None:
         convert.to_library(several, "transformers")
 
 
-FULL_SIZE: dict[str, tuple[str, dict[str, Any], Callable[[], PerceiverIO], Callable[[], Tensor]]] = {
-    "fourier": (
-        "PerceiverForImageClassificationFourier", {}, lambda: PerceiverIO.imagenet_fourier(like="transformers"),
-        lambda: torch.randn(1, 3, 224, 224),
+ONE_HEAD: dict[str, Any] = {"num_cross_attention_heads": 1, "cross_attention_shape_for_attention": "kv"}
+IMAGENET: dict[str, Any] = {
+    "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6, "num_labels": 1000, **ONE_HEAD,
+}  # fmt: skip
+
+
+def photographs() -> Tensor:
+    return torch.randn(1, 3, 224, 224)
+
+
+def video() -> dict[str, Tensor]:
+    return {"image": torch.randn(1, 16, 3, 224, 224), "audio": torch.randn(1, 30_720, 1), "label": torch.rand(1, 700)}
+
+
+PUBLISHED = {
+    "fourier": Pair(
+        "PerceiverForImageClassificationFourier", IMAGENET, lambda: PerceiverIO.imagenet_fourier(like="transformers"),
+        photographs,
     ),
-    "learned": (
-        "PerceiverForImageClassificationLearned", {"image_size": 224},
-        lambda: PerceiverIO.imagenet_learned(like="transformers"), lambda: torch.randn(1, 3, 224, 224),
+    "learned": Pair(
+        "PerceiverForImageClassificationLearned", IMAGENET | {"image_size": 224},
+        lambda: PerceiverIO.imagenet_learned(like="transformers"), photographs,
     ),
-    "conv": (
-        "PerceiverForImageClassificationConvProcessing", {}, lambda: PerceiverIO.imagenet_conv(like="transformers"),
-        lambda: torch.randn(1, 3, 224, 224),
+    "conv": Pair(
+        "PerceiverForImageClassificationConvProcessing", IMAGENET, lambda: PerceiverIO.imagenet_conv(like="transformers"),
+        photographs,
     ),
-    "language": (
-        "PerceiverForMaskedLM", {}, lambda: PerceiverIO.language(like="transformers"), lambda: torch.randint(0, 262, (1, 2048))
+    "masked language": Pair(
+        "PerceiverForMaskedLM",
+        {"num_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": 256, "v_channels": 1280},
+        lambda: PerceiverIO.language(like="transformers"), lambda: torch.randint(0, 262, (1, 2048)),
     ),
-    "flow": (
+    "flow": Pair(
         "PerceiverForOpticalFlow",
         {
             "num_latents": 2048, "d_latents": 512, "num_blocks": 1, "num_self_attends_per_block": 24,
-            "num_self_attention_heads": 16,
+            "num_self_attention_heads": 16, **ONE_HEAD,
         },
         lambda: PerceiverIO.optical_flow(like="transformers"), lambda: torch.randn(1, 2, 27, 368, 496),
     ),
+    "multimodal": Pair(
+        "PerceiverForMultimodalAutoencoding",
+        {"num_latents": 784, "d_latents": 512, "num_blocks": 1, "num_self_attends_per_block": 8, "num_labels": 700, **ONE_HEAD},
+        lambda: PerceiverIO.multimodal(like="transformers"), video,
+        {"image": torch.arange(6272), "audio": torch.arange(15), "label": None},
+    ),
 }  # fmt: skip
-IMAGENET: dict[str, Any] = {
-    "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6, "num_labels": 1000,
-}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_sizes(name: str) -> None:
+    """Shapes of all weights, and the frequencies of positions, which no shape tells."""
+    pair = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs, ours = getattr(transformers, pair.theirs)(transformers.PerceiverConfig(**pair.sizes)), pair.ours()
+    state = convert.to_ours(convert.rules_of(ours, "transformers"), theirs.state_dict())
+    assert {key: tensor.shape for key, tensor in state.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    expected = {
+        (module.num_bands, tuple(module.max_resolution))
+        for module in theirs.modules()
+        if isinstance(module, modeling.PerceiverFourierPositionEncoding)
+    }
+    positions = [p for module in ours.modules() if isinstance(p := getattr(module, "positions", None), FourierPositions)]
+    assert {(p.num_bands, tuple(p.max_resolution)) for p in positions} == expected
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", list(FULL_SIZE))
-def test_full_size_on_a_gpu(name: str) -> None:
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_sizes_on_a_gpu(name: str) -> None:
     """Outputs in fp32, which both round: the difference is far below what the weights' own rounding to fp16 makes."""
-    their_class, changes, build, inputs_of = FULL_SIZE[name]
-    language = {"num_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": 256, "v_channels": 1280}
-    common = language if name == "language" else {"num_cross_attention_heads": 1, "cross_attention_shape_for_attention": "kv"}
-    config = transformers.PerceiverConfig(**(IMAGENET if name in ("fourier", "learned", "conv") else {}) | common | changes)
+    pair = PUBLISHED[name]
     torch.manual_seed(0)
-    theirs = getattr(transformers, their_class)(config).cuda().eval()
-    ours = build().cuda().eval()
+    theirs = getattr(transformers, pair.theirs)(transformers.PerceiverConfig(**pair.sizes)).cuda().eval()
+    ours = pair.ours().cuda().eval()
     convert.load(ours, theirs.state_dict(), "transformers")
-    inputs = inputs_of().cuda()
+    inputs = pair.inputs()
+    inputs = {key: tensor.cuda() for key, tensor in inputs.items()} if isinstance(inputs, dict) else inputs.cuda()
     with torch.no_grad():
-        expected, actual = theirs(inputs).logits, ours(inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        expected, actual = theirs(inputs, **pair.theirs_asked).logits, ours(inputs, **pair.ours_asked)
+    for a, e in zip(leaves_of(actual), leaves_of(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3 * e.abs().max().item())

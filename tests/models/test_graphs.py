@@ -1,0 +1,127 @@
+"""Whole models as CUDA graphs: after one call nothing is copied from the host, and a replay reads what inputs then hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from perceiver_kernels.inputs import FourierPositions, InputArray
+from perceiver_kernels.models import (
+    Linformer,
+    LinformerConfig,
+    Perceiver,
+    PerceiverAR,
+    PerceiverIO,
+    PerceiverResampler,
+    PerceiverResamplerConfig,
+    SetTransformer,
+)
+from tests.models import test_perceiver_ar, test_perceiver_io, test_rin, test_vecset
+
+SETS: dict[str, Any] = {"dim": 16, "num_heads": 2, "num_inducing": 4}
+
+
+class OfImages(nn.Module):
+    """A Perceiver that reads images with Fourier positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = FourierPositions(3, (8, 8))
+        self.model = Perceiver.imagenet(
+            input_dim=3 + self.positions.channels, num_classes=5, num_latents=6, latent_dim=16, num_blocks=2,
+            num_cross_attends=2, latent_heads=4,
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(InputArray.image(images, self.positions))
+
+
+class Points(nn.Module):
+    """The multimodal model asked for some outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: PerceiverIO = test_perceiver_io.MODELS["multimodal"][0]()
+
+    def forward(self, media: dict[str, Tensor], image: Tensor, audio: Tensor) -> dict[str, Tensor]:
+        return self.model(media, points={"image": image, "audio": audio, "label": None})
+
+
+def _media_and_points() -> tuple[Any, ...]:
+    return test_perceiver_io.MODELS["multimodal"][1](), torch.randperm(128)[:9], torch.randperm(4)[:3]
+
+
+FAMILY: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
+    **{
+        name: (build, lambda inputs=inputs: (inputs(),))
+        for name, (build, inputs) in (test_perceiver_io.MODELS | test_perceiver_io.OTHERS).items()
+    },
+    "multimodal, points": (Points, _media_and_points),
+    "perceiver": (OfImages, lambda: (torch.rand(2, 3, 7, 9),)),
+    "perceiver ar": (lambda: PerceiverAR(test_perceiver_ar.tiny()), lambda: (test_perceiver_ar.tokens(),)),
+    "resampler": (
+        lambda: PerceiverResampler(PerceiverResamplerConfig(dim=16, num_latents=5, depth=2, num_heads=2, head_dim=8)),
+        lambda: (torch.randn(2, 11, 16),),
+    ),
+    "set transformer": (
+        lambda: SetTransformer.modelnet40(**SETS), lambda: (torch.randn(2, 9, 3), torch.rand(2, 9) < 0.7)
+    ),
+    "linformer": (
+        lambda: Linformer(LinformerConfig(length=9, num_keys=4, depth=2, dim=16, num_heads=2)), lambda: (torch.randn(2, 9, 16),)
+    ),
+    "rin": (lambda: test_rin.model_of(), lambda: test_rin.arguments(test_rin.model_of())),
+    "vecset": (lambda: test_vecset.model_of("sampled"), lambda: test_vecset.arrays(test_vecset.model_of("sampled"))),
+}  # fmt: skip
+
+
+def moved(values: Any) -> Any:
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().cuda()
+        return value.bfloat16() if value.is_floating_point() else value
+
+    return tree_map(one, values)
+
+
+def leaves(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(FAMILY))
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "forward and backward"])
+def test_replays_are_calls(name: str, training: bool) -> None:
+    build, inputs_of = FAMILY[name]
+    torch.manual_seed(0)
+    model = build().cuda().bfloat16().eval()
+    first, second = moved(inputs_of()), moved(inputs_of())
+
+    def call(inputs: Any) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training):
+            outputs = leaves(model(*inputs))
+        if training:
+            floats = [output for output in outputs if output.requires_grad]
+            torch.autograd.backward(floats, [torch.ones_like(output) for output in floats])
+        return outputs + [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = [tensor.clone() for tensor in call(second)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(first)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(first)
+    for place, value in zip(leaves(first), leaves(second), strict=True):
+        place.copy_(value)
+    graph.replay()
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
