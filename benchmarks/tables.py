@@ -1,4 +1,4 @@
-"""Tables of README.md from benchmarks/results/<GPU>/*.json; `python benchmarks/tables.py` rewrites them.
+"""Tables of documents from benchmarks/results/<GPU>/*.json and examples/results; `python benchmarks/tables.py` rewrites them.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; all between is generated. With
 `--check` nothing is written; the exit code is 1 when a table is not what the JSON gives.
@@ -22,7 +22,12 @@ from perceiver_kernels.cli.measure import kernel_name  # noqa: E402
 RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
 """Folders of RESULTS, in the order in which a table takes its figures from them."""
-DOCUMENTS = (ROOT.parent / "README.md", *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md", "models.md")))
+EXAMPLES = ROOT.parent / "examples"
+"""Its folder results holds the result.json of a run of each example, by the name of its picture."""
+DOCUMENTS = (
+    ROOT.parent / "README.md", EXAMPLES / "README.md",
+    *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md", "models.md")),
+)  # fmt: skip
 OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {
     "pack": "pack",
@@ -52,8 +57,9 @@ def load(folder: Path) -> Results:
 
 
 def published(folder: Path = RESULTS) -> Results:
-    """Return part name -> report, of the first of GPUS that a part was measured on."""
-    return {part: report for gpu in reversed(GPUS) for part, report in load(folder / gpu).items()}
+    """Return part name -> report, of the first of GPUS that a part was measured on, and of the examples."""
+    parts = {part: report for gpu in reversed(GPUS) for part, report in load(folder / gpu).items()}
+    return parts | {"examples": {"rows": list(load(EXAMPLES / "results").values())}}
 
 
 def rewritten(text: str, results: Results) -> str:
@@ -118,7 +124,8 @@ def attention(results: Results) -> list[str]:
 def models(results: Results) -> list[str]:
     """Whole models beside their originals: milliseconds of every implementation, and memory of the first two."""
     rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, "models")}
-    others = list(dict.fromkeys(name for _, _, name in rows if name != "ours"))
+    # Ours first: as called, as a graph, compiled.
+    others = sorted(dict.fromkeys(name for _, _, name in rows if name != "ours"), key=lambda name: not name.startswith("ours"))
 
     def cell(row: dict[str, Any] | None, show: Callable[[dict[str, Any]], str]) -> str:
         return "-" if row is None else "cannot" if row["failure"] else show(row)
@@ -130,6 +137,14 @@ def models(results: Results) -> list[str]:
         table.append([case, MODEL_TITLES[which], *times, cell(ours, lambda row: _bytes(row["peak_extra_bytes"]))])
     header = ["case", "pass", "ours, ms", *others, "our extra memory"]
     return [_where(results["models"]), "", *_markdown(header, table)] if table else []
+
+
+def examples(results: Results) -> list[str]:
+    """What a run of each example gave."""
+    rows = _rows(results, "examples")
+    table = [[f"`{' '.join(row['command'])}`", row["statement"], f"{row['seconds']:.0f}"] for row in rows]
+    where = ", ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in rows}))
+    return [f"{where}.", "", *_markdown(["command", "result", "seconds"], table)] if table else []
 
 
 def host(results: Results) -> list[str]:
@@ -202,6 +217,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "two-backends": two_backends,
     "host": host,
     "models": models,
+    "examples": examples,
 }
 
 

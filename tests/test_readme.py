@@ -30,12 +30,14 @@ def load_tables() -> ModuleType:
 tables = load_tables()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("path", ["README.md", "docs/encode.md", "docs/models.md", "docs/rotary.md"])
-def test_python_blocks_run(path: str) -> None:
+def test_python_blocks_run(path: str, device: str) -> None:
+    """Those that name a GPU run where there is one."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
     assert blocks or path != "README.md"
     names: dict[str, Any] = {"__name__": "example"}  # a block may go on from the one before
-    for block in blocks:
+    for block in (block for block in blocks if device == "cuda" or "cuda" not in block):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block, path, "exec"), names)

@@ -103,18 +103,20 @@ def test_replays_are_calls(name: str, training: bool) -> None:
     first, second = moved(inputs_of()), moved(inputs_of())
 
     def call(inputs: Any) -> list[Tensor]:
+        """Outputs and gradients, without the graph of autograd, whose nodes remember the stream that they were made on."""
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(training):
             outputs = leaves(model(*inputs))
         if training:
             floats = [output for output in outputs if output.requires_grad]
             torch.autograd.backward(floats, [torch.ones_like(output) for output in floats])
-        return outputs + [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [tensor.detach() for tensor in (*outputs, *gradients)]
 
-    expected = [tensor.clone() for tensor in call(second)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        expected = [tensor.clone() for tensor in call(second)]
         call(first)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

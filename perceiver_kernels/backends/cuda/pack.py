@@ -54,7 +54,7 @@ def leaves(sizes: tuple[int, ...]) -> str | None:
     """Why the automatic choice leaves a call to the next backend: rows, channels, bytes of one, 1 where rows are one run.
 
     In ms on an H200, CUDA and Triton, bf16: 8 x 50,176 rows of 3 channels 0.0196 and 0.0199, of 32 0.0240 and 0.0245, of 64
-    0.038 and 0.057, of 128 0.062 and 0.065, of 261 0.123 and 0.138, of 322 0.131 and 0.171 (2 x 182,528), of 448 0.191 and
+    0.037 and 0.059, of 128 0.061 and 0.067, of 261 0.120 and 0.138, of 322 0.134 and 0.171 (2 x 182,528), of 448 0.191 and
     0.198, 52,097 of 704 0.043 and 0.051, but of 16 0.021 and 0.012, of 96 0.052 and 0.047, of 192 0.090 and 0.087, of 384
     0.168 and 0.158, of 512 0.222 and 0.201, 80,000 of 1,024 0.092 and 0.083; of 261 fp32 channels 0.165 and 0.155. Content
     beside positions: 3 and 258 0.42 and 0.15; with gaps between rows of 261 0.40 and 0.15, channels first 0.57 and 0.22. Gaps
