@@ -98,7 +98,7 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert context.failures == []
     results = tables.load(tmp_path)
     assert set(results) == set(gpu_bench.PARTS)
-    # A CPU works while the host waits: only a GPU has host times of its own, and kernels. Examples are no part of the benchmark.
+    # A CPU works while the host waits: only a GPU has host times of its own, and kernels. Examples are not measured here.
     for name in tables.TABLES.keys() - {"host", "attention-kernels", "two-backends", "examples"}:
         assert len(tables.TABLES[name](results)) > 2, name
     for row in results["process"]["rows"]:
