@@ -15,6 +15,7 @@ from perceiver_kernels.functional import (
     shared_kv_attention,
 )
 from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
+from perceiver_kernels.integrations import replace_attention, sdpa_override
 from perceiver_kernels.positions import rotary_tables
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "input_cross_attention",
     "output_cross_attention",
     "pack_inputs",
+    "replace_attention",
     "rotary_embedding",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "sdpa_override",
     "shared_kv_attention",
     "use_backend",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from perceiver_kernels.backends import torch_attention
 from perceiver_kernels.backends.composite import pack_inputs_backward, pack_inputs_forward, rotary_embedding
 from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.problem import AttentionProblem, Problem, SharedKVProblem, needs_gradient
@@ -93,7 +93,7 @@ def attention(
             mask = mask.expand(*mask.shape[:-1], key.shape[2]).contiguous()
     grouped = key.shape[1] not in (1, query.shape[1])
     with _kernels(query, mask, key, value):
-        out = F.scaled_dot_product_attention(
+        out = torch_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
         )
     return out, None
@@ -134,7 +134,7 @@ def shared_kv_attention(
         q, scale = _positive_scale(_aligned(q), scale)
         x = _aligned(x)
     with _kernels(q, mask, x):
-        z = F.scaled_dot_product_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
+        z = torch_attention(q[:, None], x[:, None], x[:, None], mask, scale=scale)[:, 0]
     rho = torch.ones(q.shape[:2], device=q.device, dtype=torch.float32)
     if key_mask is not None:
         rho = rho * key_mask.any(-1, keepdim=True)

@@ -1,0 +1,62 @@
+"""What a library's file says of one of its classes: by what a module of it is replaced, and when it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+SHADOW = "_perceiver_kernels"
+"""Where a replaced module keeps a layer of ours: an attribute that is no submodule, so that the state dict stays as it is."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One class and its replacement.
+
+    Args:
+        original: the library's class. Subclasses of it are left alone: they may compute something else.
+        replacement: a subclass of it with another ``forward``; a module changes its class, and nothing else.
+        runs: what the module then runs, for the report.
+        refuses: why a module is left alone, or None.
+        assembled: makes what a replaced module keeps, a layer of ours of its own submodules as a rule, see ``shadow_of``.
+        whole: the replacement runs all that is inside the module, so that nothing in there is replaced by itself.
+    """
+
+    original: type[nn.Module]
+    replacement: type[nn.Module]
+    runs: str
+    refuses: Callable[[Any], str | None] = lambda module: None
+    assembled: Callable[[Any], Any] | None = None
+    whole: bool = True
+
+
+def shadow_of(module: nn.Module, layer: Any = None) -> Any:
+    """The layer of ours that a replaced module keeps, or one of several, in the module's mode.
+
+    Its submodules are the module's own, by reference: parameters that are loaded, moved or trained there are those here.
+    """
+    layer = module.__dict__[SHADOW] if layer is None else layer
+    layer.training = module.training
+    return layer
+
+
+def unlike(module: nn.Module, **expected: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
+    """Why a replacement cannot read these submodules' parameters itself: one has another class than it should, or None.
+
+    Args:
+        module: the one whose submodules they are.
+        expected: class, or classes, by the submodule's name, dots written as two underscores.
+    """
+    for name, classes in expected.items():
+        path = name.replace("__", ".")
+        submodule: Any = module
+        for part in path.split("."):
+            submodule = getattr(submodule, part, None)
+        allowed = classes if isinstance(classes, tuple) else (classes,)
+        if type(submodule) not in allowed:
+            names = " or ".join(each.__name__ for each in allowed)
+            return f"{path} is a {type(submodule).__name__}, whose weight may be no plain one, where a {names} was expected"
+    return None

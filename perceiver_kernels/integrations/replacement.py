@@ -1,0 +1,133 @@
+"""Attention of a model, replaced in place and reversibly."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter
+from perceiver_kernels.integrations.report import Entry, Report
+
+LIBRARIES = {
+    "torch.nn": "torch_nn",
+    "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
+}
+"""Module of a library -> file here that knows its classes, imported where a program has imported the library's."""
+
+
+@functools.cache
+def _adapters_of(file: str) -> dict[type[nn.Module], Adapter]:
+    module = importlib.import_module(f"perceiver_kernels.integrations.{file}")
+    return {adapter.original: adapter for adapter in module.ADAPTERS}
+
+
+def known_adapters() -> dict[type[nn.Module], Adapter]:
+    """Adapters of every library that this program has imported, by the class that they replace."""
+    found: dict[type[nn.Module], Adapter] = {}
+    for library, file in LIBRARIES.items():
+        if library in sys.modules:
+            found |= _adapters_of(file)
+    return found
+
+
+def replace_attention(model: nn.Module, *, dry_run: bool = False) -> Report:
+    """Let a model's attention layers run on these kernels, in place: parameters, and the keys of its state dict, stay.
+
+    Every module of a class that is known here changes its class to a subclass with another ``forward``; models of transformers
+    that choose their attention by name get the name ``"perceiver_kernels"``. Results and gradients are the same to rounding.
+    What is not converted, and why, is in the report: subclasses of known classes, modules whose children have hooks or were
+    replaced (adapters, quantised weights), options that these kernels do not have. A converted model can be copied, saved,
+    compiled and trained as before.
+
+    Args:
+        model: any module; of torch.nn, transformers, perceiver-pytorch, perceiver-io, perceiver-ar-pytorch,
+            flamingo-pytorch, open_flamingo, diffusers and timm, the classes that docs/integrations.md lists.
+        dry_run: change nothing, only report.
+
+    Returns:
+        What was converted and what was not. ``report.undo()`` puts everything back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    report = Report(dry_run=dry_run)
+    if "transformers" in sys.modules:
+        from perceiver_kernels.integrations import transformers
+
+        transformers.replace_implementation(model, report)
+    adapters = known_adapters()
+    # Where a class is known, what is inside is not looked at: the replacement runs all of it, or a reason says why not.
+    for name, module in _outermost(model, adapters):
+        _replace(name, module, adapters, report)
+    return report
+
+
+def _outermost(model: nn.Module, adapters: dict[type[nn.Module], Adapter]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules, with their names, that are known, of a known class's subclass, or replaced already; nothing inside them.
+
+    A known module that is refused is followed by what is known inside it.
+    """
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
+    while pending:
+        name, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        adapter = adapters.get(type(module))
+        known = adapter is not None or _original(type(module), adapters) is not None
+        if known:
+            yield name, module
+        if SHADOW in module.__dict__ or (adapter is not None and adapter.whole and _reason(module, adapter) is None):
+            continue
+        children = [(f"{name}.{child}" if name else child, each) for child, each in module.named_children()]
+        pending += reversed(children)
+
+
+def _original(kind: type[nn.Module], adapters: Iterable[type[nn.Module]]) -> type[nn.Module] | None:
+    """The known class that another is a subclass of."""
+    return next((original for original in adapters if issubclass(kind, original)), None)
+
+
+def _reason(module: nn.Module, adapter: Adapter) -> str | None:
+    """Why a module of a known class is left alone, or None."""
+    for name, child in module.named_modules() if adapter.whole else ():
+        if name and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks):
+            return f"{name} has hooks, which a replacement of the whole would not call"
+    return adapter.refuses(module)
+
+
+def _replace(name: str, module: nn.Module, adapters: dict[type[nn.Module], Adapter], report: Report) -> None:
+    kind = f"{type(module).__module__.split('.')[0]} {type(module).__name__}"
+    adapter = adapters.get(type(module))
+    if adapter is None:
+        if any(type(module) is known.replacement for known in adapters.values()):
+            report.kept.append(Entry(name, kind, "converted already"))
+            return
+        original = _original(type(module), adapters)
+        assert original is not None
+        report.kept.append(Entry(name, kind, f"a subclass of {original.__name__}, which may compute something else"))
+        return
+    reason = _reason(module, adapter)
+    if reason is not None:
+        report.kept.append(Entry(name, kind, reason))
+        return
+    report.converted.append(Entry(name, kind, adapter.runs))
+    if report.dry_run:
+        return
+    if adapter.assembled is not None:
+        module.__dict__[SHADOW] = adapter.assembled(module)
+    module.__class__ = adapter.replacement
+    report._undo.append(functools.partial(_restore, module, adapter.original))
+
+
+def _restore(module: Any, original: type[nn.Module]) -> None:
+    module.__class__ = original
+    module.__dict__.pop(SHADOW, None)

@@ -1,0 +1,145 @@
+"""transformers' Perceiver: whole layers, its mask of ones, its Fourier features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.perceiver.modeling_perceiver import (
+    PerceiverFourierPositionEncoding,
+    PerceiverLayer,
+    PerceiverModel,
+    apply_chunking_to_forward,
+)
+
+from perceiver_kernels import functional
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
+from perceiver_kernels.integrations.assembly import cross_attention_of, output_attention_of
+from perceiver_kernels.nn.attention import merge_heads, split_heads
+
+MOST_TABLES = 8
+"""Fourier features that one module keeps: an image size, a dtype and a device each."""
+
+
+def _hides_keys_alone(mask: Tensor | None) -> bool:
+    """Whether a mask is none, or says the same of every query; others are scores that are added."""
+    return mask is None or (mask.ndim == 4 and tuple(mask.shape[1:3]) == (1, 1))
+
+
+def _seen(mask: Tensor | None) -> Tensor | None:
+    """Which keys an additive mask [B, 1, 1, M] leaves visible, bool [B, M]; None for all, as [1, 1, 1, 1] says too."""
+    return None if mask is None or tuple(mask.shape) == (1, 1, 1, 1) else mask[:, 0, 0] == 0
+
+
+class FusedPerceiverLayer(PerceiverLayer):
+    """One layer: LayerNorms and projections fused with attention; with ``output_attentions`` the original, which holds them."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs: Tensor | None = None,
+        inputs_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> Any:
+        """As the original's."""
+        mask = attention_mask if inputs is None else inputs_mask
+        if output_attentions or not _hides_keys_alone(mask):
+            return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
+        seen = _seen(mask)
+        attended = self._attend(hidden_states, seen) if inputs is None else self._read(hidden_states, inputs, seen)
+        fed = apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, attended
+        )
+        return (fed + attended,)
+
+    def _attend(self, hidden_states: Tensor, seen: Tensor | None) -> Tensor:
+        own, heads = self.attention.self, self.attention.self.num_heads
+        normed = own.layernorm1(hidden_states)
+        query, key, value = (split_heads(project(normed), heads) for project in (own.query, own.key, own.value))
+        dropout_p = own.dropout.p if self.training else 0.0
+        attended = functional.attention(query, key, value, key_mask=seen, dropout_p=dropout_p)
+        out = self.attention.output.dense(merge_heads(attended))
+        return out + hidden_states if self.attention.use_query_residual else out
+
+    def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:
+        layers = self.__dict__[SHADOW]
+        B, N, _ = hidden_states.shape
+        # One set of latents for the whole batch is projected once.
+        latents = hidden_states[:1] if B == 1 or hidden_states.stride(0) == 0 else hidden_states
+        if inputs.shape[1] < N:
+            return shadow_of(self, layers.output)(latents, inputs, seen)
+        return shadow_of(self, layers.input)(latents, inputs, seen)
+
+
+class _Readers:
+    """A layer for few queries of many inputs, and one for many queries of few; both of the same parts."""
+
+    def __init__(self, layer: Any) -> None:
+        own, output = layer.attention.self, layer.attention.output
+        parts = {
+            "q_proj": own.query, "k_proj": own.key, "v_proj": own.value, "out_proj": output.dense, "num_heads": own.num_heads,
+            "residual": layer.attention.use_query_residual, "dropout": own.dropout.p,
+        }  # fmt: skip
+        self.input = cross_attention_of(norm_latents=own.layernorm1, norm_inputs=own.layernorm2, **parts)
+        self.output = output_attention_of(norm_queries=own.layernorm1, norm_latents=own.layernorm2, **parts)
+
+
+def _refuses_layer(layer: Any) -> str | None:
+    return unlike(
+        layer, attention__self__query=nn.Linear, attention__self__key=nn.Linear, attention__self__value=nn.Linear,
+        attention__output__dense=nn.Linear, attention__self__layernorm1=nn.LayerNorm,
+        attention__self__layernorm2=(nn.LayerNorm, nn.Identity),
+    )  # fmt: skip
+
+
+class UnmaskedPerceiverModel(PerceiverModel):
+    """The model without the mask of ones that the original makes where none is given, and reads back from the GPU."""
+
+    def forward(self, inputs: Any, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        if attention_mask is None:
+            # Four axes are taken as they are; a single 0 hides nothing from anybody.
+            attention_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
+        elif attention_mask.ndim == 2:
+            hidden = torch.finfo(self.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=self.dtype).masked_fill(~attention_mask.bool(), hidden)
+            attention_mask = attention_mask[:, None, None]
+        return super().forward(inputs, attention_mask, *args, **kwargs)
+
+
+class KeptFourierPositionEncoding(PerceiverFourierPositionEncoding):
+    """Fourier features of a grid, made once for every size, dtype and device; the original makes them at each call."""
+
+    def forward(  # type: ignore[override]
+        self, index_dims: Any, batch_size: int, device: torch.device, dtype: torch.dtype, pos: Tensor | None = None
+    ) -> Tensor:
+        """As the original's."""
+        if pos is not None or torch.compiler.is_compiling():
+            return super().forward(index_dims, batch_size, device, dtype, pos)
+        tables = self.__dict__[SHADOW]
+        key = (tuple(index_dims), torch.device(device), dtype)
+        if key not in tables:
+            while len(tables) >= MOST_TABLES:
+                tables.pop(next(iter(tables)))
+            # An inference tensor could never be saved for a later backward pass.
+            with torch.inference_mode(False):
+                tables[key] = super().forward(index_dims, 1, device, dtype)
+        return tables[key].expand(batch_size, -1, -1)
+
+
+ADAPTERS = [
+    Adapter(
+        PerceiverLayer, FusedPerceiverLayer,
+        "fused LayerNorms, projections and attention; the original where output_attentions asks for the weights",
+        _refuses_layer, _Readers,
+    ),
+    Adapter(
+        PerceiverModel, UnmaskedPerceiverModel, "no mask where none is given, so that nothing waits for the GPU", whole=False
+    ),
+    Adapter(
+        PerceiverFourierPositionEncoding, KeptFourierPositionEncoding, "features made once, not at each call",
+        assembled=lambda module: {},
+    ),
+]  # fmt: skip
