@@ -101,7 +101,8 @@ def replace_implementation(model: nn.Module, report: Report) -> None:
         if type(module).__name__ not in READERS:
             if module._can_set_attn_implementation() and not any(_readers_in(module)):
                 inside |= {id(each) for each in module.modules()}
-                report.kept.append(Entry(name, kind, f"no reader: set_attn_implementation({NAME!r}) converts it after register()"))
+                reason = f"no reader of many tokens; after register(), set_attn_implementation({NAME!r}) converts it"
+                report.kept.append(Entry(name, kind, reason))
             continue
         inside |= {id(each) for each in module.modules()}
         before = module.config._attn_implementation
