@@ -50,8 +50,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         q = W_q query + b_q,   k_j = W_k key_j + b_k,   v_j = W_v value_j + b_v
         out = W_o softmax(q k^T / sqrt(d) + mask) v + b_o
 
-    ``need_weights=False`` never holds the weights, nor a mask for each head where keys are all that a mask hides. With
-    ``need_weights=True``, the default as in torch, torch's own forward runs, which holds them.
+    ``need_weights=False`` never holds the weights, nor a mask for each head where keys are all that a mask hides, and where few
+    queries read many tokens, it may absorb the projections of these, as ``CrossAttention`` does. With ``need_weights=True``, the default as in torch, torch's own forward runs, which holds them.
 
     Args:
         embed_dim: channels of query and result.
@@ -124,6 +124,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         if need_weights:
             return super().forward(query, key, value, key_padding_mask, True, attn_mask, average_attn_weights, is_causal)
+        if self._reads_many(query, key, value, key_padding_mask, attn_mask):
+            return self._read(query, key, key_padding_mask), None
         q, k, v = self._projected(query, key, value)
         batch_axis = 0 if self.batch_first else 1
         unbatched = query.ndim == 2
@@ -145,6 +147,35 @@ class MultiheadAttention(nn.MultiheadAttention):
         merged = attended.transpose(1, 2).movedim(0, batch_axis).flatten(-2)  # [Lq, B, embed_dim] or [B, Lq, embed_dim]
         out = linear(merged, self.out_proj.weight, self.out_proj.bias)
         return (out.squeeze(batch_axis) if unbatched else out), None
+
+    def _reads_many(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Whether few queries read one longer sequence, of which no mask but a bool one of its tokens hides any."""
+        length_axis = 1 if self.batch_first else 0
+        plain = key_padding_mask is None or key_padding_mask.dtype == torch.bool
+        return (
+            key is value and query.ndim == 3 and key.shape[length_axis] >= 4 * query.shape[length_axis] and plain
+            and attn_mask is None and self.bias_k is None and not self.add_zero_attn and self.kdim == self.vdim
+        )  # fmt: skip
+
+    def _read(self, query: Tensor, inputs: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """The result where keys and values are one tensor; their projections may then be absorbed by the queries."""
+        if not self.batch_first:
+            query, inputs = query.transpose(0, 1), inputs.transpose(0, 1)
+        E, bias = self.embed_dim, self.in_proj_bias
+        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+        weight = self.in_proj_weight
+        w_q, w_k, w_v = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.split(E)
+        )
+        attended = functional.input_cross_attention(
+            linear(query, w_q, b_q).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2), inputs, w_k, w_v,
+            b_k=b_k, b_v=b_v, normalize=False, key_mask=None if key_padding_mask is None else ~key_padding_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        out = linear(attended.transpose(1, 2).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        return out if self.batch_first else out.transpose(0, 1)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of all heads, [..., embed_dim]."""

@@ -37,6 +37,33 @@ def test_multihead_attention(options: dict[str, Any], need_weights: bool, traini
     assert report.converted[0].kind == "torch MultiheadAttention"
 
 
+@pytest.mark.parametrize("method", [None, "absorbed", "projected"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}, {"bias": False, "kdim": 20, "vdim": 20}], ids=str)
+def test_few_queries_read_one_long_sequence(
+    options: dict[str, Any], batch_first: bool, method: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values are one tensor: their projections may be absorbed; one batch entry hides all but a token."""
+    from perceiver_kernels import functional
+
+    called, function = [], functional.input_cross_attention
+    monkeypatch.setattr(
+        functional, "input_cross_attention", lambda *a, **k: called.append(1) or function(*a, method=method, **k)
+    )
+    model, M = randomised(nn.MultiheadAttention(E, H, batch_first=batch_first, **options)), 4 * Lq
+    q, x = sequences((B, Lq, E), (B, M, options.get("kdim", E)))
+    hidden = torch.zeros(B, M, dtype=torch.bool)
+    hidden[0, 1:] = True
+    if not batch_first:
+        q, x = q.transpose(0, 1), x.transpose(0, 1)
+    for mask in (None, hidden):
+        called.clear()
+        assert_replaced(
+            model, lambda m, mask=mask: m(q, x, x, key_padding_mask=mask, need_weights=False), [], converted=1, compiles=False
+        )
+        assert called
+
+
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
 def test_torchs_layers(kind: type[nn.Module]) -> None:
     model = randomised(kind(E, H, dim_feedforward=20, dropout=0.0, batch_first=True))  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""transformers' Perceiver, every class, before and after replacement; masks, weights of attention, Fourier features, no waiting."""
+"""transformers' Perceiver, every class, before and after replacement; masks, attention's weights, Fourier features."""
 
 from __future__ import annotations
 
@@ -168,7 +168,9 @@ def test_many_queries_read_few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ("input_cross_attention", "output_cross_attention"):
         function = getattr(functional, name)
-        monkeypatch.setattr(functional, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k))
+        monkeypatch.setattr(
+            functional, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k)
+        )
     model = model_of("flow")
     replace_attention(model)
     model(PAIRS["flow"].inputs())
