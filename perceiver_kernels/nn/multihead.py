@@ -51,7 +51,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = W_o softmax(q k^T / sqrt(d) + mask) v + b_o
 
     ``need_weights=False`` never holds the weights, nor a mask for each head where keys are all that a mask hides, and where few
-    queries read many tokens, it may absorb the projections of these, as ``CrossAttention`` does. With ``need_weights=True``, the default as in torch, torch's own forward runs, which holds them.
+    queries read many tokens, it may absorb the projections of these, as ``CrossAttention`` does. With ``need_weights=True``,
+    the default as in torch, torch's own forward runs, which holds them.
 
     Args:
         embed_dim: channels of query and result.

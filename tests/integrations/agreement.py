@@ -49,7 +49,7 @@ def results(model: nn.Module, run: Run, inputs: list[Tensor]) -> dict[str, Tenso
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Every tensor to ``tolerance`` of its largest entry, or of a thousandth of all: some gradients are zero but for rounding."""
+    """Every tensor to ``tolerance`` of its largest entry, or of all entries' thousandth: some are zero but for rounding."""
     scale = max(tensor.abs().max().item() for tensor in expected.values())
     for name in actual.keys() | expected.keys():
         a, e = actual.get(name), expected.get(name)
