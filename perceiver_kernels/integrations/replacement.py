@@ -14,6 +14,7 @@ from perceiver_kernels.integrations.adapter import SHADOW, Adapter
 from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
+    "flamingo_pytorch.flamingo_pytorch": "flamingo_pytorch",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
 }
