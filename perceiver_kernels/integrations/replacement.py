@@ -15,6 +15,7 @@ from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
     "flamingo_pytorch.flamingo_pytorch": "flamingo_pytorch",
+    "open_flamingo.src.helpers": "open_flamingo",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
 }
