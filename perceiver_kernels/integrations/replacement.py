@@ -17,6 +17,7 @@ LIBRARIES = {
     "diffusers.models.attention_processor": "diffusers",
     "flamingo_pytorch.flamingo_pytorch": "flamingo_pytorch",
     "open_flamingo.src.helpers": "open_flamingo",
+    "timm.layers.attention_pool": "timm",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
 }
