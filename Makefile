@@ -19,8 +19,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 GPU := nvidia-smi -L >/dev/null 2>&1
 NEW_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-# Originals that tests compare with and whose own dependencies, or Pythons, are of years ago: only files of them are loaded.
-BY_PATH := open_flamingo==2.0.1 perceiver-io==0.11.0
+# Originals that tests compare with and whose own dependencies, or Pythons, are of years ago, or fit one torch alone
+# (timm's torchvision): only files of them are loaded.
+BY_PATH := open_flamingo==2.0.1 perceiver-io==0.11.0 timm==1.0.31
 TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
 
 .PHONY: help run test lint gpu-build gpu-test gpu-bench gpu-sanitize clean

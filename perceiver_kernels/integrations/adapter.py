@@ -18,19 +18,22 @@ class Adapter:
 
     Args:
         original: the library's class. Subclasses of it are left alone: they may compute something else.
-        replacement: a subclass of it with another ``forward``; a module changes its class, and nothing else.
+        replacement: a subclass of it with another ``forward``; a module changes its class, and nothing else. None: the class
+            stays, see ``changes``.
         runs: what the module then runs, for the report.
         refuses: why a module is left alone, or None.
         assembled: makes what a replaced module keeps, a layer of ours of its own submodules as a rule, see ``shadow_of``.
         whole: the replacement runs all that is inside the module, so that nothing in there is replaced by itself.
+        changes: for a class whose modules have a setting for their attention: sets it, and returns what sets it back.
     """
 
     original: type[nn.Module]
-    replacement: type[nn.Module]
+    replacement: type[nn.Module] | None
     runs: str
     refuses: Callable[[Any], str | None] = lambda module: None
     assembled: Callable[[Any], Any] | None = None
     whole: bool = True
+    changes: Callable[[Any], Callable[[], None]] | None = None
 
 
 def shadow_of(module: nn.Module, layer: Any = None) -> Any:

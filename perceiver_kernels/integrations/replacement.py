@@ -14,6 +14,10 @@ from perceiver_kernels.integrations.adapter import SHADOW, Adapter
 from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
+    "diffusers.models.attention_processor": "diffusers",
+    "flamingo_pytorch.flamingo_pytorch": "flamingo_pytorch",
+    "open_flamingo.src.helpers": "open_flamingo",
+    "timm.layers.attention_pool": "timm",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
 }
@@ -39,7 +43,8 @@ def replace_attention(model: nn.Module, *, dry_run: bool = False) -> Report:
     """Let a model's attention layers run on these kernels, in place: parameters, and the keys of its state dict, stay.
 
     Every module of a class that is known here changes its class to a subclass with another ``forward``; models of transformers
-    that choose their attention by name get the name ``"perceiver_kernels"``. Results and gradients are the same to rounding.
+    that choose their attention by name get the name ``"perceiver_kernels"``, and diffusers' ``Attention`` another processor.
+    Results and gradients are the same to rounding.
     What is not converted, and why, is in the report: subclasses of known classes, modules whose children have hooks or were
     replaced (adapters, quantised weights), options that these kernels do not have. A converted model can be copied, saved,
     compiled and trained as before.
@@ -75,6 +80,7 @@ def _outermost(model: nn.Module, adapters: dict[type[nn.Module], Adapter]) -> It
     A known module that is refused is followed by what is known inside it.
     """
     pending: list[tuple[str, nn.Module]] = [("", model)]
+    replaced = {each.replacement for each in adapters.values() if each.whole}
     seen: set[int] = set()
     while pending:
         name, module = pending.pop()
@@ -85,7 +91,7 @@ def _outermost(model: nn.Module, adapters: dict[type[nn.Module], Adapter]) -> It
         known = adapter is not None or _original(type(module), adapters) is not None
         if known:
             yield name, module
-        if SHADOW in module.__dict__ or (adapter is not None and adapter.whole and _reason(module, adapter) is None):
+        if type(module) in replaced or (adapter is not None and adapter.whole and _reason(module, adapter) is None):
             continue
         children = [(f"{name}.{child}" if name else child, each) for child, each in module.named_children()]
         pending += reversed(children)
@@ -122,10 +128,13 @@ def _replace(name: str, module: nn.Module, adapters: dict[type[nn.Module], Adapt
     report.converted.append(Entry(name, kind, adapter.runs))
     if report.dry_run:
         return
+    if adapter.changes is not None:
+        report._undo.append(adapter.changes(module))
     if adapter.assembled is not None:
         module.__dict__[SHADOW] = adapter.assembled(module)
-    module.__class__ = adapter.replacement
-    report._undo.append(functools.partial(_restore, module, adapter.original))
+    if adapter.replacement is not None:
+        module.__class__ = adapter.replacement
+        report._undo.append(functools.partial(_restore, module, adapter.original))
 
 
 def _restore(module: Any, original: type[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,15 +25,19 @@ B, T, FRAMES, M, D = 2, 3, 2, 7, 24
 
 
 def open_flamingo() -> types.ModuleType:
-    """Its helpers alone: the package itself imports a language model's dependencies."""
+    """Its helpers alone, under their own name: the package itself imports a language model's dependencies."""
+    name = "open_flamingo.src.helpers"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.find_spec("open_flamingo")
     helpers = Path(spec.submodule_search_locations[0]) / "src" / "helpers.py" if spec else None
     if helpers is None or not helpers.exists():
         pytest.skip("open_flamingo is not installed (pip install --no-deps open_flamingo)")
     pytest.importorskip("einops_exts", reason="open_flamingo's helpers need einops_exts")
-    loader = importlib.util.spec_from_file_location("open_flamingo_helpers", helpers)
+    loader = importlib.util.spec_from_file_location(name, helpers)
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
+    sys.modules[name] = module
     return module
 
 

@@ -1,0 +1,278 @@
+"""diffusers: IP-Adapter Plus' resampler and Attention's processors, before and after replacement."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels import functional, replace_attention
+from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.integrations.agreement import assert_replaced, randomised
+
+library = pytest.importorskip("diffusers.models.attention_processor", reason="diffusers is not installed")
+embeddings = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is not installed")
+layers = pytest.importorskip("diffusers.models.attention", reason="diffusers is not installed")
+ours = pytest.importorskip("perceiver_kernels.integrations.diffusers")
+
+B, Lq, Lk, D, D_READ, H, d = 2, 6, 5, 12, 10, 2, 6
+CROSS = {"cross_attention_dim": D_READ}
+SIZES = {"heads": H, "dim_head": d}
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def projection(**changes: int) -> nn.Module:
+    sizes = {"embed_dims": 10, "output_dims": 14, "hidden_dims": D, "depth": 2, "num_queries": 4, **SIZES, **changes}
+    return randomised(embeddings.IPAdapterPlusImageProjection(**sizes))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_ip_adapter_plus(training: bool) -> None:
+    (tokens,) = tensors((B, 7, 10))
+    report = assert_replaced(projection().train(training), lambda m: m(tokens), [tokens], converted=2, compiles=training)
+    assert report.converted[0].kind == "diffusers IPAdapterPlusImageProjectionBlock"
+
+
+def test_a_block_adds_the_residual_that_it_is_given() -> None:
+    block = projection().layers[0]
+    tokens, latents, residual = tensors((B, 7, D), (B, 4, D), (B, 4, D))
+    assert_replaced(
+        block, lambda m: m(tokens, latents, residual), [tokens, latents, residual], converted=1, compiles=False
+    )
+
+
+def test_tokens_and_latents_are_two_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, keys = projection(depth=1), []
+    original = functional.attention
+    monkeypatch.setattr(functional, "attention", lambda q, k, v, **o: keys.extend(k) or original(q, k, v, **o))
+    replace_attention(model)
+    model(*tensors((B, 7, 10)))
+    assert [tuple(key.shape) for key in keys] == [(B, H, 7, d), (B, H, 4, d)]
+
+
+SELF: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"bias": True},
+    "no output bias": {"out_bias": False},
+    "norms of queries and keys": {"qk_norm": "layer_norm"},
+    "output width": {"out_dim": 18},
+    "factor": {"rescale_output_factor": 2.0, "residual_connection": True},
+    "old processor": {"processor": library.AttnProcessor()},
+    "no scale": {"scale_qk": False},
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", SELF)
+def test_self_attention(name: str, training: bool) -> None:
+    model = randomised(library.Attention(D, **SIZES, **SELF[name])).train(training)
+    (x,) = tensors((B, Lq, D))
+    report = assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=name in ("plain", "old processor"))
+    assert report.converted[0].reason == "PerceiverKernelsAttnProcessor as its processor"
+
+
+@pytest.mark.parametrize("norm", [None, "layer_norm", "group_norm"])
+def test_cross_attention(norm: str | None) -> None:
+    model = library.Attention(D, cross_attention_norm=norm, cross_attention_norm_num_groups=5, **SIZES, **CROSS)
+    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
+    assert_replaced(randomised(model), lambda m: m(x, read), [x, read], converted=1, compiles=norm is None)
+
+
+def masks() -> dict[str, Tensor]:
+    """Padding as UNets make it, scores for each pair, for each head; the last two also as batches that lie outside heads."""
+    generator = torch.Generator().manual_seed(5)
+    padding = torch.rand(B, 1, Lk, generator=generator) < 0.6
+    padding[1] = False
+    scores = torch.randn(B * H, Lq, Lk, generator=generator, dtype=torch.float64)
+    return {
+        "padding": (1 - padding.double()) * -10000.0, "two axes": (1 - padding.double())[:, 0] * -10000.0, "bool": padding,
+        "bool pairs": scores[:B] > 0, "pairs": scores[:B], "heads": scores, "heads, padding": scores[:, :1],
+    }  # fmt: skip
+
+
+# Masks that are bool or have two axes AttnProcessor itself does not take.
+MASKED = [(name, "AttnProcessor2_0") for name in masks()]
+MASKED += [(name, "AttnProcessor") for name in ("padding", "pairs", "heads", "heads, padding")]
+
+
+@pytest.mark.parametrize(("name", "processor"), MASKED)
+def test_masks(name: str, processor: str) -> None:
+    model = randomised(library.Attention(D, processor=getattr(library, processor)(), **SIZES, **CROSS))
+    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
+    mask = masks()[name]
+    learned = [mask] if name in ("pairs", "heads") else []
+    assert_replaced(
+        model, lambda m: m(x, read, attention_mask=mask), [x, read, *learned], converted=1, compiles=name in ("bool", "heads")
+    )
+
+
+def test_masks_are_not_repeated_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = library.Attention(D, **SIZES, **CROSS).double(), []
+    original = functional.attention
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found.append({name: tuple(mask.shape) for name, mask in options.items() if name.endswith("_mask")})
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(functional, "attention", watched)
+    replace_attention(model)
+    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
+    for name in ("padding", "bool", "heads"):
+        model(x, read, attention_mask=masks()[name])
+    assert found == [{"attn_mask": (B, 1, 1, Lk)}, {"key_mask": (B, Lk)}, {"attn_mask": (B, H, Lq, Lk)}]
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_attention_over_an_image(spatial: bool) -> None:
+    """As an autoencoder has it: four axes, a norm over groups, a residual, a factor; and a norm that reads another image."""
+    options = {"spatial_norm_dim": 3} if spatial else {"norm_num_groups": 4}
+    # SpatialNorm has 32 groups whatever the width.
+    width = 32 if spatial else D
+    model = library.Attention(width, residual_connection=True, rescale_output_factor=1.5, bias=True, **SIZES, **options)
+    image, temb = tensors((B, width, 3, 4), (B, 3, 3, 4))
+    arguments = {"temb": temb} if spatial else {}
+    assert_replaced(randomised(model), lambda m: m(image, **arguments), [image], converted=1, compiles=False)
+
+
+def test_a_transformers_block() -> None:
+    model = randomised(layers.BasicTransformerBlock(D, H, d, attention_bias=True, **CROSS))
+    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
+    report = assert_replaced(
+        model, lambda m: m(x, encoder_hidden_states=read, encoder_attention_mask=masks()["padding"]), [x, read], converted=2
+    )
+    assert [entry.name for entry in report.converted] == ["attn1", "attn2"]
+
+
+@pytest.mark.parametrize("upcast", [{}, {"processor": library.AttnProcessor(), "upcast_softmax": True}], ids=["", "upcast"])
+def test_is_as_accurate_in_bfloat16(upcast: dict[str, Any]) -> None:
+    """Over many modules: one may be right by luck."""
+    compared = []
+    for seed in range(12):
+        double = randomised(library.Attention(D, **SIZES), seed)
+        model = library.Attention(D, **SIZES, **upcast).bfloat16()
+        model.load_state_dict(double.state_dict())
+        double.load_state_dict(model.state_dict())
+        x = torch.randn(B, Lq, D, dtype=torch.bfloat16)
+        with torch.no_grad():
+            eager, oracle = model(x), double(x.double())
+            replace_attention(model)
+            compared.append((model(x), eager, oracle))
+    assert_as_accurate(*(torch.stack(each) for each in zip(*compared, strict=True)), "result")
+
+
+def test_processors_are_set_and_come_back() -> None:
+    model = library.Attention(D, **SIZES)
+    processor, attributes = model.processor, dict(model.__dict__)
+    replace_attention(model, dry_run=True)
+    assert model.processor is processor
+    report = replace_attention(model)
+    assert type(model) is library.Attention and type(model.get_processor()) is ours.PerceiverKernelsAttnProcessor
+    assert replace_attention(model).kept[0].reason == "converted already"
+    twin = copy.deepcopy(model)
+    report.undo()
+    assert model.processor is processor and model.__dict__ == attributes and list(model.__dict__) == list(attributes)
+    assert type(twin.processor) is ours.PerceiverKernelsAttnProcessor
+
+
+def test_set_by_hand() -> None:
+    model = randomised(layers.BasicTransformerBlock(D, H, d, **CROSS))
+    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
+    expected = model(x, encoder_hidden_states=read)
+    processor = ours.PerceiverKernelsAttnProcessor()
+    for module in (model.attn1, model.attn2):
+        module.set_processor(processor)
+    torch.testing.assert_close(model(x, encoder_hidden_states=read), expected)
+
+
+class LoRA(nn.Linear):
+    """Stands for an adapter, whose weight is not all of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Own(library.Attention):
+    """May compute something else."""
+
+
+def test_attention_that_is_left_alone_says_why() -> None:
+    model = nn.ModuleDict(
+        {
+            "sliced": library.Attention(D, processor=library.SlicedAttnProcessor(1), **SIZES),
+            "few keys": library.Attention(D, kv_heads=1, **SIZES),
+            "added": library.Attention(D, added_kv_proj_dim=4, only_cross_attention=True, **SIZES),
+            "norms": library.Attention(D, qk_norm="layer_norm", processor=library.AttnProcessor(), **SIZES),
+            "scale": library.Attention(D, scale_qk=False, processor=library.AttnProcessor2_0(), **SIZES),
+            "own": Own(D, **SIZES),
+        }
+    )
+    processors = {name: module.processor for name, module in model.items()}
+    report = replace_attention(model)
+    assert not report.converted
+    assert {entry.name: entry.reason for entry in report.kept} == {
+        "sliced": "its processor is a SlicedAttnProcessor, not a default one",
+        "few keys": "its projections are none that AttnProcessor2_0 runs",
+        "added": "its projections are none that AttnProcessor2_0 runs",
+        "norms": "AttnProcessor leaves out its norms of queries and keys",
+        "scale": "AttnProcessor2_0 leaves out its scale",
+        "own": "a subclass of Attention, which may compute something else",
+    }
+    assert all(module.processor is processors[name] for name, module in model.items())
+
+
+def test_adapters_and_hooks_on_a_processors_layers_count() -> None:
+    model = randomised(library.Attention(D, **SIZES))
+    model.to_q.__class__ = LoRA
+    model.to_out[0].register_forward_hook(lambda module, inputs, out: 3 * out)
+    (x,) = tensors((B, Lq, D))
+    assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=False)
+
+
+class OwnBlock(embeddings.IPAdapterPlusImageProjectionBlock):
+    """May compute something else."""
+
+
+def test_blocks_that_are_left_alone_say_why() -> None:
+    """Their attention takes a processor instead, where it can."""
+    model = projection(depth=5)
+    hooked, adapted, sliced, own, factor = model.layers
+    hooked.ff.register_forward_hook(lambda *_: None)
+    adapted.attn.to_v.__class__ = LoRA
+    sliced.attn.set_processor(library.SlicedAttnProcessor(1))
+    own.__class__ = OwnBlock
+    factor.attn.rescale_output_factor = 2.0
+    (tokens,) = tensors((B, 7, 10))
+    report = assert_replaced(model, lambda m: m(tokens), [tokens], converted=4, kept=6, compiles=False)
+    assert [entry.name for entry in report.converted] == [f"layers.{i}.attn" for i in (0, 1, 3, 4)]
+    assert {entry.name: entry.reason for entry in report.kept} == {
+        "layers.0": "ff has hooks, which a replacement of the whole would not call",
+        "layers.1": "attn.to_v is a LoRA, whose weight may be no plain one, where a Linear was expected",
+        "layers.2": "attn: its processor is a SlicedAttnProcessor, not a default one",
+        "layers.2.attn": "its processor is a SlicedAttnProcessor, not a default one",
+        "layers.3": "a subclass of IPAdapterPlusImageProjectionBlock, which may compute something else",
+        "layers.4": "attn has norms, a residual or a factor, which IP-Adapter's has not",
+    }
+
+
+def test_a_processor_that_a_block_gets_later_counts() -> None:
+    model = projection()
+    (tokens,) = tensors((B, 7, 10))
+    replace_attention(model)
+    called: list[nn.Module] = []
+
+    class Processor(library.AttnProcessor):
+        def __call__(self, attn: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+            called.append(attn)
+            return super().__call__(attn, *arguments, **options)
+
+    expected = model(tokens)
+    model.layers[1].attn.set_processor(Processor())
+    torch.testing.assert_close(model(tokens), expected)
+    assert called == [model.layers[1].attn]
