@@ -45,7 +45,7 @@ class FusedPerceiverLayer(PerceiverLayer):
     ) -> Any:
         """As the original's."""
         mask = attention_mask if inputs is None else inputs_mask
-        if output_attentions or not _hides_keys_alone(mask):
+        if output_attentions or not _hides_keys_alone(mask) or not self.__dict__[SHADOW].are_of(self):
             return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
         seen = _seen(mask)
         attended = self._attend(hidden_states, seen) if inputs is None else self._read(hidden_states, inputs, seen)
@@ -84,6 +84,14 @@ class _Readers:
         }  # fmt: skip
         self.input = cross_attention_of(norm_latents=own.layernorm1, norm_inputs=own.layernorm2, **parts)
         self.output = output_attention_of(norm_queries=own.layernorm1, norm_latents=own.layernorm2, **parts)
+
+    def are_of(self, layer: Any) -> bool:
+        """Whether the layer still has the parts that these were made of: some may be replaced later, by an adapter's."""
+        own, made = layer.attention.self, self.input
+        return (
+            own.query is made.q_proj and own.key is made.k_proj and own.value is made.v_proj
+            and layer.attention.output.dense is made.out_proj and own.layernorm1 is made.norm_latents
+        )  # fmt: skip
 
 
 def _refuses_layer(layer: Any) -> str | None:

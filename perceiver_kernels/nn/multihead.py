@@ -12,7 +12,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.nn.checks import check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
-from perceiver_kernels.problem import check_device, check_probability, check_shape, check_tensor
+from perceiver_kernels.problem import MAX_CHANNELS, check_device, check_probability, check_shape, check_tensor
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +157,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         plain = key_padding_mask is None or key_padding_mask.dtype == torch.bool
         return (
             key is value and query.ndim == 3 and key.shape[length_axis] >= 4 * query.shape[length_axis] and plain
-            and attn_mask is None and self.bias_k is None and not self.add_zero_attn and self.kdim == self.vdim
+            and attn_mask is None and self.bias_k is None and not self.add_zero_attn and self.kdim == self.vdim <= MAX_CHANNELS
         )  # fmt: skip
 
     def _read(self, query: Tensor, inputs: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -64,6 +64,12 @@ def test_few_queries_read_one_long_sequence(
         assert called
 
 
+def test_inputs_too_wide_to_be_read_are_projected() -> None:
+    q, x = sequences((1, 2, 1032), (1, 8, 1032))
+    model = randomised(nn.MultiheadAttention(1032, 4, batch_first=True))
+    assert_replaced(model, lambda m: m(q, x, x, need_weights=False), [q, x], converted=1, compiles=False)
+
+
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
 def test_torchs_layers(kind: type[nn.Module]) -> None:
     model = randomised(kind(E, H, dim_feedforward=20, dropout=0.0, batch_first=True))  # type: ignore[call-arg]

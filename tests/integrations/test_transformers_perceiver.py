@@ -161,6 +161,23 @@ def test_layers_whose_parts_were_replaced_are_left_alone() -> None:
     assert "attention.self.query is a LoRA" in reasons["0"] and "mlp.dense1 has hooks" in reasons["1"]
 
 
+def test_parts_that_are_replaced_later_run() -> None:
+    pair = PAIRS["fourier"]
+    model, inputs = model_of("fourier"), pair.inputs()
+
+    def adapt() -> None:
+        for layer in (model.perceiver.encoder.cross_attention, model.perceiver.encoder.self_attends[0]):
+            own = layer.attention.self
+            own.value = nn.Sequential(own.value, nn.Tanh())
+
+    replace_attention(model)
+    adapt()
+    found = results(model, lambda m: m(inputs).logits, [])
+    model = model_of("fourier")
+    adapt()
+    assert_same(found, results(model, lambda m: m(inputs).logits, []))
+
+
 def test_many_queries_read_few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder's layer takes the form for outputs where there are more of them than latents."""
     from perceiver_kernels import functional
