@@ -4,9 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
+
+
+class LinearRows(nn.Module):
+    """Some outputs of another linear layer as a layer of their own; its weight and bias are views of the other's.
+
+    Args:
+        whole: the other layer.
+        start, stop: which of its outputs.
+    """
+
+    def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
+        super().__init__()
+        self.whole, self.start, self.stop = whole, start, stop
+        self.in_features, self.out_features = whole.in_features, stop - start
+
+    @property
+    def weight(self) -> Tensor:
+        """[stop - start, in_features]."""
+        return self.whole.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[stop - start], or None."""
+        bias: Tensor | None = self.whole.bias
+        return None if bias is None else bias[self.start : self.stop]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., stop - start]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+Projection = nn.Linear | LinearRows
 
 
 def _norm(module: nn.Module | None) -> nn.LayerNorm | None:
@@ -14,7 +47,7 @@ def _norm(module: nn.Module | None) -> nn.LayerNorm | None:
 
 
 def cross_attention_of(
-    *, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear,
+    *, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection,
     out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
 ) -> CrossAttention:  # fmt: skip
     """Few latents that read many inputs; see ``nn.CrossAttention`` for the parts. What is no LayerNorm is no norm."""
@@ -29,8 +62,8 @@ def cross_attention_of(
 
 
 def output_attention_of(
-    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear,
-    out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
+    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, q_proj: nn.Linear, k_proj: Projection,
+    v_proj: Projection, out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
 ) -> OutputCrossAttention:  # fmt: skip
     """Many queries that read few latents; see ``nn.OutputCrossAttention`` for the parts. What is no LayerNorm is no norm."""
     norm = _norm(norm_queries)
@@ -43,6 +76,6 @@ def output_attention_of(
     return _with_projections(layer, q_proj, k_proj, v_proj, out_proj)
 
 
-def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, out_proj: nn.Linear) -> Any:
+def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear) -> Any:
     layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj = q_proj, k_proj, v_proj, out_proj
     return layer

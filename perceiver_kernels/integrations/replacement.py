@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from perceiver_kernels.integrations.adapter import SHADOW, Adapter
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed
 from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
+    "perceiver_pytorch.perceiver_pytorch": "perceiver_pytorch",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
 }
@@ -82,10 +83,14 @@ def _outermost(model: nn.Module, adapters: dict[type[nn.Module], Adapter]) -> It
             continue
         seen.add(id(module))
         adapter = adapters.get(type(module))
-        known = adapter is not None or _original(type(module), adapters) is not None
-        if known:
+        concerned = adapter is None or adapter.concerns(module)
+        # Asked before the module is handed out, and perhaps replaced.
+        done = SHADOW in module.__dict__ or (
+            adapter is not None and concerned and adapter.whole and _reason(module, adapter) is None
+        )
+        if concerned and (adapter is not None or _original(type(module), adapters) is not None):
             yield name, module
-        if SHADOW in module.__dict__ or (adapter is not None and adapter.whole and _reason(module, adapter) is None):
+        if done:
             continue
         children = [(f"{name}.{child}" if name else child, each) for child, each in module.named_children()]
         pending += reversed(children)
@@ -98,10 +103,7 @@ def _original(kind: type[nn.Module], adapters: Iterable[type[nn.Module]]) -> typ
 
 def _reason(module: nn.Module, adapter: Adapter) -> str | None:
     """Why a module of a known class is left alone, or None."""
-    for name, child in module.named_modules() if adapter.whole else ():
-        if name and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks):
-            return f"{name} has hooks, which a replacement of the whole would not call"
-    return adapter.refuses(module)
+    return bypassed(module, adapter.whole) or adapter.refuses(module)
 
 
 def _replace(name: str, module: nn.Module, adapters: dict[type[nn.Module], Adapter], report: Report) -> None:
