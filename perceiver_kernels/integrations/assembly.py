@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
+from perceiver_kernels.problem import MAX_CHANNELS
 
 
 class LinearRows(nn.Module):
@@ -79,3 +80,24 @@ def output_attention_of(
 def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear) -> Any:
     layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj = q_proj, k_proj, v_proj, out_proj
     return layer
+
+
+class Readers:
+    """A layer for few queries of many inputs, and one for many queries of few; both of the same parts.
+
+    Inputs of more channels than the first reads are read by the second, which computes keys and values.
+
+    Args:
+        norm_queries, norm_inputs: the norms on what asks and on what is read.
+        parts: what else ``cross_attention_of`` takes.
+    """
+
+    def __init__(self, *, norm_queries: nn.Module | None, norm_inputs: nn.Module | None, **parts: Any) -> None:
+        self.output = output_attention_of(norm_queries=norm_queries, norm_latents=norm_inputs, **parts)
+        self.input: CrossAttention | OutputCrossAttention = self.output
+        if parts["k_proj"].in_features <= MAX_CHANNELS:
+            self.input = cross_attention_of(norm_latents=norm_queries, norm_inputs=norm_inputs, **parts)
+
+    def of(self, queries: int, inputs: int) -> CrossAttention | OutputCrossAttention:
+        """The layer for so many queries and inputs."""
+        return self.output if inputs < queries else self.input

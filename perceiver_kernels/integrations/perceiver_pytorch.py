@@ -12,7 +12,7 @@ from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed, dropout_of, dropping, unlike
 from perceiver_kernels.integrations.assembly import LinearRows, cross_attention_of, output_attention_of
 from perceiver_kernels.integrations.filled import attend_filled
-from perceiver_kernels.integrations.sharing import one_forward, packed_context
+from perceiver_kernels.integrations.sharing import SharedContext, packed_context
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
 from perceiver_kernels.nn.attention import merge_heads, split_heads
 from perceiver_kernels.problem import MAX_CHANNELS
@@ -106,17 +106,6 @@ class _Readers:
         )
 
 
-class _SharedContext(nn.Module):
-    """A model whose layers read one context, which they pack once between them."""
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """As the original's."""
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **options)
-        with one_forward():
-            return super().forward(*args, **options)
-
-
 class FusedAttention(_Attention, perceiver_pytorch.Attention):
     """Of Perceiver and its variants."""
 
@@ -133,15 +122,15 @@ class FusedIOPreNorm(_PreNorm, perceiver_io.PreNorm):
     """Of PerceiverIO's decoder."""
 
 
-class SharingPerceiver(_SharedContext, perceiver_pytorch.Perceiver):
+class SharingPerceiver(SharedContext, perceiver_pytorch.Perceiver):
     """The model."""
 
 
-class SharingGatedPerceiver(_SharedContext, gated.Perceiver):
+class SharingGatedPerceiver(SharedContext, gated.Perceiver):
     """The model with gated residuals."""
 
 
-class SharingMixedPerceiver(_SharedContext, mixed_latents.Perceiver):
+class SharingMixedPerceiver(SharedContext, mixed_latents.Perceiver):
     """The model whose latents are mixed."""
 
 

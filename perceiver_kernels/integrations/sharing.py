@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import PackedInputs
@@ -88,3 +88,14 @@ def _pack(context: Tensor, mask: Tensor | None, normalize: bool, eps: float, dty
         seen = seen | blind[:, None]
     packed = functional.pack_inputs(context, key_mask=seen, normalize=normalize, eps=eps, dtype=dtype)
     return Context(packed, blind)
+
+
+class SharedContext(nn.Module):
+    """What a replacement adds to a model whose layers read one context: they pack it once between them."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the original's."""
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **options)
+        with one_forward():
+            return super().forward(*args, **options)

@@ -15,7 +15,7 @@ from transformers.models.perceiver.modeling_perceiver import (
 
 from perceiver_kernels import functional
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
-from perceiver_kernels.integrations.assembly import cross_attention_of, output_attention_of
+from perceiver_kernels.integrations.assembly import Readers
 from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 MOST_TABLES = 8
@@ -64,26 +64,19 @@ class FusedPerceiverLayer(PerceiverLayer):
         return out + hidden_states if self.attention.use_query_residual else out
 
     def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:
-        layers = self.__dict__[SHADOW]
+        layers: Readers = self.__dict__[SHADOW]
         B, N, _ = hidden_states.shape
         # One set of latents for the whole batch is projected once.
         latents = hidden_states[:1] if B == 1 or hidden_states.stride(0) == 0 else hidden_states
-        if inputs.shape[1] < N:
-            return shadow_of(self, layers.output)(latents, inputs, seen)
-        return shadow_of(self, layers.input)(latents, inputs, seen)
+        return shadow_of(self, layers.of(N, inputs.shape[1]))(latents, inputs, seen)
 
 
-class _Readers:
-    """A layer for few queries of many inputs, and one for many queries of few; both of the same parts."""
-
-    def __init__(self, layer: Any) -> None:
-        own, output = layer.attention.self, layer.attention.output
-        parts = {
-            "q_proj": own.query, "k_proj": own.key, "v_proj": own.value, "out_proj": output.dense, "num_heads": own.num_heads,
-            "residual": layer.attention.use_query_residual, "dropout": own.dropout.p,
-        }  # fmt: skip
-        self.input = cross_attention_of(norm_latents=own.layernorm1, norm_inputs=own.layernorm2, **parts)
-        self.output = output_attention_of(norm_queries=own.layernorm1, norm_latents=own.layernorm2, **parts)
+def _readers(layer: Any) -> Readers:
+    own, output = layer.attention.self, layer.attention.output
+    return Readers(
+        norm_queries=own.layernorm1, norm_inputs=own.layernorm2, q_proj=own.query, k_proj=own.key, v_proj=own.value,
+        out_proj=output.dense, num_heads=own.num_heads, residual=layer.attention.use_query_residual, dropout=own.dropout.p,
+    )  # fmt: skip
 
 
 def _refuses_layer(layer: Any) -> str | None:
@@ -133,7 +126,7 @@ ADAPTERS = [
     Adapter(
         PerceiverLayer, FusedPerceiverLayer,
         "fused LayerNorms, projections and attention; the original where output_attentions asks for the weights",
-        _refuses_layer, _Readers,
+        _refuses_layer, _readers,
     ),
     Adapter(
         PerceiverModel, UnmaskedPerceiverModel, "no mask where none is given, so that nothing waits for the GPU", whole=False
