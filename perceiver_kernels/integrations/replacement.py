@@ -15,6 +15,7 @@ from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
     "perceiver.model.core.modules": "perceiver_io",
+    "perceiver_ar_pytorch.perceiver_ar_pytorch": "perceiver_ar_pytorch",
     "perceiver_pytorch.perceiver_pytorch": "perceiver_pytorch",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
