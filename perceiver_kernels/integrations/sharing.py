@@ -46,8 +46,9 @@ _forward: ContextVar[_Forward | None] = ContextVar("perceiver_kernels_forward", 
 def one_forward() -> Iterator[None]:
     """Inside the block, one forward pass of a model, layers that read the same tensor in the same way share its packed form.
 
-    Nothing is kept after the block. A tensor that wants a gradient is packed by every layer for itself: checkpointing may run
-    one of them without recording, whose packed form the others could not use.
+    Nothing is kept after the block. Two kinds of tensors are packed by every layer for itself: those that want a gradient, as
+    checkpointing may run one of the layers without recording, whose packed form the others could not use; and those made in
+    inference mode, where torch does not count writes, so that nobody could tell whether a hook changed one.
     """
     token = _forward.set(_Forward())
     try:
@@ -56,9 +57,8 @@ def one_forward() -> Iterator[None]:
         _forward.reset(token)
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    """Changes with every write to the tensor; inference tensors do not count them."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _can_share(tensor: Tensor) -> bool:
+    return not (tensor.requires_grad or tensor.is_inference())
 
 
 def packed_context(context: Tensor, mask: Tensor | None, *, normalize: bool, eps: float, dtype: torch.dtype) -> Context:
@@ -70,10 +70,11 @@ def packed_context(context: Tensor, mask: Tensor | None, *, normalize: bool, eps
         normalize, eps, dtype: as ``functional.pack_inputs`` takes them.
     """
     forward = None if torch.compiler.is_compiling() else _forward.get()
-    if forward is None or context.requires_grad or transforms_active():
+    if forward is None or transforms_active() or not _can_share(context) or (mask is not None and not _can_share(mask)):
         return _pack(context, mask, normalize, eps, dtype)
     # The forward pass holds both tensors, so that no other has their identity.
-    key = (id(context), _version(context), id(mask), _version(mask), normalize, eps, dtype)
+    written = context._version, None if mask is None else mask._version
+    key = (id(context), id(mask), written, normalize, eps, dtype, torch.is_inference_mode_enabled())
     if forward.context is None or forward.key != key:
         forward.context = _pack(context, mask, normalize, eps, dtype)
         forward.key, forward.held = key, (context, mask)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import functional, replace_attention
-from perceiver_kernels.integrations import sharing
+from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
     Case,
     LoRALinear,
@@ -233,81 +232,6 @@ def test_latents_that_want_a_gradient_of_every_entry() -> None:
     replace_attention(model)
     (actual,) = torch.autograd.grad(model(x, context=context).square().sum(), x)
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what is packed from here on."""
-    found: list[tuple[int, ...]] = []
-    original = functional.pack_inputs
-
-    def recording(content: Tensor, *args: Any, **options: Any) -> Any:
-        found.append(tuple(content.shape))
-        return original(content, *args, **options)
-
-    monkeypatch.setattr(functional, "pack_inputs", recording)
-    return found
-
-
-def test_packed_once(packs: list[tuple[int, ...]]) -> None:
-    """Six layers read one packed form, masked or not, recording or in inference mode; the next pass has one of its own."""
-    case = CASES["masked"]
-    model, data = case.model(depth=6), case.data()["data"]
-    expected = model(data)
-    replace_attention(model)
-    for call in (model, lambda data: masked_image(model, data)):
-        packs.clear()
-        call(data)
-        assert packs == [(B, SIDE * SIDE, 17)]
-        call(data)
-        assert len(packs) == 2
-    packs.clear()
-    with torch.inference_mode():
-        torch.testing.assert_close(model(data), expected.detach())
-    assert len(packs) == 1
-    packs.clear()
-    results(case, model)
-    assert len(packs) == 6, "inputs that want gradients are packed by every layer"
-
-
-def test_packed_again_after_a_write(packs: list[tuple[int, ...]]) -> None:
-    """A hook writes to the inputs between two layers."""
-    case = CASES["points"]
-    model = case.model(depth=3)
-    read = case.data()["data"]
-
-    def write(block: nn.Module, args: Any, options: Any) -> None:
-        options["context"].mul_(1.5)
-
-    model.layers[1].register_forward_pre_hook(write, with_kwargs=True)
-    expected = model(read.clone())
-    replace_attention(model)
-    torch.testing.assert_close(model(read.clone()), expected, rtol=1e-12, atol=1e-12)
-    assert len(packs) == 2
-    assert sharing._forward.get() is None, "nothing outlives the pass"
-
-
-def test_packed_again_for_another_mask(packs: list[tuple[int, ...]]) -> None:
-    """The mask, too, is part of what is shared, and a write to it is seen."""
-    context, mask = torch.randn(B, LENGTH, 9), seen()
-    with sharing.one_forward():
-        reads = []
-        for each in (None, mask, mask, mask.clone()):
-            reads.append(sharing.packed_context(context, each, normalize=True, eps=1e-5, dtype=torch.float32))
-        assert len(packs) == 3 and reads[1] is reads[2]
-        assert reads[1].blind is not None and reads[1].blind.tolist() == [False, True]
-        mask[0, 0] = ~mask[0, 0]
-        sharing.packed_context(context, mask, normalize=True, eps=1e-5, dtype=torch.float32)
-        sharing.packed_context(context, mask, normalize=True, eps=1e-3, dtype=torch.float32)
-        assert len(packs) == 5
-
-
-def test_model_that_fails_leaves_nothing() -> None:
-    model = CASES["image"].model()
-    replace_attention(model)
-    with pytest.raises(AssertionError, match="axis"):
-        model(torch.randn(B, 5, 3).double())
-    assert sharing._forward.get() is None
 
 
 class Own(nn.Module):
