@@ -25,6 +25,7 @@ class Adapter:
         assembled: makes what a replaced module keeps, a layer of ours of its own submodules as a rule, see ``shadow_of``.
         whole: the replacement runs all that is inside the module, so that nothing in there is replaced by itself.
         changes: for a class whose modules have a setting for their attention: sets it, and returns what sets it back.
+        concerns: False for modules of the class that hold nothing to replace; what is inside them is still looked at.
     """
 
     original: type[nn.Module]
@@ -34,6 +35,7 @@ class Adapter:
     assembled: Callable[[Any], Any] | None = None
     whole: bool = True
     changes: Callable[[Any], Callable[[], None]] | None = None
+    concerns: Callable[[Any], bool] = lambda module: True
 
 
 def shadow_of(module: nn.Module, layer: Any = None) -> Any:
@@ -44,6 +46,27 @@ def shadow_of(module: nn.Module, layer: Any = None) -> Any:
     layer = module.__dict__[SHADOW] if layer is None else layer
     layer.training = module.training
     return layer
+
+
+def dropping(layer: Any, p: float) -> Any:
+    """A layer of ours that drops attention weights with probability ``p``, whatever its mode."""
+    layer.training, layer.dropout = True, p
+    return layer
+
+
+def dropout_of(dropout: nn.Dropout | None) -> float:
+    """The probability with which a library's dropout layer drops now."""
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def bypassed(module: nn.Module, whole: bool = True) -> str | None:
+    """What runs now and would not after a replacement of the module, or of all that is inside it too; None where nothing."""
+    for name, each in module.named_modules() if whole else (("", module),):
+        if "forward" in each.__dict__:
+            return f"{name or 'it'} has a forward of its own, set on the module, which a replacement would not call"
+        if name and (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks):
+            return f"{name} has hooks, which a replacement of the whole would not call"
+    return None
 
 
 def unlike(module: nn.Module, **expected: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:

@@ -4,9 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
+from perceiver_kernels.problem import MAX_CHANNELS
+
+
+class LinearRows(nn.Module):
+    """Some outputs of another linear layer as a layer of their own; its weight and bias are views of the other's.
+
+    Args:
+        whole: the other layer.
+        start, stop: which of its outputs.
+    """
+
+    def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
+        super().__init__()
+        self.whole, self.start, self.stop = whole, start, stop
+        self.in_features, self.out_features = whole.in_features, stop - start
+
+    @property
+    def weight(self) -> Tensor:
+        """[stop - start, in_features]."""
+        return self.whole.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[stop - start], or None."""
+        bias: Tensor | None = self.whole.bias
+        return None if bias is None else bias[self.start : self.stop]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., stop - start]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+Projection = nn.Linear | LinearRows
 
 
 def _norm(module: nn.Module | None) -> nn.LayerNorm | None:
@@ -14,7 +48,7 @@ def _norm(module: nn.Module | None) -> nn.LayerNorm | None:
 
 
 def cross_attention_of(
-    *, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear,
+    *, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection,
     out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
 ) -> CrossAttention:  # fmt: skip
     """Few latents that read many inputs; see ``nn.CrossAttention`` for the parts. What is no LayerNorm is no norm."""
@@ -29,8 +63,8 @@ def cross_attention_of(
 
 
 def output_attention_of(
-    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear,
-    out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
+    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, q_proj: nn.Linear, k_proj: Projection,
+    v_proj: Projection, out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
 ) -> OutputCrossAttention:  # fmt: skip
     """Many queries that read few latents; see ``nn.OutputCrossAttention`` for the parts. What is no LayerNorm is no norm."""
     norm = _norm(norm_queries)
@@ -43,6 +77,32 @@ def output_attention_of(
     return _with_projections(layer, q_proj, k_proj, v_proj, out_proj)
 
 
-def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, out_proj: nn.Linear) -> Any:
+def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear) -> Any:
     layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj = q_proj, k_proj, v_proj, out_proj
     return layer
+
+
+class Readers:
+    """A layer for few queries of many inputs, and one for many queries of few; both of the same parts.
+
+    Inputs of more channels than the first reads are read by the second, which computes keys and values.
+
+    Args:
+        norm_queries, norm_inputs: the norms on what asks and on what is read.
+        parts: what else ``cross_attention_of`` takes.
+    """
+
+    def __init__(self, *, norm_queries: nn.Module | None, norm_inputs: nn.Module | None, **parts: Any) -> None:
+        self.parts = (norm_queries, norm_inputs, *(parts[f"{name}_proj"] for name in ("q", "k", "v", "out")))
+        self.output = output_attention_of(norm_queries=norm_queries, norm_latents=norm_inputs, **parts)
+        self.input: CrossAttention | OutputCrossAttention = self.output
+        if parts["k_proj"].in_features <= MAX_CHANNELS:
+            self.input = cross_attention_of(norm_latents=norm_queries, norm_inputs=norm_inputs, **parts)
+
+    def are_of(self, *parts: nn.Module | None) -> bool:
+        """Whether both norms and q, k, v and out are still these: an adapter's may have taken the place of some since."""
+        return all(mine is theirs for mine, theirs in zip(self.parts, parts, strict=True))
+
+    def of(self, queries: int, inputs: int) -> CrossAttention | OutputCrossAttention:
+        """The layer for so many queries and inputs."""
+        return self.output if inputs < queries else self.input

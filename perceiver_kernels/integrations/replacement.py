@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from perceiver_kernels.integrations.adapter import SHADOW, Adapter
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed
 from perceiver_kernels.integrations.report import Entry, Report
 
 LIBRARIES = {
     "diffusers.models.attention_processor": "diffusers",
     "flamingo_pytorch.flamingo_pytorch": "flamingo_pytorch",
     "open_flamingo.src.helpers": "open_flamingo",
+    "perceiver.model.core.modules": "perceiver_io",
+    "perceiver_ar_pytorch.perceiver_ar_pytorch": "perceiver_ar_pytorch",
+    "perceiver_pytorch.perceiver_pytorch": "perceiver_pytorch",
     "timm.layers.attention_pool": "timm",
     "torch.nn": "torch_nn",
     "transformers.models.perceiver.modeling_perceiver": "transformers_perceiver",
@@ -44,10 +47,10 @@ def replace_attention(model: nn.Module, *, dry_run: bool = False) -> Report:
 
     Every module of a class that is known here changes its class to a subclass with another ``forward``; models of transformers
     that choose their attention by name get the name ``"perceiver_kernels"``, and diffusers' ``Attention`` another processor.
-    Results and gradients are the same to rounding.
-    What is not converted, and why, is in the report: subclasses of known classes, modules whose children have hooks or were
-    replaced (adapters, quantised weights), options that these kernels do not have. A converted model can be copied, saved,
-    compiled and trained as before.
+    Results and gradients are the same to rounding. What is not converted, and why, is in the report: subclasses of known
+    classes, modules whose children have hooks or were replaced (adapters, quantised weights), options that these kernels do not
+    have. A converted model can be copied, saved, compiled and trained as before; a layer whose projections are replaced later
+    runs as the original does, or with the new ones.
 
     Args:
         model: any module; of torch.nn, transformers, perceiver-pytorch, perceiver-io, perceiver-ar-pytorch,
@@ -88,10 +91,14 @@ def _outermost(model: nn.Module, adapters: dict[type[nn.Module], Adapter]) -> It
             continue
         seen.add(id(module))
         adapter = adapters.get(type(module))
-        known = adapter is not None or _original(type(module), adapters) is not None
-        if known:
+        concerned = adapter is None or adapter.concerns(module)
+        # Asked before the module is handed out, and perhaps replaced.
+        done = type(module) in replaced or (
+            adapter is not None and concerned and adapter.whole and _reason(module, adapter) is None
+        )
+        if concerned and (adapter is not None or _original(type(module), adapters) is not None):
             yield name, module
-        if type(module) in replaced or (adapter is not None and adapter.whole and _reason(module, adapter) is None):
+        if done:
             continue
         children = [(f"{name}.{child}" if name else child, each) for child, each in module.named_children()]
         pending += reversed(children)
@@ -104,10 +111,7 @@ def _original(kind: type[nn.Module], adapters: Iterable[type[nn.Module]]) -> typ
 
 def _reason(module: nn.Module, adapter: Adapter) -> str | None:
     """Why a module of a known class is left alone, or None."""
-    for name, child in module.named_modules() if adapter.whole else ():
-        if name and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks):
-            return f"{name} has hooks, which a replacement of the whole would not call"
-    return adapter.refuses(module)
+    return bypassed(module, adapter.whole) or adapter.refuses(module)
 
 
 def _replace(name: str, module: nn.Module, adapters: dict[type[nn.Module], Adapter], report: Report) -> None:

@@ -15,7 +15,7 @@ from transformers.models.perceiver.modeling_perceiver import (
 
 from perceiver_kernels import functional
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
-from perceiver_kernels.integrations.assembly import cross_attention_of, output_attention_of
+from perceiver_kernels.integrations.assembly import Readers
 from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 MOST_TABLES = 8
@@ -45,7 +45,9 @@ class FusedPerceiverLayer(PerceiverLayer):
     ) -> Any:
         """As the original's."""
         mask = attention_mask if inputs is None else inputs_mask
-        if output_attentions or not _hides_keys_alone(mask) or not self.__dict__[SHADOW].are_of(self):
+        own = self.attention.self
+        parts = (own.layernorm1, own.layernorm2, own.query, own.key, own.value, self.attention.output.dense)
+        if output_attentions or not _hides_keys_alone(mask) or not self.__dict__[SHADOW].are_of(*parts):
             return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
         seen = _seen(mask)
         attended = self._attend(hidden_states, seen) if inputs is None else self._read(hidden_states, inputs, seen)
@@ -64,34 +66,20 @@ class FusedPerceiverLayer(PerceiverLayer):
         return out + hidden_states if self.attention.use_query_residual else out
 
     def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:
-        layers = self.__dict__[SHADOW]
+        layers: Readers = self.__dict__[SHADOW]
         B, N, _ = hidden_states.shape
         # One set of latents for the whole batch is projected once.
-        latents = hidden_states[:1] if B == 1 or hidden_states.stride(0) == 0 else hidden_states
-        if inputs.shape[1] < N:
-            return shadow_of(self, layers.output)(latents, inputs, seen)
-        return shadow_of(self, layers.input)(latents, inputs, seen)
+        shared = hidden_states.stride(0) == 0 and not (hidden_states.is_leaf and hidden_states.requires_grad)
+        latents = hidden_states[:1] if B == 1 or shared else hidden_states
+        return shadow_of(self, layers.of(N, inputs.shape[1]))(latents, inputs, seen)
 
 
-class _Readers:
-    """A layer for few queries of many inputs, and one for many queries of few; both of the same parts."""
-
-    def __init__(self, layer: Any) -> None:
-        own, output = layer.attention.self, layer.attention.output
-        parts = {
-            "q_proj": own.query, "k_proj": own.key, "v_proj": own.value, "out_proj": output.dense, "num_heads": own.num_heads,
-            "residual": layer.attention.use_query_residual, "dropout": own.dropout.p,
-        }  # fmt: skip
-        self.input = cross_attention_of(norm_latents=own.layernorm1, norm_inputs=own.layernorm2, **parts)
-        self.output = output_attention_of(norm_queries=own.layernorm1, norm_latents=own.layernorm2, **parts)
-
-    def are_of(self, layer: Any) -> bool:
-        """Whether the layer still has the parts that these were made of: some may be replaced later, by an adapter's."""
-        own, made = layer.attention.self, self.input
-        return (
-            own.query is made.q_proj and own.key is made.k_proj and own.value is made.v_proj
-            and layer.attention.output.dense is made.out_proj and own.layernorm1 is made.norm_latents
-        )  # fmt: skip
+def _readers(layer: Any) -> Readers:
+    own, output = layer.attention.self, layer.attention.output
+    return Readers(
+        norm_queries=own.layernorm1, norm_inputs=own.layernorm2, q_proj=own.query, k_proj=own.key, v_proj=own.value,
+        out_proj=output.dense, num_heads=own.num_heads, residual=layer.attention.use_query_residual, dropout=own.dropout.p,
+    )  # fmt: skip
 
 
 def _refuses_layer(layer: Any) -> str | None:
@@ -141,7 +129,7 @@ ADAPTERS = [
     Adapter(
         PerceiverLayer, FusedPerceiverLayer,
         "fused LayerNorms, projections and attention; the original where output_attentions asks for the weights",
-        _refuses_layer, _Readers,
+        _refuses_layer, _readers,
     ),
     Adapter(
         PerceiverModel, UnmaskedPerceiverModel, "no mask where none is given, so that nothing waits for the GPU", whole=False

@@ -1,0 +1,305 @@
+"""replace_attention on krasserm's perceiver-io: its models, every option of its attention, its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels import functional, replace_attention
+from tests.convert.krasserm import needs_perceiver_io
+from tests.convert.krasserm import theirs as library
+from tests.integrations.replaced import (
+    Case,
+    LoRALinear,
+    assert_accurate,
+    assert_agree,
+    assert_compiles,
+    assert_copies,
+    assert_drops,
+    assert_reversible,
+    assert_same_results,
+    kept_reasons,
+    results,
+)
+
+pytestmark = needs_perceiver_io
+
+B, N, M = 2, 5, 9
+LATENTS: dict[str, int] = {"num_latents": 6, "num_latent_channels": 16}
+BLOCKS: dict[str, Any] = {
+    "num_cross_attention_heads": 1, "num_self_attention_heads": 2, "num_self_attention_layers_per_block": 2,
+    "num_self_attention_blocks": 3,
+}  # fmt: skip
+
+
+def padding(length: int, start: bool = False) -> Tensor:
+    """True where tokens are padding: three at the end or the start of an entry, and all of the last."""
+    pad = torch.zeros(B, length, dtype=torch.bool)
+    pad[0, :3] = True
+    pad[1] = True
+    return pad if start else pad.flip(1)
+
+
+def image_classifier(**changes: Any) -> nn.Module:
+    image = library.image
+    encoder = image.ImageEncoderConfig(
+        image_shape=(5, 4, 1), num_frequency_bands=3, **{**BLOCKS, "num_cross_attention_layers": 3, **changes}
+    )
+    decoder = image.ClassificationDecoderConfig(num_classes=5, num_output_query_channels=14, num_cross_attention_heads=1)
+    return image.ImageClassifier(image.ImageClassifierConfig(encoder, decoder, **LATENTS))
+
+
+def language_model(**changes: Any) -> nn.Module:
+    language = library.language
+    encoder = language.TextEncoderConfig(
+        vocab_size=13, max_seq_len=12, num_input_channels=10, num_cross_attention_qk_channels=6,
+        num_cross_attention_v_channels=12, **{**BLOCKS, **changes},
+    )  # fmt: skip
+    decoder = language.TextDecoderConfig(
+        vocab_size=13, max_seq_len=12, num_cross_attention_heads=1, cross_attention_residual=False
+    )
+    return language.MaskedLanguageModel(language.MaskedLanguageModelConfig(encoder, decoder, **LATENTS))
+
+
+def causal_model(**changes: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": 13, "max_seq_len": 20, "max_latents": 8, "cross_attention_dropout": 0.0, "num_channels": 48,
+        "num_heads": 3, "num_self_attention_layers": 3, "num_self_attention_rotary_layers": 2,
+    }  # fmt: skip
+    model = library.core.CausalSequenceModel(library.config.CausalSequenceModelConfig(**{**sizes, **changes}))
+    part = model.input_adapter.frq_pos_encoding
+    forward = type(part).forward
+    # Its einsum of integer places and frequencies needs one dtype.
+    part.forward = lambda places: forward(part, places.to(part.inv_freq))
+    return model
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(0, 13, (B, length), generator=torch.Generator().manual_seed(5))
+
+
+def speak(model: nn.Module) -> Tensor:
+    return model(tokens(20), prefix_len=12).logits
+
+
+def speak_padded(model: nn.Module) -> Tensor:
+    """Of one entry even latents are padding."""
+    pad = torch.zeros(B, 20, dtype=torch.bool)
+    pad[0, :14] = True
+    return model(tokens(20), prefix_len=12, pad_mask=pad).logits
+
+
+def converted(attentions: int, crosses: int, encoders: int = 0) -> dict[str, int]:
+    found = {"MultiHeadAttention": attentions, "CrossAttention": crosses, "PerceiverEncoder": encoders}
+    return {name: count for name, count in found.items() if count}
+
+
+def cross_attention(**changes: Any) -> nn.Module:
+    sizes = {"num_heads": 1, "num_q_input_channels": 8, "num_kv_input_channels": 9, "num_qk_channels": 6, "num_v_channels": 4}
+    return library.core.CrossAttention(**{**sizes, **changes})
+
+
+def read(model: nn.Module, x_q: Tensor, x_kv: Tensor) -> Tensor:
+    return model(x_q, x_kv).last_hidden_state
+
+
+def read_padded(model: nn.Module, x_q: Tensor, x_kv: Tensor) -> Tensor:
+    return model(x_q, x_kv, pad_mask=padding(x_kv.shape[1])).last_hidden_state
+
+
+def self_attention(**changes: Any) -> nn.Module:
+    return library.core.SelfAttention(**{"num_heads": 2, "num_channels": 16, "num_v_channels": 6, **changes})
+
+
+def rotary(length: int, width: int = 4, right_align: bool = False, batch: int = B) -> Any:
+    places = torch.rand(batch, length, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 30
+    encoding = library.position.FrequencyPositionEncoding(width).double()
+    return library.position.RotaryPositionEmbedding(encoding(places), right_align=right_align)
+
+
+def attend_rotated(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, pad_mask=padding(N, start=True), rot_pos_emb=rotary(N + 2)).last_hidden_state
+
+
+def read_prefix(model: nn.Module, x_q: Tensor, prefix: Tensor) -> Tensor:
+    """Perceiver AR's: a prefix and the queries, in order."""
+    positions = [rotary(length, right_align=True) for length in (N, M + N)]
+    pad = padding(M + N, start=True)
+    return model(
+        x_q, x_kv_prefix=prefix, pad_mask=pad, rot_pos_emb_q=positions[0], rot_pos_emb_k=positions[1]
+    ).last_hidden_state
+
+
+ARRAYS = {"x_q": (B, N, 8), "x_kv": (B, M, 9)}
+CASES = {
+    "image": Case(image_classifier, lambda m, data: m(data), {"data": (B, 5, 4, 1)}, converted(5, 3, 1)),
+    "language": Case(language_model, lambda m: m(tokens(12)), {}, converted(4, 2)),
+    "language, padded": Case(
+        language_model, lambda m: m(tokens(12), pad_mask=padding(12)), {}, converted(4, 2)
+    ),
+    "causal": Case(causal_model, speak, {}, converted(4, 1)),
+    "causal, padded": Case(lambda **c: causal_model(max_heads_parallel=2, **c), speak_padded, {}, converted(4, 1)),
+    "cross": Case(cross_attention, read, ARRAYS, converted(1, 1)),
+    "cross, one set": Case(cross_attention, read, {**ARRAYS, "x_q": (1, N, 8)}, converted(1, 1)),
+    "cross, one input": Case(cross_attention, read, {**ARRAYS, "x_kv": (1, M, 9)}, converted(1, 1)),
+    "cross, many queries": Case(cross_attention, read, {**ARRAYS, "x_q": (1, 12, 8)}, converted(1, 1)),
+    "cross, padded": Case(
+        lambda **c: cross_attention(num_heads=2, qkv_bias=False, out_bias=False, **c), read_padded, ARRAYS, converted(1, 1)
+    ),
+    "cross, wide": Case(
+        lambda **c: cross_attention(num_kv_input_channels=1100, **c), read, {**ARRAYS, "x_kv": (B, M, 1100)}, converted(1, 1)
+    ),
+    "cross, causal": Case(lambda **c: cross_attention(causal_attention=True, **c), read, ARRAYS, converted(1, 1)),
+    "cross, causal, fewer keys": Case(
+        lambda **c: cross_attention(causal_attention=True, **c), read, {**ARRAYS, "x_kv": (B, 3, 9)}, converted(1, 1)
+    ),
+    "prefix": Case(
+        lambda **c: cross_attention(num_kv_input_channels=8, causal_attention=True, **c), read_prefix,
+        {"x_q": (B, N, 8), "prefix": (B, M, 8)}, converted(1, 1),
+    ),
+    "self": Case(self_attention, lambda m, x: m(x).last_hidden_state, {"x": (B, N, 16)}, converted(1, 0)),
+    "self, rotated": Case(self_attention, attend_rotated, {"x": (B, N, 16)}, converted(1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_same_results(name: str, training: bool) -> None:
+    report = assert_same_results(CASES[name], training=training)
+    # The text encoder has one layer that reads: it is the class itself that is left alone.
+    assert {entry.kind.split()[-1] for entry in report.kept} <= {"TextEncoder"}
+
+
+@pytest.mark.parametrize("name", ["image", "causal, padded", "cross", "cross, padded", "prefix", "self, rotated"])
+def test_way_back(name: str) -> None:
+    assert_reversible(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["image", "cross"])
+def test_copies(name: str) -> None:
+    assert_copies(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["cross", "prefix"])
+def test_compiled(name: str) -> None:
+    assert_compiles(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["image", "cross", "causal"])
+def test_fp32(name: str) -> None:
+    assert_accurate(CASES[name])
+
+
+def test_autocast() -> None:
+    assert_accurate(CASES["image"], autocast=True)
+
+
+@pytest.mark.parametrize("name", ["image", "causal"])
+def test_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"dropout": 0.25} if name == "image" else {"post_attention_dropout": 0.25}
+    assert_drops(CASES[name], monkeypatch, 0.25, **changes)
+
+
+def test_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers of an encoder, two of them one, read one packed form."""
+    packs = []
+    original = functional.pack_inputs
+
+    def recording(content: Tensor, *args: Any, **options: Any) -> Any:
+        packs.append(tuple(content.shape))
+        return original(content, *args, **options)
+
+    case = CASES["image"]
+    model = case.model()
+    replace_attention(model)
+    monkeypatch.setattr(functional, "pack_inputs", recording)
+    model(case.data()["data"])
+    # The image, once, and what the decoder's single query reads.
+    assert packs == [(B, 20, 15), (B, 6, 16)]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotary_positions_of_other_lengths(rows: int) -> None:
+    """Too few rows of positions are the original's to broadcast, or to refuse."""
+    original = self_attention().attention.double()
+    x = torch.randn(B, N, 16).double()
+    positions = rotary(rows)
+    outcomes = []
+    for _ in range(2):
+        try:
+            outcomes.append(original(x, x, rot_pos_emb_k=positions).last_hidden_state)
+        except RuntimeError as error:
+            outcomes.append(str(error))
+        replace_attention(original)
+    assert isinstance(outcomes[0], Tensor) == (rows == 1)
+    if rows == 1:
+        torch.testing.assert_close(outcomes[1], outcomes[0])
+    else:
+        assert outcomes[1] == outcomes[0]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_cache(rotated: bool) -> None:
+    """A sequence in three parts, with what came before: outputs and caches are the original's."""
+    model = self_attention(causal_attention=True).double().eval()
+    x = torch.randn(B, N, 16).double()
+
+    def run() -> tuple[Tensor, Any]:
+        empty = library.core.SelfAttentionLayer(2, 16, num_v_channels=6).empty_kv_cache(x)
+        outputs, cache = [], empty
+        for start, stop in ((0, 2), (2, 3), (3, N)):
+            positions = rotary(N) if rotated else None
+            found = model.attention(
+                model.norm(x[:, start:stop]), model.norm(x[:, start:stop]), rot_pos_emb_k=positions, kv_cache=cache
+            )
+            outputs.append(found.last_hidden_state)
+            cache = found.kv_cache
+        return torch.cat(outputs, 1), cache
+
+    expected, kept = run()
+    assert replace_attention(model).converted
+    out, cache = run()
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(cache[0], kept[0]) and torch.equal(cache[1], kept[1])
+
+
+def test_generation() -> None:
+    """Perceiver AR, token by token through its cache."""
+    model = causal_model().double().eval()
+
+    def run() -> Tensor:
+        ids, cache, logits = tokens(10), [], []
+        with torch.no_grad():
+            out = model(ids, prefix_len=6, kv_cache=cache)
+            for _ in range(3):
+                logits.append(out.logits[:, -1])
+                ids = torch.cat((ids, logits[-1].argmax(-1, keepdim=True)), 1)
+                out = model(ids[:, -1:], prefix_len=6, kv_cache=out.kv_cache)
+        return torch.stack(logits)
+
+    expected = run()
+    replace_attention(model)
+    torch.testing.assert_close(run(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_left_alone() -> None:
+    class Subclass(library.core.CrossAttention):
+        pass
+
+    lora, hooked, subclass = cross_attention(), cross_attention(), Subclass(1, 8, 9)
+    lora.attention.k_proj = LoRALinear(lora.attention.k_proj)
+    hooked.attention.q_proj.register_forward_pre_hook(lambda *args: None)
+    model = nn.ModuleDict({"lora": lora, "hooked": hooked, "subclass": subclass})
+    case = Case(lambda: model, lambda m, x_q, x_kv: sum(read(m[name], x_q, x_kv) for name in m), ARRAYS, {})
+    case.model()
+    expected = results(case, model)
+    kept = kept_reasons(model)
+    assert set(kept) == {"lora", "lora.attention", "hooked", "hooked.attention", "subclass"}
+    assert all("LoRALinear" in kept[name] for name in ("lora", "lora.attention"))
+    assert kept["hooked"].startswith("attention.q_proj has hooks") and kept["hooked.attention"].startswith("q_proj has hooks")
+    assert "subclass of CrossAttention" in kept["subclass"]
+    assert type(lora) is type(hooked) is library.core.CrossAttention
+    assert_agree(results(case, model), expected)
