@@ -44,7 +44,6 @@ from perceiver_kernels.cli.subject import Pass  # noqa: E402
 from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
 KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal", "c128", "c64")
-LAYER_CASES = ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud")
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
@@ -178,8 +177,8 @@ def kernels(context: Context) -> None:
 
 def layers(context: Context) -> None:
     """The whole layer."""
-    passes = [each for each in PASSES.values() if each.level == "layer"]
-    _timed(context, "layers", "encode", LAYER_CASES, passes, context.peers, COMPILED_CASES)
+    regime = REGIMES["layers"]
+    _timed(context, "layers", "layers", regime.default_cases, list(regime.passes.values()), context.peers, COMPILED_CASES)
 
 
 def attention(context: Context, name: str) -> None:

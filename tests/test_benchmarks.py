@@ -72,11 +72,12 @@ def test_gpu_bench_knows_its_parts_and_cases(
 def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The parts of gpu_bench on a CPU, with cases cut down: what they write is what the tables read."""
     gpu_bench, tables = imported("gpu_bench"), imported("tables")
-    for name, case in (("encode", "imagenet"), ("decode", "flow"), ("process", "imagenet"), ("encode-kv", "kv-256x1m-d256")):
+    others = {"decode": "flow", "process": "imagenet", "encode-kv": "kv-256x1m-d256"}
+    for name, case in {"encode": "imagenet", "layers": "imagenet", **others}.items():
         regime = gpu_bench.REGIMES[name]
         small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled(128)}, default_cases=(case,))
         monkeypatch.setitem(gpu_bench.REGIMES, name, small)
-    for name in ("KERNEL_CASES", "LAYER_CASES", "JUDGED_CASES"):
+    for name in ("KERNEL_CASES", "JUDGED_CASES"):
         monkeypatch.setattr(gpu_bench, name, ("imagenet",))
     monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)

@@ -7,7 +7,7 @@ are LayerNorm -> projections -> attention -> output projection, and end where th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -65,15 +65,16 @@ class Workload:
         device, dtype: where and in what the work is done.
         inputs: the input array [B, M, C]; random when None.
         chunk: tokens per chunk of the chunked layer; `chunk_size(B)` when None.
+        regime: name of the regime that the case belongs to.
     """
 
-    regime = "encode"
+    norms = 2
 
     def __init__(
         self, case: Any, device: torch.device, dtype: torch.dtype, *, inputs: Tensor | None = None,
-        chunk: int | None = None,
+        chunk: int | None = None, regime: str = "encode",
     ) -> None:  # fmt: skip
-        self.case, self.device, self.dtype = case, device, dtype
+        self.regime, self.case, self.device, self.dtype = regime, case, device, dtype
         self.chunk = chunk or chunk_size(case.B)
         with seeded(0):
             self.layer = self._our_layer()
@@ -237,6 +238,10 @@ class Workload:
             return ["out"]
         names = ["out", "dlatents", *(f"d{name}" for name, _ in self.layer.named_parameters())]
         return [*names, "dinputs"] if which == "backward-inputs" else names
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return the calls themselves."""
+        return dict(calls)
 
     # ------ what a result is held against
 
