@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=options.sizes, metavar="M,...",
         help=f"each case at these sizes, like 1024,64K,1M ({_by_regime(lambda regime: str(regime.axis), _has_axis)})",
     )  # fmt: skip
+    parser.add_argument("--csv", type=options.file, metavar="PATH", help="also write the rows as CSV")
     add_device_arguments(parser)
 
 
@@ -92,7 +93,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     _check_together(arguments, regimes)
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile
-    report = Report(f"bench {arguments.what}", arguments.json)
+    report = Report(f"bench {arguments.what}", arguments.json, csv=arguments.csv)
     with backend_scope(arguments.backend), report:
         bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
         console.line(

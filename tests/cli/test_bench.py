@@ -1,7 +1,8 @@
-"""`bench` beyond one regime: all of them, sweeps of sizes, and what memory does not hold."""
+"""`bench` beyond one regime: all of them, sweeps of sizes, what memory does not hold, and rows as CSV."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from perceiver_kernels.cli import bench, main, measure
+from perceiver_kernels.cli import bench, flat, main, measure
 from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.workload import Workload
 from perceiver_kernels.testing.cases import ENCODE
@@ -67,6 +68,7 @@ class TestRegimes:
             (["process", "--sizes", "1K"], "--sizes: must be given with one of encode, layers, decode, encode-kv, got process"),
             (["decode", "--sizes", "1K", "--max-inputs", "4"], "argument --max-inputs: not allowed with argument --sizes"),
             (["decode", "--sizes", "1Q"], "argument --sizes: must be numbers like 1024,64K,1M, got '1Q'"),
+            (["decode", "--csv", "-"], "argument --csv: must name a file, got '-'"),
         ],
     )
     def test_wrong_requests_are_one_line(self, call: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,3 +133,34 @@ class TestSizes:
         monkeypatch.setattr(Workload, "calls", broken)
         with pytest.raises(RuntimeError, match="a defect"):
             main(["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"])
+
+
+class TestCsv:
+    def test_a_line_for_every_row(self, tmp_path: Path) -> None:
+        paths = tmp_path / "bench.json", tmp_path / "deep" / "bench.csv"
+        call = ["bench", "layers", *QUICK, "--case", "imagenet", "--max-inputs", "33", "--passes", "backward"]
+        assert main([*call, "--peers", "cudnn", "--json", str(paths[0]), "--csv", str(paths[1])]) == 0
+        with paths[1].open(newline="") as stream:
+            lines = list(csv.DictReader(stream))
+        rows = rows_of(paths[0])
+        assert [tuple(line) for line in lines] == len(rows) * [flat.COLUMNS]
+        for line, row in zip(lines, rows, strict=True):
+            assert (line["kind"], line["implementation"]) == (row["kind"], row.get("implementation", ""))
+            assert line["failure"] == (row["failure"] or "")
+            assert line["peak_extra_bytes"] == str(row.get("peak_extra_bytes", ""))
+        ours, (cudnn,) = lines[0], [line for line in lines if line["implementation"] == "cudnn"]
+        assert (ours["M"], ours["C"], ours["Lq"]) == ("33", "261", "") and float(ours["p50_ms"]) == rows[0]["p50_ms"]
+        assert float(ours["worst_error"]) == max(rows[0]["errors"].values())
+        assert cudnn["p50_ms"] == "" and cudnn["failure"] != ""
+
+    def test_is_checked_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(bench.Bench, "measure_ceilings", lambda self: 1 / 0)
+        assert main(["bench", "layers", *QUICK, "--csv", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"perceiver-kernels bench: cannot write {tmp_path}: it is a folder or a device\n"
+
+    def test_a_line_break_stays_in_its_cell(self) -> None:
+        told = flat.text([{"kind": "bench", "failure": 'one,\n"two"'}])
+        (line,) = csv.DictReader(told.splitlines(keepends=True))
+        assert line["failure"] == 'one,\n"two"' and told.startswith("kind,regime,case,pass,implementation,")
