@@ -2,7 +2,8 @@
 
 For every case and pass the specification is computed in fp64, our result is judged against it, and only a
 result that passes is timed; a wrong one ends the command with exit code 1. A peer that cannot run keeps its
-row, with the reason; so does whatever runs out of memory.
+row, with the reason; so does whatever runs out of memory. `--compare` puts the rows beside those of an older
+report.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import info, options
+from perceiver_kernels.cli import compare, info, options
 from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
@@ -65,6 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"each case at these sizes, like 1024,64K,1M ({_by_regime(lambda regime: str(regime.axis), _has_axis)})",
     )  # fmt: skip
     parser.add_argument("--csv", type=options.file, metavar="PATH", help="also write the rows as CSV")
+    parser.add_argument(
+        "--compare", type=options.file, metavar="OLD.json", help="show the rows beside those of an older report"
+    )
+    parser.add_argument(
+        "--tolerance", type=options.percent, metavar="PERCENT",
+        help=f"more than this over the old time or memory is a regression (default: {compare.TOLERANCE:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fail-on-regression", action="store_true", help="exit code 1 where a row of ours is one, with --compare"
+    )
     add_device_arguments(parser)
 
 
@@ -87,10 +99,11 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
-    """Run the benchmark; exit code 1 when a result of ours was wrong."""
+    """Run the benchmark; exit code 1 when a result of ours was wrong, or a regression that was to fail."""
     regimes = list(REGIMES.values()) if arguments.what == ALL else [REGIMES[arguments.what]]
     tasks = planned(regimes, arguments.case, arguments.passes)
     _check_together(arguments, regimes)
+    older = compare.load(Path(arguments.compare)) if arguments.compare else None
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile
     report = Report(f"bench {arguments.what}", arguments.json, csv=arguments.csv)
@@ -105,7 +118,8 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
                 for size in arguments.sizes or [None]:
                     case = task.regime.sizes(name, device, arguments.max_inputs, size)
                     bench.case(task.regime, case, task.passes, arguments.peers, compiled=compiled, size=size)
-    return 1 if bench.failures else 0
+        regressed = older is not None and compare.show(older, report.content, console, arguments.tolerance)
+    return 1 if bench.failures or (regressed and arguments.fail_on_regression) else 0
 
 
 def _check_together(arguments: argparse.Namespace, regimes: Sequence[Regime]) -> None:
@@ -115,6 +129,11 @@ def _check_together(arguments: argparse.Namespace, regimes: Sequence[Regime]) ->
         raise CommandError(f"argument --sizes: must be given with one of {names}, got {arguments.what}")
     if arguments.max_inputs and all(regime.cpu_inputs is None for regime in regimes):
         raise CommandError(f"argument --max-inputs: {arguments.what} have no number of inputs to cut")
+    for option, given in (
+        ("--tolerance", arguments.tolerance is not None), ("--fail-on-regression", arguments.fail_on_regression),
+    ):  # fmt: skip
+        if given and not arguments.compare:
+            raise CommandError(f"argument {option}: must be given with --compare")
 
 
 @dataclasses.dataclass(frozen=True)
