@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import large  # noqa: E402
-import models  # noqa: E402
 import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
@@ -47,7 +46,8 @@ KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal",
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
-ATTENTION_REGIMES = ("decode", "process", "encode-kv")
+WHOLE_REGIMES = ("models", "decode", "process", "encode-kv")
+"""Each a part of its name."""
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -181,12 +181,14 @@ def layers(context: Context) -> None:
     _timed(context, "layers", "layers", regime.default_cases, list(regime.passes.values()), context.peers, COMPILED_CASES)
 
 
-def attention(context: Context, name: str) -> None:
-    """One regime of attention over given keys and values: the part has its name."""
+def whole_regime(context: Context, name: str) -> None:
+    """One regime, attention over given keys and values or whole models: the part has its name."""
     regime = REGIMES[name]
     # Others than the default cases are measured where they are named.
     cases = regime.default_cases if context.cases is None else tuple(regime.cases)
-    _timed(context, name, name, cases, list(regime.passes.values()), context.peers, cases)
+    # A model's peers are originals of its own: of attention's, only that there are none counts.
+    peers = None if name == "models" and context.peers else context.peers
+    _timed(context, name, name, cases, list(regime.passes.values()), peers, cases)
 
 
 def _timed(
@@ -238,14 +240,6 @@ def hundred_million(context: Context) -> None:
     )
 
 
-def whole_models(context: Context) -> None:
-    """Models of the family beside their originals."""
-    context.failures += models.measure_models(
-        context.report("models"), context.console, context.device, torch.bfloat16, compiled=context.compiled,
-        seconds=context.seconds, out_of_time=context.out_of_time,
-    )  # fmt: skip
-
-
 PARTS: dict[str, Callable[[Context], None]] = {
     "correctness": correctness,
     "kernels": kernels,
@@ -253,8 +247,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "memory": memory_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
-    "models": whole_models,
-    **{name: functools.partial(attention, name=name) for name in ATTENTION_REGIMES},
+    **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},
 }
 
 if __name__ == "__main__":

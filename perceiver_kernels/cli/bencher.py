@@ -13,7 +13,7 @@ from perceiver_kernels.cli.gate import Gate, Verdict
 from perceiver_kernels.cli.regimes import Regime
 from perceiver_kernels.cli.report import Report
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import GRAPHED, OURS, OWN, Pass, Subject, shape_of
+from perceiver_kernels.cli.subject import GRAPHED, OURS, OWN, Pass, Subject, peer_option, shape_of
 from perceiver_kernels.cli.workload import Workload, chunk_size
 
 
@@ -65,6 +65,7 @@ class Bench:
             size: the one of a sweep that the case has, named in each row's command.
         """
         self.arguments = "" if size is None else f" --sizes {size}"
+        passes = regime.passes_of(case, passes)
         work, failure = self._workload(regime, case)
         if work is None:
             self.console.heading(f"{case.name}: {failure}")
@@ -120,7 +121,7 @@ class Bench:
             "shape": shape_of(case), "pass": each.name, "implementation": name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "command": f"perceiver-kernels bench {regime} --case {case.name} --passes {each.name}{self.arguments}"
-            + ("" if name in OWN else f" --peers {name}"),
+            + ("" if name in OWN else f" --peers {peer_option(name)}"),
         }  # fmt: skip
 
     def chunked_memory(self, case: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 
 from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload
 from perceiver_kernels.cli.attention_workload import least_bytes as attention_bytes
+from perceiver_kernels.cli.model_workload import MODEL_PASSES
+from perceiver_kernels.cli.model_workload import workload as model_workload
+from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS
 from perceiver_kernels.cli.subject import Pass, Subject
 from perceiver_kernels.cli.workload import PASSES, Workload
 from perceiver_kernels.cli.workload import least_bytes as encode_bytes
@@ -29,7 +32,8 @@ class Regime:
         default_cases: names of what is measured when none is asked for.
         passes: name -> pass.
         workload: makes the tensors and calls of a case on a device, in a dtype.
-        least_bytes: of a case, a pass and the bytes of an element: the fewest bytes that the pass moves.
+        least_bytes: of a case, a pass and the bytes of an element: the fewest bytes that the pass moves; 0 where the sizes
+            alone do not tell.
         default_passes: names of what is measured when no pass is asked for.
         cpu_inputs: tokens that a case is cut to on a CPU, unless somebody says otherwise; None where cases have none.
         axis: the size of a case that `--sizes` sets, None where there is none.
@@ -56,6 +60,11 @@ class Regime:
         elif max_inputs:
             case = case.cut(max_inputs)
         return case if size is None or self.axis is None else dataclasses.replace(case, **{self.axis: size})
+
+    def passes_of(self, case: Any, passes: Iterable[Pass]) -> list[Pass]:
+        """Return those of some passes that a case has: all of them, unless it says which."""
+        known = getattr(case, "passes", self.passes)
+        return [each for each in passes if each.name in known]
 
 
 def _encode(name: str, meaning: str, default_cases: tuple[str, ...], level: str) -> Regime:
@@ -97,6 +106,10 @@ REGIMES = {
         _attention(
             "encode-kv", "few latents read many inputs", ENCODE_KV,
             ("kv-256x1m-d256", "kv-64x16k-h16-d64", "kv-512x50k-d128", "kv-512x50k-h8-d64"), "Lk",
+        ),
+        Regime(
+            "models", "whole models beside their originals", MODELS, DEFAULT_MODELS, MODEL_PASSES, model_workload,
+            lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
         ),
     )
 }  # fmt: skip

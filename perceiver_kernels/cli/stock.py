@@ -28,7 +28,9 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ATTENTIONS = ("eager", *SDPA, "flex", "ffpa")
+WHOLE = ("transformers", "sdpa")
+"""Of whole models: their originals, and ours over PyTorch's own attention."""
+ATTENTIONS = ("eager", *SDPA, "flex", "ffpa", *WHOLE)
 COMPILED = ("compiled-eager", "compiled-efficient", "compiled-cudnn")
 # compiled-eager keeps the scores in memory as eager does; the other two are what torch.compile makes of a
 # fused kernel.

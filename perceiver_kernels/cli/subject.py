@@ -103,6 +103,12 @@ def shape_of(case: Any) -> dict[str, int]:
     return {name: size for name, size in dataclasses.asdict(case).items() if name != "name"}
 
 
+def peer_option(implementation: str) -> str:
+    """Return the name of the peer, as the command line has it, that a stock implementation's row is of."""
+    name = implementation.removesuffix(GRAPHED)
+    return f"compiled-{name.removesuffix(COMPILED)}" if name.endswith(COMPILED) else name
+
+
 def heads_of(case: Any) -> str:
     """Return a case's heads in words."""
     return f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
