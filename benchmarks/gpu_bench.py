@@ -38,7 +38,7 @@ from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa
 from perceiver_kernels.cli.console import Console  # noqa: E402
 from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
-from perceiver_kernels.cli.stock import Peer  # noqa: E402
+from perceiver_kernels.cli.stock import ATTENTION_PEERS, Peer  # noqa: E402
 from perceiver_kernels.cli.subject import Pass  # noqa: E402
 from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
@@ -186,8 +186,13 @@ def whole_regime(context: Context, name: str) -> None:
     regime = REGIMES[name]
     # Others than the default cases are measured where they are named.
     cases = regime.default_cases if context.cases is None else tuple(regime.cases)
-    # A model's peers are originals of its own: of attention's, only that there are none counts.
-    peers = None if name == "models" and context.peers else context.peers
+    peers = context.peers
+    if name == "models":
+        # Its peers are originals of its own: of attention's, only that there are none counts.
+        peers = None if peers else peers
+    elif peers is None:
+        # Compiling softmax(q k^T) v takes long for each case, and wins none.
+        peers = [peer for peer in ATTENTION_PEERS if not peer.startswith("compiled") and (context.compiled or peer != "flex")]
     _timed(context, name, name, cases, list(regime.passes.values()), peers, cases)
 
 
