@@ -32,23 +32,22 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import large  # noqa: E402
-import models  # noqa: E402
 import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
 from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
-from perceiver_kernels.cli.stock import Peer  # noqa: E402
+from perceiver_kernels.cli.stock import ATTENTION_PEERS, Peer  # noqa: E402
 from perceiver_kernels.cli.subject import Pass  # noqa: E402
 from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
 KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal", "c128", "c64")
-LAYER_CASES = ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud")
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
-ATTENTION_REGIMES = ("decode", "process", "encode-kv")
+WHOLE_REGIMES = ("models", "decode", "process", "encode-kv")
+"""Each a part of its name."""
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -178,16 +177,23 @@ def kernels(context: Context) -> None:
 
 def layers(context: Context) -> None:
     """The whole layer."""
-    passes = [each for each in PASSES.values() if each.level == "layer"]
-    _timed(context, "layers", "encode", LAYER_CASES, passes, context.peers, COMPILED_CASES)
+    regime = REGIMES["layers"]
+    _timed(context, "layers", "layers", regime.default_cases, list(regime.passes.values()), context.peers, COMPILED_CASES)
 
 
-def attention(context: Context, name: str) -> None:
-    """One regime of attention over given keys and values: the part has its name."""
+def whole_regime(context: Context, name: str) -> None:
+    """One regime, attention over given keys and values or whole models: the part has its name."""
     regime = REGIMES[name]
     # Others than the default cases are measured where they are named.
     cases = regime.default_cases if context.cases is None else tuple(regime.cases)
-    _timed(context, name, name, cases, list(regime.passes.values()), context.peers, cases)
+    peers = context.peers
+    if name == "models":
+        # Its peers are originals of its own: of attention's, only that there are none counts.
+        peers = None if peers else peers
+    elif peers is None:
+        # Compiling softmax(q k^T) v takes long for each case, and wins none.
+        peers = [peer for peer in ATTENTION_PEERS if not peer.startswith("compiled") and (context.compiled or peer != "flex")]
+    _timed(context, name, name, cases, list(regime.passes.values()), peers, cases)
 
 
 def _timed(
@@ -239,14 +245,6 @@ def hundred_million(context: Context) -> None:
     )
 
 
-def whole_models(context: Context) -> None:
-    """Models of the family beside their originals."""
-    context.failures += models.measure_models(
-        context.report("models"), context.console, context.device, torch.bfloat16, compiled=context.compiled,
-        seconds=context.seconds, out_of_time=context.out_of_time,
-    )  # fmt: skip
-
-
 PARTS: dict[str, Callable[[Context], None]] = {
     "correctness": correctness,
     "kernels": kernels,
@@ -254,8 +252,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "memory": memory_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
-    "models": whole_models,
-    **{name: functools.partial(attention, name=name) for name in ATTENTION_REGIMES},
+    **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},
 }
 
 if __name__ == "__main__":

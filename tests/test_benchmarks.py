@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import subprocess
 import sys
@@ -72,16 +71,19 @@ def test_gpu_bench_knows_its_parts_and_cases(
 def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The parts of gpu_bench on a CPU, with cases cut down: what they write is what the tables read."""
     gpu_bench, tables = imported("gpu_bench"), imported("tables")
-    for name, case in (("encode", "imagenet"), ("decode", "flow"), ("process", "imagenet"), ("encode-kv", "kv-256x1m-d256")):
+    others = {"decode": "flow", "process": "imagenet", "encode-kv": "kv-256x1m-d256"}
+    for name, case in {"encode": "imagenet", "layers": "imagenet", **others}.items():
         regime = gpu_bench.REGIMES[name]
         small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled(128)}, default_cases=(case,))
         monkeypatch.setitem(gpu_bench.REGIMES, name, small)
-    for name in ("KERNEL_CASES", "LAYER_CASES", "JUDGED_CASES"):
+    for name in ("KERNEL_CASES", "JUDGED_CASES"):
         monkeypatch.setattr(gpu_bench, name, ("imagenet",))
     monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
     monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
-    _cut_down_models(imported("models"), monkeypatch)
+    models = gpu_bench.REGIMES["models"]
+    small = {name: models.cases[name].scaled() for name in ("imagenet-fourier-b8", "multimodal-part", "shape-decoder-129")}
+    monkeypatch.setitem(gpu_bench.REGIMES, "models", dataclasses.replace(models, cases=small, default_cases=tuple(small)))
     context = gpu_bench.Context(
         tmp_path,
         Console(plain=True),
@@ -106,39 +108,6 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert tables.host(results)[-1] == "| imagenet | backward | 12 |"
     assert tables.attention_kernels(results)[-1].endswith(" | one 0.0045 (2) |")
     assert len(tables.summary(results)) == 1 + 5 + 4 + 3 + 3 * 2
-
-
-def _cut_down_models(models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small models and a small shape; a CPU has no graphs."""
-    sizes = {
-        "num_latents": 6, "d_latents": 16, "num_blocks": 1, "num_self_attends_per_block": 1, "num_self_attention_heads": 2,
-    }  # fmt: skip
-    ours = {"num_latents": 6, "latent_dim": 16, "num_blocks": 1, "layers_per_block": 1, "latent_heads": 2}
-    image, media = models.CASES["imagenet-fourier-b8"], models.CASES["multimodal-part"]
-    small_media = {
-        "num_frames": 2, "audio_samples_per_frame": 32, "image_size": 2, "output_shape": [1, 2, 8, 8], "num_labels": 5
-    }  # fmt: skip
-    points = {"image": torch.arange(9), "audio": torch.arange(2), "label": None}
-    cases = {
-        "image": dataclasses.replace(
-            image, original=(image.original[0], {**sizes, **models.ONE_HEAD, "num_labels": 5}),
-            build=functools.partial(image.build, num_classes=5, **ours), inputs=lambda: torch.randn(2, 3, 8, 8),
-        ),
-        "media": dataclasses.replace(
-            media, original=(media.original[0], {**sizes, **models.ONE_HEAD, **small_media}),
-            build=functools.partial(
-                media.build, frames=2, image_size=8, samples_per_frame=32, num_classes=5, **ours
-            ),
-            inputs=lambda: {
-                "image": torch.randn(1, 2, 3, 8, 8), "audio": torch.randn(1, 64, 1), "label": torch.rand(1, 5)
-            },
-            options=lambda: ({"points": points}, {"subsampled_output_points": points}), passes=("forward",),
-        ),
-    }  # fmt: skip
-    monkeypatch.setattr(models, "CASES", cases)
-    monkeypatch.setattr(models, "GRIDS", (5,))
-    small = functools.partial(models.SHAPES, num_latents=8, dim=32, decoder_layers=1, latent_heads=2)
-    monkeypatch.setattr(models, "SHAPES", small)
 
 
 def test_a_named_case_is_measured_where_it_is_no_default(

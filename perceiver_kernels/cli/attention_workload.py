@@ -7,7 +7,7 @@ gradients of all three from a forward that was saved, and is measured alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class AttentionWorkload:
         case: a `testing.cases.AttentionCase`.
         device, dtype: where and in what the work is done.
     """
+
+    norms = 2
 
     def __init__(self, regime: str, case: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.regime, self.case, self.device, self.dtype = regime, case, device, dtype
@@ -95,6 +97,10 @@ class AttentionWorkload:
     def names(self, which: str) -> list[str]:
         """Return the names of the tensors that a pass gives."""
         return ["out"] if which == "forward" else ["dq", "dk", "dv"]
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return the calls themselves."""
+        return dict(calls)
 
     # ------ what a result is held against
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perceiver_kernels.cli.measure import release
+from perceiver_kernels.cli.measure import OUT_OF_MEMORY, is_out_of_memory, release
 from perceiver_kernels.cli.subject import Subject
-from perceiver_kernels.testing.accuracy import assert_as_accurate
+from perceiver_kernels.testing.accuracy import assert_as_accurate, compare
 
 PIECE_ELEMENTS = 2**27
 """Elements that are compared at a time; every piece has to pass."""
@@ -57,12 +57,15 @@ class Gate:
         try:
             oracle = self.workload.specification(which, torch.float64)
             eager = self.workload.specification(which, self.workload.dtype)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             release()
-            unjudged = Verdict({}, {}, "not judged: the specification ran out of memory")
-            return dict.fromkeys(subjects, unjudged)
+            return dict.fromkeys(subjects, Verdict({}, {}, f"not judged: {OUT_OF_MEMORY} in the specification"))
         terms = self.workload.terms(which)
-        verdicts = {name: verdict(call(), eager, oracle, names, terms) for name, call in subjects.items()}
+        verdicts = {
+            name: verdict(call(), eager, oracle, names, terms, norms=self.workload.norms) for name, call in subjects.items()
+        }
         del oracle, eager
         release()
         return verdicts
@@ -70,9 +73,12 @@ class Gate:
 
 def verdict(
     actual: Sequence[Tensor], eager: Sequence[Tensor], oracle: Sequence[Tensor], names: list[str],
-    terms: Mapping[str, Tensor] | None = None,
+    terms: Mapping[str, Tensor] | None = None, *, norms: int = 2,
 ) -> Verdict:  # fmt: skip
-    """Judge the tensors of one result; ``terms`` of those that are sums which cancel, as testing/accuracy.py has it."""
+    """Judge the tensors of one result; ``terms`` of those that are sums which cancel, as testing/accuracy.py has it.
+
+    ``norms`` counts the norms that the rule holds in: both, or the L2 norm alone.
+    """
     failure = None
     errors: dict[str, float] = {}
     eager_errors: dict[str, float] = {}
@@ -82,10 +88,17 @@ def verdict(
         errors[name], eager_errors[name] = relative_error(mine, truth), relative_error(textbook, truth)
         try:
             for my_part, textbook_part, true_part in _pieces(mine, textbook, truth):
-                assert_as_accurate(my_part, textbook_part, true_part, name, terms=(terms or {}).get(name))
+                _check(my_part, textbook_part, true_part, name, (terms or {}).get(name), norms)
         except (AssertionError, ValueError) as error:
             failure = failure or " ".join(str(error).split())
     return Verdict(errors, eager_errors, failure)
+
+
+def _check(mine: Tensor, textbook: Tensor, truth: Tensor, name: str, terms: Tensor | None, norms: int) -> None:
+    if norms == 2:
+        assert_as_accurate(mine, textbook, truth, name, terms=terms)
+    elif not (judged := compare(mine, textbook, truth, terms=terms)[0]).passes:
+        raise AssertionError(f"{name}: {judged}")
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:

@@ -30,6 +30,8 @@ import torch
 
 Call = Callable[[], Any]
 
+OUT_OF_MEMORY = "out of memory"
+"""The failure of what memory does not hold."""
 MEMORY_METHOD = {
     "cuda": "torch.cuda.max_memory_allocated above the bytes allocated before the call",
     "cpu": "torch.profiler's record of PyTorch's CPU allocator, above the bytes allocated before the call "
@@ -73,15 +75,18 @@ def attempt(call: Call) -> str | None:
         try:
             call()
             synchronize()
-        except (torch.OutOfMemoryError, MemoryError):
-            failure = "out of memory"
         except Exception as error:
             # Whatever stops an implementation is its result: a refusal, a compiler's error, a missing kernel.
-            failure = _first_sentence(error, caught)
+            failure = OUT_OF_MEMORY if is_out_of_memory(error) else _first_sentence(error, caught)
         else:
             return None
     release()
     return failure
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is used up; PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def synchronize() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 from perceiver_kernels.cli.report import CommandError, unknown_name
@@ -53,6 +54,38 @@ def seconds(text: str) -> float:
     if not 0 < number <= LONGEST_SECONDS:
         raise CommandError(f"must be above 0 and at most {LONGEST_SECONDS:.0f}, got {text!r}")
     return number
+
+
+def sizes(text: str) -> list[int]:
+    """Read whole numbers separated by commas, each with a K (2^10) or an M (2^20) where wanted: sorted, each once."""
+    factors = {"K": 2**10, "M": 2**20}
+    try:
+        numbers = [
+            int(part[:-1]) * factors[part[-1]] if part[-1] in factors else int(part) for part in text.upper().split(",")
+        ]
+    except (ValueError, IndexError):
+        raise CommandError(f"must be numbers like 1024,64K,1M, got {text!r}") from None
+    if min(numbers) < 1:
+        raise CommandError(f"must be at least 1, got {text!r}")
+    return sorted(set(numbers))
+
+
+def percent(text: str) -> float:
+    """Read a percentage from 0 on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise CommandError(f"must be a percentage, at least 0, got {text!r}")
+    return number
+
+
+def file(text: str) -> str:
+    """Read the name of a file, which stdout is none of."""
+    if text == "-":
+        raise CommandError("must name a file, got '-'")
+    return path(text)
 
 
 def path(text: str) -> str:

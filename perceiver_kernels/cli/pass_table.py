@@ -14,12 +14,13 @@ COLUMNS = (
     "p20..p80",
     "host us",
     "TFLOP/s",
+    "GB/s",
     "of floor",
     "extra memory",
     "error",
     "eager's",
 )
-SPARE_COLUMNS = ("host us", "p20..p80", "extra memory", "of floor")
+SPARE_COLUMNS = ("GB/s", "host us", "p20..p80", "extra memory", "of floor")
 """Left out, in this order, where a line has no room for all."""
 MOST_KERNELS = 6
 """So many are told by name, the longest first; JSON has all."""
@@ -47,6 +48,10 @@ def _kernel(entry: dict[str, Any]) -> str:
     return f"{kernel_name(entry['kernel'])} {format_ms(entry['us'] / 1e3)}{launches}"
 
 
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _is_peer(row: dict[str, Any]) -> bool:
     return row["implementation"] not in OWN
 
@@ -62,6 +67,7 @@ def _cells(row: dict[str, Any]) -> list[Any]:
         f"{format_ms(row['p20_ms'])}..{format_ms(row['p80_ms'])}",
         "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
         f"{row['tflops']:.3g}" if row["flops"] else "-",
+        _rate(row["gbytes_per_s"]),
         f"{100 * row['of_floor']:.0f} %",
         format_bytes(row["peak_extra_bytes"]),
         f"{errors[worst]:.2g}" if worst else "-",

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from perceiver_kernels.cli import info
+from perceiver_kernels.cli import flat, info
 
 SCHEMA = 1
 
@@ -70,10 +70,12 @@ class Report:
     Args:
         command: name of the command.
         paths: files to write; '-' is stdout, written once, at the end; None is nowhere.
+        csv: file to write the rows to as CSV.
     """
 
-    def __init__(self, command: str, *paths: str | os.PathLike[str] | None) -> None:
+    def __init__(self, command: str, *paths: str | os.PathLike[str] | None, csv: str | None = None) -> None:
         self.files = [Path(path) for path in paths if path not in (None, "-")]
+        self.csv = None if csv is None else Path(csv)
         self.prints = "-" in paths
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
@@ -83,7 +85,7 @@ class Report:
             "environment": info.collect(),
             "rows": [],
         }
-        for path in self.files:
+        for path in self._written:
             check_writable(path)
         self._keep()
 
@@ -97,8 +99,8 @@ class Report:
             emit(self._text(), sys.stdout)
         if kind is KeyboardInterrupt:
             self._keep()
-            if self.files:
-                told = f"{len(self.rows)} rows are in {' and '.join(map(str, self.files))}"
+            if self._written:
+                told = f"{len(self.rows)} rows are in {' and '.join(map(str, self._written))}"
                 raise KeyboardInterrupt(told) from None
 
     def set(self, **values: Any) -> None:
@@ -116,11 +118,15 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return self.content["rows"]
 
+    @property
+    def _written(self) -> list[Path]:
+        return self.files if self.csv is None else [*self.files, self.csv]
+
     def _keep(self) -> None:
-        for path in self.files:
+        for path in self._written:
             try:
                 partial = path.with_name(path.name + ".partial")
-                partial.write_text(self._text() + "\n")
+                partial.write_text(flat.text(self.rows) if path == self.csv else self._text() + "\n")
                 partial.replace(path)
             except OSError as error:
                 raise CommandError(f"cannot write {path}: {error.strerror or error}") from error

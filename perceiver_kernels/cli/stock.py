@@ -2,8 +2,9 @@
 
 A peer's name is `[compiled-]<attention>[-pad8]`: `eager` writes softmax(q k^T) v out; `math`, `flash`,
 `cudnn` and `efficient` are scaled_dot_product_attention with that one backend allowed; `flex` is flex_attention
-put through torch.compile; `ffpa` is the package ffpa-attn, where it is installed; `compiled-` puts the layer
-through torch.compile; `-pad8` zero-pads head dims to a multiple of 8, which the fused backends demand.
+put through torch.compile; `ffpa`, `xformers` and `flash-attn` are the packages ffpa-attn, xformers and flash-attn;
+`transformers` and `perceiver-pytorch` are the layers of those packages; `compiled-` puts the layer through
+torch.compile; `-pad8` zero-pads head dims to a multiple of 8, which the fused backends demand.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +31,21 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ATTENTIONS = ("eager", *SDPA, "flex", "ffpa")
+LIBRARIES = {"ffpa": "ffpa_attn", "xformers": "xformers", "flash-attn": "flash_attn"}
+"""Peers of packages of their own, and what they are imported as."""
+ORIGINALS = ("transformers", "perceiver-pytorch")
+"""Of layers and whole models: what has no attention over given queries, keys and values."""
+WHOLE = (*ORIGINALS, "sdpa")
+"""Those of whole models: `sdpa` is our model over PyTorch's own attention."""
+ATTENTIONS = ("eager", *SDPA, "flex", *LIBRARIES, *WHOLE)
 COMPILED = ("compiled-eager", "compiled-efficient", "compiled-cudnn")
 # compiled-eager keeps the scores in memory as eager does; the other two are what torch.compile makes of a
 # fused kernel.
-PEERS = ("eager", *SDPA, *COMPILED)
+PEERS = ("eager", *SDPA, *COMPILED, *LIBRARIES)
 """Of a layer, and of attention over one tensor that serves as keys and values."""
-ATTENTION_PEERS = ("flash", "cudnn", "efficient", "math", "flex", "ffpa")
+LAYER_PEERS = (*PEERS, *ORIGINALS)
+"""Of whole layers."""
+ATTENTION_PEERS = ("flash", "cudnn", "efficient", "math", "flex", *LIBRARIES, "compiled-eager")
 """Of attention over given keys and values."""
 CPU_PEERS = ("eager", "math", "flash")
 
@@ -55,9 +66,9 @@ class Peer:
     def parse(cls, name: str) -> Peer:
         """Read a peer's name; CommandError with the nearest names for an unknown one."""
         core = name.removeprefix("compiled-").removesuffix("-pad8")
-        if core not in ATTENTIONS:
+        if core not in ATTENTIONS or (core in WHOLE and name.endswith("-pad8")):
             known = dict.fromkeys((*PEERS, *ATTENTION_PEERS))
-            raise unknown_name("peer", name, [*known, *(f"{peer}-pad8" for peer in known)])
+            raise unknown_name("peer", name, [*known, *(f"{peer}-pad8" for peer in known), *WHOLE])
         return cls(core, name.startswith("compiled-"), name.endswith("-pad8"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -72,8 +83,10 @@ class Peer:
             return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
         if self.attention == "flex":
             return _flex_attention()(q, k, v, scale=scale)
-        if self.attention == "ffpa":
-            return _ffpa_attention(q, k, v, scale)
+        if self.attention in LIBRARIES:
+            return _LIBRARY_CALLS[self.attention](q, k, v, scale)
+        if self.attention in WHOLE:
+            raise ValueError(f"{self.attention} has no attention over given queries, keys and values")
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def only(self) -> contextlib.AbstractContextManager[Any]:
@@ -90,15 +103,42 @@ def _flex_attention() -> Any:
 
 def _ffpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """ffpa-attn's own kernels; which head dims it hands on is what its version 0.2.4 does."""
-    try:
-        from ffpa_attn import ffpa_attn_func
-    except ImportError as error:
-        raise RuntimeError(f"ffpa-attn cannot be imported: {error}") from error
+    attend = _imported("ffpa-attn", "ffpa_attn", "ffpa_attn_func")
     if not 256 < q.shape[-1] <= 1024:
         raise ValueError(
             f"ffpa-attn has kernels for head dims 257 to 1024 and hands others to SDPA, got {q.shape[-1]}"
         )
-    return ffpa_attn_func(q, k, v, scale=scale)
+    return attend(q, k, v, scale=scale)
+
+
+def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The kernel that xformers picks, in its layout [B, L, H, d]."""
+    attend = _imported("xformers", "xformers.ops", "memory_efficient_attention")
+    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale=scale).transpose(1, 2)
+
+
+def _flash_attn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The package flash-attn, in its layout [B, L, H, d]."""
+    attend = _imported("flash-attn", "flash_attn", "flash_attn_func")
+    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale=scale).transpose(1, 2)
+
+
+_LIBRARY_CALLS: dict[str, Callable[..., Tensor]] = {
+    "ffpa": _ffpa_attention, "xformers": _xformers_attention, "flash-attn": _flash_attn_attention,
+}  # fmt: skip
+
+
+def _imported(package: str, module: str, name: str) -> Any:
+    """A function of a package that may not be there, or not for this PyTorch."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, OSError, AttributeError) as error:
+        raise RuntimeError(f"{package} cannot be imported: {error}") from error
+
+
+def _is_installed(peer: Peer) -> bool:
+    module = LIBRARIES.get(peer.attention)
+    return module is None or importlib.util.find_spec(module) is not None
 
 
 def peers_for(
@@ -109,7 +149,7 @@ def peers_for(
 
     Args:
         names: names of peers; None for all.
-        head_dims: where one is no multiple of 8, the padded variants come too.
+        head_dims: where one is no multiple of 8, the padded variants come too, but of what is not installed.
         device: a CPU has neither cuDNN nor the memory-efficient kernel, and needs no padding.
         compiled: whether all includes what torch.compile makes.
         offered: all that a GPU has.
@@ -120,9 +160,8 @@ def peers_for(
         return [Peer.parse(name) for name in CPU_PEERS]
     peers = [Peer.parse(name) for name in offered if compiled or name not in (*COMPILED, "flex")]
     odd = any(dim % 8 for dim in head_dims)
-    return peers + [
-        dataclasses.replace(peer, padded=True) for peer in peers if odd and peer.attention != "eager"
-    ]
+    paddable = [peer for peer in peers if peer.attention not in ("eager", *WHOLE) and _is_installed(peer)]
+    return peers + [dataclasses.replace(peer, padded=True) for peer in paddable if odd]
 
 
 class StockCrossAttention(nn.Module):

@@ -19,7 +19,9 @@ from perceiver_kernels.dispatch import use_backend
 OURS = "ours"
 CHUNKED = "ours-chunked"
 ON_TRITON = "ours-triton"
-OWN = (OURS, CHUNKED, ON_TRITON)
+GRAPHED, COMPILED = "-graphed", "-compiled"
+"""Ends of the names of a whole model as a CUDA graph, and through torch.compile."""
+OWN = (OURS, CHUNKED, ON_TRITON, OURS + GRAPHED, OURS + COMPILED)
 """Implementations whose wrong result fails a command; the others are stock."""
 
 
@@ -28,7 +30,7 @@ class Pass:
     """One thing to measure."""
 
     name: str
-    level: Literal["kernel", "layer"]
+    level: Literal["kernel", "layer", "model"]
     title: str
 
 
@@ -39,12 +41,14 @@ class Subject(Protocol):
         regime: name of the regime, as the command line has it.
         case: named sizes, of `testing.cases`.
         device, dtype: where and in what the work is done.
+        norms: in how many norms the accuracy rule holds: 2 for L2 and maximum, 1 for L2 alone.
     """
 
     regime: str
     case: Any
     device: torch.device
     dtype: torch.dtype
+    norms: int
 
     @property
     def title(self) -> str:
@@ -65,6 +69,10 @@ class Subject(Protocol):
 
     def names(self, which: str) -> list[str]:
         """Return the names of the tensors that a pass gives."""
+        ...
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return calls that give the tensors of `names`: the same calls where those do."""
         ...
 
     def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -90,7 +98,15 @@ class Subject(Protocol):
 
 def shape_of(case: Any) -> dict[str, int]:
     """Return a case's sizes as plain values."""
+    if (own := getattr(case, "shape", None)) is not None:
+        return own
     return {name: size for name, size in dataclasses.asdict(case).items() if name != "name"}
+
+
+def peer_option(implementation: str) -> str:
+    """Return the name of the peer, as the command line has it, that a stock implementation's row is of."""
+    name = implementation.removesuffix(GRAPHED)
+    return f"compiled-{name.removesuffix(COMPILED)}" if name.endswith(COMPILED) else name
 
 
 def heads_of(case: Any) -> str:

@@ -7,7 +7,7 @@ are LayerNorm -> projections -> attention -> output projection, and end where th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference
-from perceiver_kernels.cli import textbook
+from perceiver_kernels.cli import originals, textbook
 from perceiver_kernels.cli.measure import Call, seeded
-from perceiver_kernels.cli.stock import Peer, StockCrossAttention, compiled, peers_for
+from perceiver_kernels.cli.stock import LAYER_PEERS, ORIGINALS, PEERS, Peer, StockCrossAttention, compiled, peers_for
 from perceiver_kernels.cli.subject import (
     CHUNKED,
     ON_TRITON,
@@ -65,15 +65,16 @@ class Workload:
         device, dtype: where and in what the work is done.
         inputs: the input array [B, M, C]; random when None.
         chunk: tokens per chunk of the chunked layer; `chunk_size(B)` when None.
+        regime: name of the regime that the case belongs to.
     """
 
-    regime = "encode"
+    norms = 2
 
     def __init__(
         self, case: Any, device: torch.device, dtype: torch.dtype, *, inputs: Tensor | None = None,
-        chunk: int | None = None,
+        chunk: int | None = None, regime: str = "encode",
     ) -> None:  # fmt: skip
-        self.case, self.device, self.dtype = case, device, dtype
+        self.regime, self.case, self.device, self.dtype = regime, case, device, dtype
         self.chunk = chunk or chunk_size(case.B)
         with seeded(0):
             self.layer = self._our_layer()
@@ -103,7 +104,8 @@ class Workload:
         return describe(self.case)
 
     def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
-        return peers_for(names, (self.case.d_qk, self.case.d_v), self.device, compiled=compiled)
+        offered = LAYER_PEERS if self.regime == "layers" else PEERS
+        return peers_for(names, (self.case.d_qk, self.case.d_v), self.device, compiled=compiled, offered=offered)
 
     def choice(self, which: str) -> tuple[Literal["absorbed", "projected"], str]:
         """Return the method and the backend of our callable; kernel passes are absorbed by definition."""
@@ -194,9 +196,21 @@ class Workload:
             attend = functools.partial(_shared_as_stock, peer)
             attend = compiled(attend) if peer.compiled else attend
             return self._kernel_call(which, attend, peer)
+        if peer.attention in ORIGINALS:
+            return self._original(which, peer)
         layer: Any = self.stock_layer(peer)
         layer = compiled(layer) if peer.compiled else layer
         return self.layer_call(which, layer, self.inputs, peer)
+
+    def _original(self, which: str, peer: Peer) -> Call:
+        """The layer of another package, made at the first call: what it refuses is its result."""
+
+        @functools.cache
+        def made() -> Call:
+            layer: Any = originals.layer(peer.attention, self.case, self.layer, self.device, self.dtype)
+            return self.layer_call(which, compiled(layer) if peer.compiled else layer, self.inputs)
+
+        return lambda: made()()
 
     def _kernel_call(
         self, which: str, attend: Callable[[Tensor, Tensor], Tensor], peer: Peer | None = None
@@ -237,6 +251,10 @@ class Workload:
             return ["out"]
         names = ["out", "dlatents", *(f"d{name}" for name, _ in self.layer.named_parameters())]
         return [*names, "dinputs"] if which == "backward-inputs" else names
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return the calls themselves."""
+        return dict(calls)
 
     # ------ what a result is held against
 
@@ -285,7 +303,10 @@ class Workload:
 
 
 def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: Tensor) -> Call:
-    """Return the callable of a layer pass: out, then gradients of latents, weights (and inputs)."""
+    """Return the callable of a layer pass: out, then gradients of latents, weights (and inputs).
+
+    A layer whose parameters are others than ours has ``as_ours``, which makes ours of the gradients of its own.
+    """
     if which in ("forward", "forward-packed"):
         return quiet(lambda: (layer(latents, inputs),))
     latents = latents.detach().requires_grad_()
@@ -293,10 +314,12 @@ def layer_pass(which: str, layer: Any, latents: Tensor, inputs: Any, gradient: T
     if which == "backward-inputs":
         inputs = inputs.detach().requires_grad_()
         leaves.append(inputs)
+    as_ours = layer.as_ours if hasattr(layer, "as_ours") else lambda gradients: gradients
 
     def forward_backward() -> tuple[Tensor, ...]:
         out = layer(latents, inputs)
-        return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
+        first, *rest = torch.autograd.grad(out, leaves, gradient)
+        return (out.detach(), first, *as_ours(rest))
 
     return forward_backward
 

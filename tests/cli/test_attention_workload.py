@@ -16,7 +16,7 @@ from perceiver_kernels.cli import gate, measure, textbook
 from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload, flops, least_bytes
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES
-from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.cli.stock import LAYER_PEERS, Peer, peers_for
 from perceiver_kernels.cli.subject import saved_gradients
 from perceiver_kernels.testing.cases import AttentionCase
 
@@ -85,9 +85,54 @@ class TestPeers:
         work.device = torch.device("cuda")
         even = AttentionCase("even", B=1, H=1, Lq=1, Lk=1, d_qk=64, d_v=64)
         work.case = even
-        names = ["flash", "cudnn", "efficient", "math", "flex", "ffpa"]
+        names = ["flash", "cudnn", "efficient", "math", "flex", "ffpa", "xformers", "flash-attn", "compiled-eager"]
         assert [peer.name for peer in work.peers(None, compiled=True)] == names
-        assert [peer.name for peer in work.peers(None, compiled=False)] == [n for n in names if n != "flex"]
+        without = [name for name in names if name not in ("flex", "compiled-eager")]
+        assert [peer.name for peer in work.peers(None, compiled=False)] == without
+
+    def test_what_is_not_installed_is_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not one for each padding too."""
+        found = {"xformers": object(), "ffpa_attn": None, "flash_attn": None}
+        monkeypatch.setattr("importlib.util.find_spec", found.get)
+        names = [peer.name for peer in peers_for(None, (261,), torch.device("cuda"), compiled=False, offered=LAYER_PEERS)]
+        assert [name for name in names if name.startswith(("xformers", "ffpa", "flash-attn"))] == [
+            "ffpa", "xformers", "flash-attn", "xformers-pad8"
+        ]  # fmt: skip
+        assert {"transformers", "perceiver-pytorch"} < set(names) and "transformers-pad8" not in names
+
+    @pytest.mark.parametrize(
+        ("peer", "module", "function", "scale"),
+        [
+            ("xformers", "xformers.ops", "memory_efficient_attention", "scale"),
+            ("flash-attn", "flash_attn", "flash_attn_func", "softmax_scale"),
+        ],
+    )
+    def test_libraries_are_called_in_their_layout(
+        self, peer: str, module: str, function: str, scale: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """[B, L, H, d], and the scale by their name for it."""
+        case = AttentionCase("plain", B=2, H=3, Lq=5, Lk=7, d_qk=16, d_v=16)
+        work = AttentionWorkload("decode", case, CPU, torch.float32)
+        shapes = []
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: float) -> torch.Tensor:
+            shapes.append((q.shape, k.shape))
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            return Peer("eager").attend(q, k, v, options[scale]).transpose(1, 2)
+
+        monkeypatch.setitem(sys.modules, module.split(".")[0], SimpleNamespace())
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: attend}))
+        for mine, theirs in zip(work.ours("backward")(), work.stock("backward", Peer.parse(peer))(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert shapes == [((2, 5, 3, 16), (2, 7, 3, 16))]
+        monkeypatch.setitem(sys.modules, module, None)
+        told = measure.attempt(work.stock("forward", Peer.parse(peer)))
+        assert told is not None and told.startswith(f"{peer} cannot be imported: ")
+
+    @pytest.mark.parametrize("peer", ["transformers", "perceiver-pytorch", "sdpa"])
+    def test_layers_and_models_are_no_attention(self, work: AttentionWorkload, peer: str) -> None:
+        told = measure.attempt(work.stock("forward", Peer.parse(peer)))
+        assert told == f"{peer} has no attention over given queries, keys and values"
 
     def test_a_package_that_is_not_there_is_a_reason(
         self, work: AttentionWorkload, monkeypatch: pytest.MonkeyPatch

@@ -53,12 +53,13 @@ BENCH_ROWS = [
         "1198..1301",
         "10432",
         "0.0229",
+        "2500",
         "100 %",
         "1000 MiB",
         "4.4e-07",
         "2.3e-07",
     ],
-    ["ours", "0.626", "0.611..0.640", "98", "351", "44 %", "241 MiB", "0.0041", "0.0044"],
+    ["ours", "0.626", "0.611..0.640", "98", "351", "1187", "44 %", "241 MiB", "0.0041", "0.0044"],
 ]
 LONG = "the CUDA library is not built: the CUDA library was never built in this source tree"
 
@@ -82,8 +83,8 @@ class TestTable:
         for row in BENCH_ROWS:
             (line,) = [line for line in lines if line.startswith(row[0])]
             shown = re.split(r" {2,}", line)
-            assert shown == [row[0], row[1], *row[4:]]
-        assert lines[-1] == "(no room for host us, p20..p80)"
+            assert shown == [row[0], row[1], row[4], *row[6:]]
+        assert lines[-1] == "(no room for GB/s, host us, p20..p80)"
 
     def test_all_columns_where_there_is_room(self, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         lines = self.printed(plain, 120, monkeypatch, pass_table.COLUMNS, BENCH_ROWS, pass_table.SPARE_COLUMNS)

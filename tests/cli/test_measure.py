@@ -142,12 +142,14 @@ class TestAttempt:
 
 class TestPeers:
     def test_names_round_trip(self) -> None:
-        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8", "flex", "ffpa"):
+        for name in ("eager", "flash", "efficient-pad8", "compiled-eager", "compiled-cudnn-pad8", "flash-attn", "transformers"):
             assert Peer.parse(name).name == name
 
     def test_unknown_names_get_the_nearest(self) -> None:
         with pytest.raises(CommandError, match="no peer named 'eagre'; nearest: eager"):
             Peer.parse("eagre")
+        with pytest.raises(CommandError, match="no peer named 'transformers-pad8'; nearest: transformers"):
+            Peer.parse("transformers-pad8")
         assert "nearest: b" in str(unknown_name("thing", "bb", ["b", "xyz"]))
 
     def test_odd_head_dims_add_padded_variants_on_a_gpu(self) -> None:

@@ -94,10 +94,11 @@ class TestHelp:
         encode = dataclasses.replace(REGIMES["encode"], default_cases=("flow", "c64"), cpu_inputs=777)
         monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
-        assert "on a CPU encode: 777; decode: 512" in self.of("bench", "--max-inputs")
+        assert "on a CPU encode: 777; layers: 2048; decode: 512" in self.of("bench", "--max-inputs")
         assert "encode: flow c64" in self.of("bench", "--case")
         assert "default: 0.125" in self.of("bench", "--seconds")
-        assert bench.chosen(encode, None, None)[0] == ("flow", "c64")
+        (task,) = bench.planned([encode], None, None)
+        assert task.cases == ("flow", "c64")
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "SIZES", (5, 50))

@@ -1,0 +1,350 @@
+"""A whole model as something to call, beside its original with the same weights and in the same run.
+
+A whole model is thousands of launches: where the host is slower at them than the GPU, an eager call shows the host's time, a
+CUDA graph the GPU's, so both are measured. A result is held against the original in the next wider dtype before it is timed:
+its error may be twice that of the original in the dtype that is timed, plus the rounding of the output, in the L2 norm.
+Gradients are judged as one vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels import convert, use_backend
+from perceiver_kernels.cli.measure import Call, seeded
+from perceiver_kernels.cli.models import GridCase, ModelCase
+from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.cli.subject import COMPILED, GRAPHED, OURS, Pass, Subject, quiet
+from perceiver_kernels.counting import summary
+from perceiver_kernels.models import PerceiverIO
+
+MODEL_PASSES = {
+    each.name: each
+    for each in (
+        Pass("forward", "model", "whole model, forward"),
+        Pass("training", "model", "whole model, forward + backward"),
+    )
+}
+ORIGINAL, SDPA = "transformers", "sdpa"
+"""Peers of a published model, and of the grid decoder, which is our model through PyTorch's attention."""
+POSITIONS = 16.0
+"""Times the fp32 floor of the accuracy rule: the original makes Fourier features in fp32 whatever its dtype, and the sines of
+arguments up to 350 differ by the arguments' rounding; 4e-6 between the two models in fp64."""
+JUDGED_QUERIES = 4096
+"""Points of a grid that are judged, at random places."""
+
+
+def workload(case: ModelCase | GridCase, device: torch.device, dtype: torch.dtype) -> Subject:
+    """Return the models and inputs of a case."""
+    return ModelWorkload(case, device, dtype) if isinstance(case, ModelCase) else GridWorkload(case, device, dtype)
+
+
+class _Workload:
+    """What the two kinds share: a `Subject` of regime "models"."""
+
+    regime, norms = "models", 1
+    case: Any
+    device: torch.device
+    dtype: torch.dtype
+    original: str
+
+    @property
+    def title(self) -> str:
+        return self.case.title
+
+    def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
+        if names is not None:
+            return [Peer.parse(name) for name in names]
+        with_compiled = compiled and getattr(self.case, "compiles", False)
+        return [Peer(self.original), *([Peer(self.original, compiled=True)] if with_compiled else [])]
+
+    def terms(self, which: str) -> Mapping[str, Tensor]:
+        """Return none: these results are judged as they are."""
+        return {}
+
+    def labels(self, which: str, implementation: str) -> dict[str, str]:
+        """Return whose model it is; ours takes several backends."""
+        return {} if implementation.startswith(OURS) else {"backend": "stock"}
+
+    def _refused(self, peer: Peer) -> Call:
+        def call() -> None:
+            raise ValueError(f"{peer.name} has no such model: {self.case.name} is measured beside {self.original}")
+
+        return call
+
+
+class ModelWorkload(_Workload):
+    """A published model of ours and transformers', with one set of random weights; neither drops anything.
+
+    Args:
+        case, device, dtype: as in `Subject`.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+
+    original = ORIGINAL
+
+    def __init__(self, case: ModelCase, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        wider = torch.float64 if dtype == torch.float32 else torch.float32
+        self.exact, self.ours_model = _pair(case, device, wider)
+        with seeded(1):
+            self.exact_inputs = _moved(case.inputs(), device, wider)
+        self.our_options, self.their_options = (_moved(options, device, None) for options in case.options())
+        self.ours_model.to(dtype)
+        self.our_inputs = _moved(self.exact_inputs, device, dtype)
+        self.width = dtype if case.theirs_under_autocast and dtype != torch.float32 else None
+        self.theirs = self.exact if self.width else copy.deepcopy(self.exact).to(dtype)
+        self.their_inputs = self.exact_inputs if self.width else self.our_inputs
+
+    # ------ calls
+
+    def ours(self, which: str) -> Call:
+        """Return our callable for a pass: outputs, and of training gradients in the parameters."""
+        return _call(self.ours_model, self.our_inputs, self.our_options, which)
+
+    def _stock(self, which: str, model: Any) -> Call:
+        return _call(model, self.their_inputs, self.their_options, which, self.width)
+
+    def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
+        """Return ours and the original's callables, on a GPU as graphs too; a compiled peer comes with ours compiled."""
+        calls = self._with_graph(OURS, self.ours(which), self.ours_model)
+        for peer in peers:
+            if peer.attention != ORIGINAL:
+                calls[peer.name] = self._refused(peer)
+            elif peer.compiled:
+                ours = _call(torch.compile(self.ours_model), self.our_inputs, self.our_options, which)
+                calls |= {OURS + COMPILED: ours, ORIGINAL + COMPILED: self._stock(which, torch.compile(self.theirs))}
+            else:
+                calls |= self._with_graph(ORIGINAL, self._stock(which, self.theirs), self.theirs)
+        return calls
+
+    def _with_graph(self, name: str, call: Call, model: nn.Module) -> dict[str, Call]:
+        graph = {name + GRAPHED: _captured(call, model)} if self.device.type == "cuda" else {}
+        return {name: call, **graph}
+
+    # ------ what a result is held against
+
+    def names(self, which: str) -> list[str]:
+        """Return the names of what is judged."""
+        return ["out"] if which == "forward" else ["out", "gradients"]
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return calls that give outputs and gradients as vectors, those of the original under our names."""
+        return {name: functools.partial(self._result, self._model(name), call) for name, call in calls.items()}
+
+    def _model(self, implementation: str) -> nn.Module:
+        return self.ours_model if implementation.startswith(OURS) else self.theirs
+
+    def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return what the original gives, in the wider dtype or in the one that is timed."""
+        if dtype == torch.float64:
+            exact = _call(self.exact, self.exact_inputs, self.their_options, which)
+            self._oracle = [tensor.double() for tensor in self._result(self.exact, exact)]
+            return self._oracle
+        return self._result(self.theirs, self._stock(which, self.theirs))
+
+    def terms(self, which: str) -> Mapping[str, Tensor]:
+        """Return what lets a result differ by what fp32 makes of positions."""
+        return {name: POSITIONS * tensor.abs() for name, tensor in zip(self.names(which), self._oracle, strict=True)}
+
+    def _result(self, model: nn.Module, call: Call) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        out = torch.cat([output.detach().flatten().clone() for output in call()])
+        if all(p.grad is None for p in model.parameters()):
+            return [out]
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        if model is not self.ours_model:
+            # A weight that several names share is one parameter, whose gradient belongs to each of them.
+            shared = {id(p): gradients[name] for name, p in model.named_parameters()}
+            kept = model.state_dict(keep_vars=True)
+            state = {name: shared.get(id(p), torch.zeros_like(p)) for name, p in kept.items()}
+            gradients = convert.to_ours(convert.rules_of(self.ours_model, ORIGINAL), state)
+        vector = torch.cat([gradients[name].flatten() for name, _ in self.ours_model.named_parameters()])
+        model.zero_grad(set_to_none=True)
+        return [out, vector]
+
+    # ------ what rates are of
+
+    def flops(self, which: str, implementation: str) -> int:
+        """Return the FLOPs of a pass with keys and values for every token, as papers count them; a backward is two forwards."""
+        return self._forward_flops("projected") * (3 if which == "training" else 1)
+
+    @functools.cache  # noqa: B019, a workload lives as long as what it counts
+    def _forward_flops(self, method: Any) -> int:
+        return summary(self.ours_model, self.our_inputs, method=method, **self.our_options).whole.flops
+
+    def least(self, which: str) -> tuple[int, int]:
+        """Return the fewest FLOPs, projected or as our layers choose, and the fewest bytes: inputs, weights, gradients once."""
+        passes = 3 if which == "training" else 1
+        moved = _bytes_of(self.our_inputs) + (2 if which == "training" else 1) * _bytes_of(list(self.ours_model.parameters()))
+        return passes * min(self._forward_flops("projected"), self._forward_flops(None)), moved
+
+
+class GridWorkload(_Workload):
+    """Our shape decoder with random weights, and latents of one shape.
+
+    Args:
+        case, device, dtype: as in `Subject`.
+    """
+
+    original = SDPA
+
+    def __init__(self, case: GridCase, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        with seeded(0):
+            wider = torch.float64 if dtype == torch.float32 else torch.float32
+            exact = case.build(device=device, dtype=wider).eval()
+            latents = torch.randn(1, exact.config.num_latents, exact.config.dim, device=device, dtype=wider)
+            self.queries = torch.rand(1, JUDGED_QUERIES, 3, device=device) * 2 - 1
+        with torch.no_grad(), use_backend("reference"):
+            self.truth = exact.decode(latents, self.queries).double()
+        self.model, self.latents = exact.to(dtype), latents.to(dtype)
+
+    def ours(self, which: str) -> Call:
+        """Return the callable of the whole grid."""
+        return lambda: (self.model.decode_grid(self.latents, self.case.resolution),)
+
+    def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
+        """Return ours, and the same model through PyTorch's attention."""
+        calls = {OURS: self.ours(which)}
+        for peer in peers:
+            known = peer == Peer(SDPA)
+            calls[peer.name] = _through(SDPA, self.ours(which)) if known else self._refused(peer)
+        return calls
+
+    def names(self, which: str) -> list[str]:
+        return ["out"]
+
+    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """Return calls that decode the points that are judged."""
+        decode = quiet(lambda: [self.model.decode(self.latents, self.queries).flatten()])
+        return {name: decode if name == OURS else _through(SDPA, decode) for name in calls}
+
+    def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return the field at those points, written out in the wider dtype or in the one that is timed."""
+        if dtype == torch.float64:
+            return [self.truth.flatten()]
+        with torch.no_grad(), use_backend("reference"):
+            return [self.model.decode(self.latents, self.queries).flatten()]
+
+    def flops(self, which: str, implementation: str) -> int:
+        """Return the FLOPs of the whole grid, queries projected."""
+        return self._count("projected")
+
+    def _count(self, method: Any) -> int:
+        # Linear in the queries: what the latents take, and what each query adds.
+        decoder = _Decoder(self.model)
+        one, two = (summary(decoder, self.latents, self.queries[:, :n], method=method).whole.flops for n in (1, 2))
+        return one + (self.case.resolution**3 - 1) * (two - one)
+
+    def least(self, which: str) -> tuple[int, int]:
+        """Return the fewest FLOPs, and the bytes of weights, latents and the field."""
+        field = self.case.resolution**3 * self.model.config.output_dim * self.dtype.itemsize
+        moved = _bytes_of([self.latents, *self.model.parameters()]) + field
+        return min(self._count("projected"), self._count(None)), moved
+
+
+class _Decoder(nn.Module):
+    """A shape decoder whose forward is its decoding, as `summary` counts forwards."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor, queries: Tensor) -> Tensor:
+        return self.model.decode(latents, queries)
+
+
+def _through(backend: str, call: Call) -> Call:
+    def run() -> Any:
+        with use_backend(backend):
+            return call()
+
+    return run
+
+
+def _pair(case: ModelCase, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, PerceiverIO]:
+    """The original with random weights, and ours with the same."""
+    import transformers
+
+    name, sizes = case.original
+    with seeded(0):
+        config = transformers.PerceiverConfig(**sizes, attention_probs_dropout_prob=0.0)
+        theirs = getattr(transformers, name)(config).to(device, dtype).eval()
+    ours = case.build(like="transformers", device=device, dtype=dtype).eval()
+    convert.load(ours, theirs.state_dict(), ORIGINAL)
+    return theirs, ours
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device, dtype) for name, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _bytes_of(value: Any) -> int:
+    values: Iterable[Tensor] = value.values() if isinstance(value, Mapping) else [value] if isinstance(value, Tensor) else value
+    return sum(tensor.numel() * tensor.element_size() for tensor in values)
+
+
+def _outputs(model: nn.Module, inputs: Any, options: dict[str, Any]) -> list[Tensor]:
+    result = model(inputs, **options)
+    result = getattr(result, "logits", result)
+    return [result[name] for name in sorted(result)] if isinstance(result, Mapping) else [result]
+
+
+def _train(model: nn.Module, inputs: Any, options: dict[str, Any]) -> list[Tensor]:
+    """Forward, and backward from ones: gradients are left in the parameters."""
+    model.zero_grad(set_to_none=True)
+    outputs = _outputs(model, inputs, options)
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    return outputs
+
+
+def _call(model: Any, inputs: Any, options: dict[str, Any], which: str, width: torch.dtype | None = None) -> Call:
+    """A call that returns outputs; of training, gradients are then in the parameters. ``width``: under autocast to it."""
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    run: Callable[..., list[Tensor]] = _train if which == "training" else _outputs
+
+    def call() -> list[Tensor]:
+        with contextlib.nullcontext() if width is None else torch.autocast(first.device.type, width):
+            return run(model, inputs, options)
+
+    return call if which == "training" else quiet(call)
+
+
+def _captured(call: Call, model: nn.Module) -> Call:
+    """A call's kernels as a CUDA graph, made at the first use; outputs and gradients are overwritten by every replay."""
+    graphs: list[Any] = []
+
+    def replay() -> list[Tensor]:
+        if not graphs:
+            model.zero_grad(set_to_none=True)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = call()
+            graphs.extend((graph, kept, [p.grad for p in model.parameters()]))
+        graph, kept, gradients = graphs
+        graph.replay()
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            p.grad = gradient
+        return kept
+
+    return replay

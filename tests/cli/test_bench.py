@@ -1,0 +1,166 @@
+"""`bench` beyond one regime: all of them, sweeps of sizes, what memory does not hold, and rows as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver_kernels.cli import bench, flat, main, measure
+from perceiver_kernels.cli.regimes import REGIMES, Regime
+from perceiver_kernels.cli.workload import Workload
+from perceiver_kernels.testing.cases import ENCODE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = ("--device", "cpu", "--seconds", "0.005")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"]
+
+
+class TestRegimes:
+    def test_layers_are_the_passes_of_whole_layers(self) -> None:
+        encode, layers = REGIMES["encode"], REGIMES["layers"]
+        assert set(layers.passes) == {"forward", "forward-packed", "backward", "backward-inputs"} == set(layers.default_passes)
+        assert set(encode.default_passes) == {"pack", "attend", "attend-masked", "dq", "dx"}
+        assert layers.cases == encode.cases == ENCODE and set(layers.passes) < set(encode.passes)
+        assert {"language", "resampler", "pointcloud"} < set(layers.default_cases)
+
+    @pytest.mark.parametrize("regime", REGIMES.values(), ids=lambda regime: regime.name)
+    def test_defaults_exist(self, regime: Regime) -> None:
+        assert set(regime.default_cases) <= set(regime.cases) and set(regime.default_passes) <= set(regime.passes)
+
+    def test_all_measures_nothing_twice(self) -> None:
+        tasks = bench.planned(list(REGIMES.values()), None, None)
+        assert [task.regime.name for task in tasks] == list(REGIMES)
+        named = bench.planned(list(REGIMES.values()), ["imagenet"], "forward")
+        assert [task.regime.name for task in named] == ["layers", "decode", "process"]
+        (alone,) = bench.planned([REGIMES["encode"]], ["imagenet,flow", "c64"], "forward")
+        assert alone.cases == ("imagenet", "flow", "c64") and [each.name for each in alone.passes] == ["forward"]
+
+    def test_all_writes_one_report(self, tmp_path: Path) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "all", *QUICK, "--case", "imagenet", "--passes", "attend,forward", "--peers", "none"]
+        assert main([*call, "--max-inputs", "40", "--json", str(path)]) == 0
+        rows = rows_of(path)
+        assert {(row["regime"], row["pass"]) for row in rows} == {
+            ("encode", "attend"), ("layers", "forward"), ("decode", "forward"), ("process", "forward")
+        }  # fmt: skip
+        assert json.loads(path.read_text())["command"] == "bench all"
+        for row in rows:
+            assert row["command"] == f"perceiver-kernels bench {row['regime']} --case imagenet --passes {row['pass']}"
+            assert row["dtype"] == "float32" and row["bytes"] > 0
+            assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / row["p50_ms"] / 1e6)
+
+    @pytest.mark.parametrize(
+        ("call", "told"),
+        [
+            (["encod"], "argument REGIME: no regime named 'encod'; nearest: encode"),
+            (["all", "--case", "decode-h9"], "argument --case: no case named 'decode-h9'; nearest: decode-h8"),
+            (["all", "--passes", "forwrd"], "argument --passes: no pass named 'forwrd'; nearest: forward"),
+            (["all", "--case", "decode-h8", "--passes", "dq"], "no regime has both a case of decode-h8 and a pass of dq"),
+            (["process", "--sizes", "1K"], "--sizes: must be given with one of encode, layers, decode, encode-kv, got process"),
+            (["decode", "--sizes", "1K", "--max-inputs", "4"], "argument --max-inputs: not allowed with argument --sizes"),
+            (["decode", "--sizes", "1Q"], "argument --sizes: must be numbers like 1024,64K,1M, got '1Q'"),
+            (["decode", "--csv", "-"], "argument --csv: must name a file, got '-'"),
+        ],
+    )
+    def test_wrong_requests_are_one_line(self, call: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+        try:
+            code = main(["bench", *call, "--device", "cpu"])
+        except SystemExit as stopped:
+            code = stopped.code
+        captured = capsys.readouterr()
+        assert (code, captured.out) == (2, "") and told in captured.err and captured.err.count("\n") == 1
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("regime", "case", "which", "axis", "other"),
+        [
+            ("encode", "imagenet", "attend", "M", {"C": 261}),
+            ("layers", "language", "forward", "M", {"C": 768}),
+            ("decode", "flow", "forward", "Lq", {"Lk": 512}),
+            ("encode-kv", "kv-256x1m-d256", "forward", "Lk", {"Lq": 256}),
+        ],
+    )
+    def test_each_is_a_case_of_that_size(
+        self, regime: str, case: str, which: str, axis: str, other: dict[str, int], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", regime, *QUICK, "--case", case, "--passes", which, "--peers", "none"]
+        assert main([*call, "--sizes", "70,33", "--json", str(path)]) == 0
+        rows = [row for row in rows_of(path) if row["implementation"] == "ours"]
+        assert [row["shape"][axis] for row in rows] == [33, 70]
+        assert all(row["shape"].items() >= other.items() for row in rows)
+        assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33")
+
+    def test_what_does_not_fit_is_a_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward,backward", "--peers", "none"]
+        assert main([*call, "--sizes", "64,1000000M", "--json", str(path)]) == 0
+        small, large = ([row for row in rows_of(path) if (row["shape"]["M"] == 64) is small] for small in (True, False))
+        assert all(row["failure"] is None for row in small)
+        assert [row["pass"] for row in large] == ["forward", "backward"]
+        assert all(row["failure"].startswith("out of memory: needs about ") for row in large)
+        assert "out of memory" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: not enough")])
+    @pytest.mark.parametrize("place", ["__init__", "calls", "ours", "specification"])
+    def test_running_out_anywhere_is_a_row_and_no_wrong_result(
+        self, place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*_: Any, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(Workload, place, (lambda *_: exhausted) if place == "ours" else exhausted)
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"]
+        assert main([*call, "--json", str(path)]) == 0
+        row = next(row for row in rows_of(path) if row["implementation"] == "ours")
+        assert measure.OUT_OF_MEMORY in row["failure"] and "p50_ms" not in row
+
+    def test_other_errors_are_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(Workload, "calls", broken)
+        with pytest.raises(RuntimeError, match="a defect"):
+            main(["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"])
+
+
+class TestCsv:
+    def test_a_line_for_every_row(self, tmp_path: Path) -> None:
+        paths = tmp_path / "bench.json", tmp_path / "deep" / "bench.csv"
+        call = ["bench", "layers", *QUICK, "--case", "imagenet", "--max-inputs", "33", "--passes", "backward"]
+        assert main([*call, "--peers", "cudnn", "--json", str(paths[0]), "--csv", str(paths[1])]) == 0
+        with paths[1].open(newline="") as stream:
+            lines = list(csv.DictReader(stream))
+        rows = rows_of(paths[0])
+        assert [tuple(line) for line in lines] == len(rows) * [flat.COLUMNS]
+        for line, row in zip(lines, rows, strict=True):
+            assert (line["kind"], line["implementation"]) == (row["kind"], row.get("implementation", ""))
+            assert line["failure"] == (row["failure"] or "")
+            assert line["peak_extra_bytes"] == str(row.get("peak_extra_bytes", ""))
+        ours, (cudnn,) = lines[0], [line for line in lines if line["implementation"] == "cudnn"]
+        assert (ours["M"], ours["C"], ours["Lq"]) == ("33", "261", "") and float(ours["p50_ms"]) == rows[0]["p50_ms"]
+        assert float(ours["worst_error"]) == max(rows[0]["errors"].values())
+        assert cudnn["p50_ms"] == "" and cudnn["failure"] != ""
+
+    def test_is_checked_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(bench.Bench, "measure_ceilings", lambda self: 1 / 0)
+        assert main(["bench", "layers", *QUICK, "--csv", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"perceiver-kernels bench: cannot write {tmp_path}: it is a folder or a device\n"
+
+    def test_a_line_break_stays_in_its_cell(self) -> None:
+        told = flat.text([{"kind": "bench", "failure": 'one,\n"two"'}])
+        (line,) = csv.DictReader(told.splitlines(keepends=True))
+        assert line["failure"] == 'one,\n"two"' and told.startswith("kind,regime,case,pass,implementation,")

@@ -1,0 +1,177 @@
+"""Whole models: every case beside its original at sizes for a CPU, what is judged, and what rates are of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver_kernels.cli import main, measure
+from perceiver_kernels.cli.gate import Gate
+from perceiver_kernels.cli.model_workload import GridWorkload, ModelWorkload, workload
+from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS, GridCase
+from perceiver_kernels.cli.regimes import REGIMES
+from perceiver_kernels.cli.stock import Peer
+from perceiver_kernels.counting import summary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+CALL = ["bench", "models", "--device", "cpu", "--seconds", "0.005"]
+
+
+def small(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return workload(REGIMES["models"].sizes(name, CPU, None), CPU, dtype)
+
+
+class TestCases:
+    def test_published_sizes_are_the_originals(self) -> None:
+        shapes = {name: case.shape for name, case in MODELS.items()}
+        assert shapes["imagenet-fourier-b8"] == {"B": 8, "N": 512, "D": 1024}
+        assert shapes["language-b8"] == {"B": 8, "N": 256, "D": 1280}
+        assert shapes["optical-flow"] == {"B": 1, "N": 2048, "D": 512}
+        assert shapes["multimodal-part"] == {"B": 1, "N": 784, "D": 512}
+        assert shapes["shape-decoder-129"] == {"B": 1, "Lq": 129**3, "N": 512, "D": 512}
+        assert set(DEFAULT_MODELS) < set(MODELS)
+
+    @pytest.mark.parametrize("name", ["imagenet-fourier-b8", "imagenet-learned-b8", "imagenet-conv-b8", "language-b8"])
+    def test_ours_is_built_at_the_size_that_is_told(self, name: str) -> None:
+        case = MODELS[name]
+        model = case.build(device="meta")
+        assert model.encoder.latents.shape[-2:] == (case.shape["N"], case.shape["D"])
+        assert case.inputs().shape[0] == case.B
+
+    def test_the_grid_decoder_is_built_at_the_size_that_is_told(self) -> None:
+        config = MODELS["shape-decoder-257"].build(device="meta").config
+        assert (config.num_latents, config.dim) == (512, 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_ours_is_as_accurate_as_the_original(name: str, dtype: torch.dtype) -> None:
+    if not isinstance(MODELS[name], GridCase):
+        pytest.importorskip("transformers")
+    work = small(name, dtype)
+    peers = work.peers(None, compiled=False)
+    for which in work.case.passes:
+        calls = work.calls(which, peers)
+        assert list(calls) == ["ours", work.original]
+        verdicts = Gate(work).judge(which, work.results(which, calls))
+        assert verdicts["ours"].failure is None and list(verdicts["ours"].errors) == work.names(which)
+        assert verdicts[work.original].failure is None
+
+
+@pytest.fixture(scope="module")
+def work() -> ModelWorkload:
+    pytest.importorskip("transformers")
+    return small("language-b8")
+
+
+class TestJudgement:
+    @pytest.mark.parametrize(("which", "told"), [("forward", "out: "), ("training", "gradients: ")])
+    def test_a_wrong_result_does_not_pass(self, work: ModelWorkload, which: str, told: str) -> None:
+        right = work.ours(which)
+
+        def wrong() -> Any:
+            outputs = right()
+            if which == "forward":
+                return [1.001 * output for output in outputs]
+            next(p for p in work.ours_model.parameters() if p.grad is not None).grad *= 1.5
+            return outputs
+
+        failure = Gate(work).judge(which, work.results(which, {"ours": wrong}))["ours"].failure
+        assert failure is not None and failure.startswith(told)
+
+    def test_shared_weights_have_their_gradient_once(self, work: ModelWorkload) -> None:
+        """The embedding and the token head are one parameter, of which the original's state dict has two names."""
+        _, ours = work.results("training", {"ours": work.ours("training")})["ours"]()
+        _, theirs = work.specification("training", torch.float64)
+        assert ours.numel() == sum(p.numel() for p in work.ours_model.parameters()) == theirs.numel()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+    def test_flops_are_those_of_the_papers(self, work: ModelWorkload) -> None:
+        counted = summary(work.ours_model, work.our_inputs).whole.flops
+        assert work.flops("forward", "ours") == work.flops("forward", "transformers") == counted
+        assert work.flops("training", "ours") == 3 * counted
+        fewest, moved = work.least("forward")
+        weights = 4 * sum(p.numel() for p in work.ours_model.parameters())
+        assert 0 < fewest <= counted and moved == weights + 8 * work.our_inputs.numel()
+        assert work.least("training")[1] == moved + weights
+
+    def test_flops_of_a_grid_are_linear_in_its_points(self) -> None:
+        work = small("shape-decoder-129")
+        model = work.model
+
+        class Decoder(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, latents: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+                return model.decode(latents, queries)
+
+        assert isinstance(work, GridWorkload)
+        assert work.flops("forward", "ours") == summary(Decoder(), work.latents, work.queries[:, :125]).whole.flops
+
+
+class TestPeers:
+    def test_a_compiled_peer_comes_with_ours_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("transformers")
+        monkeypatch.setattr(torch, "compile", lambda model: model)
+        work = small("imagenet-fourier-b8")
+        assert work.peers(None, compiled=True) == [Peer("transformers"), Peer("transformers", compiled=True)]
+        assert list(work.calls("forward", work.peers(None, compiled=True))) == [
+            "ours", "transformers", "ours-compiled", "transformers-compiled"
+        ]  # fmt: skip
+        assert small("imagenet-conv-b8").peers(None, compiled=True) == [Peer("transformers")]
+
+    @pytest.mark.parametrize(("name", "peer"), [("imagenet-conv-b8", "sdpa"), ("shape-decoder-129", "transformers")])
+    def test_another_peer_is_a_reason(self, name: str, peer: str) -> None:
+        pytest.importorskip("transformers")
+        work = small(name)
+        told = measure.attempt(work.calls("forward", [Peer.parse(peer)])[peer])
+        assert told == f"{peer} has no such model: {name} is measured beside {work.original}"
+
+
+class TestCommand:
+    def test_rows(self, tmp_path: Path) -> None:
+        pytest.importorskip("transformers")
+        path = tmp_path / "models.json"
+        call = [*CALL, "--case", "imagenet-fourier-b1", "shape-decoder-129", "--json", str(path)]
+        assert main(call) == 0
+        rows = json.loads(path.read_text())["rows"]
+        # Neither of the two is trained.
+        assert [(row["case"], row["pass"], row["implementation"]) for row in rows] == [
+            (case, "forward", name)
+            for case, peer in (("imagenet-fourier-b1", "transformers"), ("shape-decoder-129", "sdpa"))
+            for name in ("ours", peer)
+        ]
+        for row in rows:
+            assert (row["kind"], row["regime"], row["failure"]) == ("model", "models", None)
+            assert row["p50_ms"] > 0 and row["tflops"] > 0 and row["gbytes_per_s"] > 0 and row["of_floor"] > 0
+        assert rows[1]["command"].endswith("bench models --case imagenet-fourier-b1 --passes forward --peers transformers")
+
+    def test_without_transformers_a_row_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        path = tmp_path / "models.json"
+        assert main([*CALL, "--case", "imagenet-fourier-b1", "shape-decoder-129", "--json", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert rows[0]["failure"].startswith("not installed: ") and rows[0]["implementation"] == "ours"
+        assert rows[1]["failure"] is None
+
+    @pytest.mark.parametrize(
+        ("option", "told"),
+        [
+            (["--case", "imagenet-fourier"], "argument --case: no case named 'imagenet-fourier'; nearest: imagenet-fourier-b"),
+            (["--max-inputs", "9"], "argument --max-inputs: models have no number of inputs to cut"),
+            (["--sizes", "9"], "argument --sizes: must be given with one of encode, layers, decode, encode-kv, got models"),
+        ],
+    )
+    def test_wrong_requests_are_one_line(self, option: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*CALL, *option]) == 2
+        captured = capsys.readouterr()
+        assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
