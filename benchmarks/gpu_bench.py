@@ -9,6 +9,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
 - models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
+- replaced: models of other libraries before and after replace_attention
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
 A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.
@@ -46,7 +47,7 @@ KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal",
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
-WHOLE_REGIMES = ("models", "decode", "process", "encode-kv")
+WHOLE_REGIMES = ("models", "replaced", "decode", "process", "encode-kv")
 """Each a part of its name."""
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
@@ -187,7 +188,7 @@ def whole_regime(context: Context, name: str) -> None:
     # Others than the default cases are measured where they are named.
     cases = regime.default_cases if context.cases is None else tuple(regime.cases)
     peers = context.peers
-    if name == "models":
+    if name in ("models", "replaced"):
         # Its peers are originals of its own: of attention's, only that there are none counts.
         peers = None if peers else peers
     elif peers is None:

@@ -139,6 +139,26 @@ def models(results: Results) -> list[str]:
     return [_where(results["models"]), "", *_markdown(header, table)] if table else []
 
 
+def replaced(results: Results) -> list[str]:
+    """Models of other libraries before and after a replacement: milliseconds as called and as graphs, memory."""
+    rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, "replaced")}
+    table = []
+    for case, which in dict.fromkeys((case, which) for case, which, _ in rows):
+        before, after = (rows.get((case, which, name), {}) for name in ("original", "ours"))
+        times = [row.get("p50_ms") for row in (before, after)]
+        speedup = f"{times[0] / times[1]:.1f}" if all(times) else "-"
+        others = [rows.get((case, which, name)) for name in ("original-graphed", "ours-graphed", "original-compiled")]
+        cells = ["-" if row is None else "cannot" if row["failure"] else _ms(row["p50_ms"]) for row in others]
+        memory = [_bytes(row.get("peak_extra_bytes")) for row in (before, after)]
+        told = ["-" if time is None else _ms(time) for time in times]
+        table.append([case, MODEL_TITLES[which], *told, speedup, *cells, *memory])
+    header = [
+        "case", "pass", "before, ms", "after", "times faster", "graph before", "graph after", "compiled before",
+        "memory before", "after",
+    ]  # fmt: skip
+    return [_where(results["replaced"]), "", *_markdown(header, table)] if table else []
+
+
 def examples(results: Results) -> list[str]:
     """What a run of each example gave."""
     rows = _rows(results, "examples")
@@ -217,6 +237,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "two-backends": two_backends,
     "host": host,
     "models": models,
+    "replaced": replaced,
     "examples": examples,
 }
 

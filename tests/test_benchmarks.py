@@ -84,6 +84,9 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     models = gpu_bench.REGIMES["models"]
     small = {name: models.cases[name].scaled() for name in ("imagenet-fourier-b8", "multimodal-part", "shape-decoder-129")}
     monkeypatch.setitem(gpu_bench.REGIMES, "models", dataclasses.replace(models, cases=small, default_cases=tuple(small)))
+    replaced = gpu_bench.REGIMES["replaced"]
+    small = {name: replaced.cases[name].scaled() for name in ("torch-512x50k-c512-h8",)}
+    monkeypatch.setitem(gpu_bench.REGIMES, "replaced", dataclasses.replace(replaced, cases=small, default_cases=tuple(small)))
     context = gpu_bench.Context(
         tmp_path,
         Console(plain=True),

@@ -97,10 +97,10 @@ class ModelWorkload(_Workload):
         wider = torch.float64 if dtype == torch.float32 else torch.float32
         self.exact, self.ours_model = _pair(case, device, wider)
         with seeded(1):
-            self.exact_inputs = _moved(case.inputs(), device, wider)
-        self.our_options, self.their_options = (_moved(options, device, None) for options in case.options())
+            self.exact_inputs = moved_to(case.inputs(), device, wider)
+        self.our_options, self.their_options = (moved_to(options, device, None) for options in case.options())
         self.ours_model.to(dtype)
-        self.our_inputs = _moved(self.exact_inputs, device, dtype)
+        self.our_inputs = moved_to(self.exact_inputs, device, dtype)
         self.width = dtype if case.theirs_under_autocast and dtype != torch.float32 else None
         self.theirs = self.exact if self.width else copy.deepcopy(self.exact).to(dtype)
         self.their_inputs = self.exact_inputs if self.width else self.our_inputs
@@ -128,7 +128,7 @@ class ModelWorkload(_Workload):
         return calls
 
     def _with_graph(self, name: str, call: Call, model: nn.Module) -> dict[str, Call]:
-        graph = {name + GRAPHED: _captured(call, model)} if self.device.type == "cuda" else {}
+        graph = {name + GRAPHED: captured(call, model)} if self.device.type == "cuda" else {}
         return {name: call, **graph}
 
     # ------ what a result is held against
@@ -185,7 +185,7 @@ class ModelWorkload(_Workload):
     def least(self, which: str) -> tuple[int, int]:
         """Return the fewest FLOPs, projected or as our layers choose, and the fewest bytes: inputs, weights, gradients once."""
         passes = 3 if which == "training" else 1
-        moved = _bytes_of(self.our_inputs) + (2 if which == "training" else 1) * _bytes_of(list(self.ours_model.parameters()))
+        moved = bytes_of(self.our_inputs) + (2 if which == "training" else 1) * bytes_of(list(self.ours_model.parameters()))
         return passes * min(self._forward_flops("projected"), self._forward_flops(None)), moved
 
 
@@ -249,7 +249,7 @@ class GridWorkload(_Workload):
     def least(self, which: str) -> tuple[int, int]:
         """Return the fewest FLOPs, and the bytes of weights, latents and the field."""
         field = self.case.resolution**3 * self.model.config.output_dim * self.dtype.itemsize
-        moved = _bytes_of([self.latents, *self.model.parameters()]) + field
+        moved = bytes_of([self.latents, *self.model.parameters()]) + field
         return min(self._count("projected"), self._count(None)), moved
 
 
@@ -285,15 +285,15 @@ def _pair(case: ModelCase, device: torch.device, dtype: torch.dtype) -> tuple[nn
     return theirs, ours
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+def moved_to(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Mapping):
-        return {name: _moved(item, device, dtype) for name, item in value.items()}
+        return {name: moved_to(item, device, dtype) for name, item in value.items()}
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
-def _bytes_of(value: Any) -> int:
+def bytes_of(value: Any) -> int:
     values: Iterable[Tensor] = value.values() if isinstance(value, Mapping) else [value] if isinstance(value, Tensor) else value
     return sum(tensor.numel() * tensor.element_size() for tensor in values)
 
@@ -324,7 +324,7 @@ def _call(model: Any, inputs: Any, options: dict[str, Any], which: str, width: t
     return call if which == "training" else quiet(call)
 
 
-def _captured(call: Call, model: nn.Module) -> Call:
+def captured(call: Call, model: nn.Module) -> Call:
     """A call's kernels as a CUDA graph, made at the first use; outputs and gradients are overwritten by every replay."""
     graphs: list[Any] = []
 

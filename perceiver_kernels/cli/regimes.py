@@ -15,6 +15,7 @@ from perceiver_kernels.cli.attention_workload import least_bytes as attention_by
 from perceiver_kernels.cli.model_workload import MODEL_PASSES
 from perceiver_kernels.cli.model_workload import workload as model_workload
 from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS
+from perceiver_kernels.cli.replaced import REPLACED, ReplacedWorkload
 from perceiver_kernels.cli.subject import Pass, Subject
 from perceiver_kernels.cli.workload import PASSES, Workload
 from perceiver_kernels.cli.workload import least_bytes as encode_bytes
@@ -110,6 +111,10 @@ REGIMES = {
         Regime(
             "models", "whole models beside their originals", MODELS, DEFAULT_MODELS, MODEL_PASSES, model_workload,
             lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
+        ),
+        Regime(
+            "replaced", "models of other libraries before and after replace_attention", REPLACED, tuple(REPLACED), MODEL_PASSES,
+            ReplacedWorkload, lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
         ),
     )
 }  # fmt: skip

@@ -35,8 +35,8 @@ LIBRARIES = {"ffpa": "ffpa_attn", "xformers": "xformers", "flash-attn": "flash_a
 """Peers of packages of their own, and what they are imported as."""
 ORIGINALS = ("transformers", "perceiver-pytorch")
 """Of layers and whole models: what has no attention over given queries, keys and values."""
-WHOLE = (*ORIGINALS, "sdpa")
-"""Those of whole models: `sdpa` is our model over PyTorch's own attention."""
+WHOLE = (*ORIGINALS, "sdpa", "original")
+"""Those of whole models: `sdpa` is our model over PyTorch's own attention, `original` another library's as it was."""
 ATTENTIONS = ("eager", *SDPA, "flex", *LIBRARIES, *WHOLE)
 COMPILED = ("compiled-eager", "compiled-efficient", "compiled-cudnn")
 # compiled-eager keeps the scores in memory as eager does; the other two are what torch.compile makes of a
