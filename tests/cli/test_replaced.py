@@ -65,7 +65,8 @@ def test_a_wrong_result_does_not_pass(which: str) -> None:
 def test_other_peers_are_refused() -> None:
     work = small("torch-512x50k-c512-h8")
     assert [peer.name for peer in work.peers(None, compiled=True)] == ["original"]
-    assert [peer.name for peer in small("transformers-imagenet-b8").peers(None, compiled=True)] == ["original", "compiled-original"]
+    compiled = small("transformers-imagenet-b8").peers(None, compiled=True)
+    assert [peer.name for peer in compiled] == ["original", "compiled-original"]
     with pytest.raises(ValueError, match="flash has no such model: torch-512x50k-c512-h8 is measured beside original"):
         work.calls("forward", [Peer.parse("flash")])["flash"]()
 
@@ -78,8 +79,8 @@ def test_a_model_with_nothing_to_replace_is_no_case() -> None:
 
 def test_rows(tmp_path: Path) -> None:
     path = tmp_path / "replaced.json"
-    call = ["bench", "replaced", "--device", "cpu", "--seconds", "0.005", "--case", "torch-512x50k-c261-h1", "--json", str(path)]
-    assert main(call) == 0
+    call = ["bench", "replaced", "--device", "cpu", "--seconds", "0.005", "--case", "torch-512x50k-c261-h1"]
+    assert main([*call, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(row["pass"], row["implementation"]) for row in rows] == [
         ("forward", "ours"), ("forward", "original"), ("training", "ours"), ("training", "original")
