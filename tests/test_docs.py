@@ -101,6 +101,20 @@ def perceiver_io() -> Any:
     return krasserm.theirs
 
 
+def timm() -> ModuleType:
+    """Its file of one layer; its packages import torchvision, which fits one torch alone, and stay unread."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise ImportError("timm is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("torchvision") is None:
+            for name in ("timm", "timm.layers"):
+                package = ModuleType(name)
+                package.__path__ = [str(Path(spec.origin).parents[1].joinpath(*name.split(".")))]
+                patch.setitem(sys.modules, name, package)
+        return importlib.import_module("timm.layers.attention_pool")
+
+
 @pytest.fixture(autouse=True)
 def forgotten_modules() -> Iterator[None]:
     """What `open_flamingo` made visible is gone afterwards."""
@@ -108,7 +122,7 @@ def forgotten_modules() -> Iterator[None]:
     sys.modules.pop("open_flamingo.src.helpers", None)
 
 
-BY_PATH: dict[str, Callable[[], Any]] = {"open_flamingo": open_flamingo, "perceiver": perceiver_io}
+BY_PATH: dict[str, Callable[[], Any]] = {"open_flamingo": open_flamingo, "perceiver": perceiver_io, "timm": timm}
 
 
 def missing(block: Block) -> str | None:
