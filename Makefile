@@ -1,6 +1,7 @@
 # make run     the main job: a Perceiver on a photograph, checked, timed and measured     (sets up .venv)
 # make test    every test that this machine can run                                       (sets up .venv)
 # make lint    style, types of the public API, direction of the imports                   (sets up .venv)
+# make docs    the documentation as a site, in build/site, without a network               (sets up .venv)
 # make gpu-test, make gpu-bench   the tests and the benchmarks on a GPU machine, with its own python; installs nothing
 # make gpu-sanitize   compute-sanitizer's four tools over small calls of every CUDA C++ kernel, on a GPU machine
 # make clean   removes .venv and everything that was built
@@ -24,7 +25,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 BY_PATH := open_flamingo==2.0.1 perceiver-io==0.11.0 timm==1.0.31
 TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
 
-.PHONY: help run test lint gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: help run test lint docs gpu-build gpu-test gpu-bench gpu-sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,7 +52,7 @@ $(VENV)/.torch: $(VENV)/.created
 	fi
 	@touch $@
 
-$(VENV)/.cli $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+$(VENV)/.cli $(VENV)/.docs $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	@echo "== installing perceiver-kernels[$*] into $(VENV); where nvcc is, compiling CUDA takes a minute"
 	@$(PIP) install --quiet --editable '.[$*]'
 	@$(if $(filter test,$*),$(PIP) install --quiet --no-deps --ignore-requires-python $(BY_PATH),:)
@@ -71,6 +72,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The variable leaves out mkdocs-material's notice about its successor.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 gpu-build:
 	$(PYTHON) setup.py build_ext --inplace

@@ -60,7 +60,8 @@ def summary(model: nn.Module, *inputs: Any, depth: int = 1, method: Method = "pr
 
     Args:
         model: any module.
-        inputs, keywords: its arguments; of tensors only shapes and dtypes are read.
+        *inputs: arguments of the model; of tensors only shapes and dtypes are read.
+        **keywords: more of them.
         depth: levels of parts below the model.
         method: how cross-attentions are counted: "projected", with keys and values for every token, as papers do, or
             "absorbed".

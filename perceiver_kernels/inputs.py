@@ -115,7 +115,8 @@ class InputArray:
         grid: sizes of that grid where they do, their product M.
         key_mask: bool [B, M], True = visible.
         lengths: int32 [B], visible prefix of each sequence (above M all of it, below 0 nothing), without key_mask.
-        mean, std: one number for each content channel; uint8 content u becomes (u / 255 - mean) / std.
+        mean: one number for each content channel; uint8 content u becomes (u / 255 - mean) / std.
+        std: likewise.
 
     Raises:
         TypeError: a field of another type or dtype.
@@ -201,20 +202,16 @@ class InputArray:
         return self.content.device
 
     def slice(
-        self,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        device: torch.device | str | None = None,
+        self, start: int = 0, stop: int | None = None, *, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> TokenSlice:
+    ) -> TokenSlice:  # fmt: skip
         """The tokens start..stop on a device, in floating point; the rest stays where and as it is.
 
         Args:
-            start, stop: range of tokens; all of them by default.
+            start: first token.
+            stop: token past the last one; M when None.
             device: of the result; the content's own when None. Pinned host memory is copied asynchronously.
-            dtype: of content and position channels; when None, the content's own, fp32 for uint8. Coordinates
-                are fp32, or fp64 when dtype is.
+            dtype: of content and positions; None: the content's own, fp32 for uint8. Coordinates are fp32, or fp64 if it is.
 
         Returns:
             TokenSlice of stop - start tokens: views where nothing had to be converted or copied.

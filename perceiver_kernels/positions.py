@@ -139,7 +139,8 @@ def grid_coordinates(
 
     Args:
         shape: sizes of the grid; an axis of size 1 is at -1, as numpy's linspace has it.
-        start, stop: tokens of the flattened grid; all of them by default.
+        start: first token of the flattened grid.
+        stop: token past the last one; all of them when None.
         device: of the result.
 
     Returns:

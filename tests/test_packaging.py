@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import email
+import functools
 import importlib.metadata
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from perceiver_kernels import build_info
 from perceiver_kernels.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_CUDA = os.environ | {"PERCEIVER_KERNELS_BUILD_CUDA": "0"}
 
 HIDE_TRITON = """
 import sys
@@ -200,57 +205,132 @@ class TestMetadata:
         assert "setuptools" in requires
         assert "torch" not in requires
 
-    def test_source_distribution_holds_the_tree(self, tmp_path):
-        """setuptools alone takes tests/test*.py: tests without conftest.py, benchmarks and the documents that they read."""
-        if not is_installed("setuptools"):
-            pytest.skip("setuptools is not installed")
-        tree, folders = tmp_path / "tree", ("benchmarks", "csrc", "docs", "examples", "perceiver_kernels", "tests")
-        for name in folders:
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", build_info.FILE_NAME)
-            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-        for path in ROOT.iterdir():
-            if path.is_file() and not path.name.startswith("."):
-                shutil.copy(path, tree)
-        held = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
-        built = ("__pycache__/conftest.pyc", ".benchmarks/machine/0001.json", "_C.so", build_info.FILE_NAME)
-        for product in (f"{name}/{product}" for name in folders for product in built):
-            (tree / product).parent.mkdir(parents=True, exist_ok=True)
-            (tree / product).touch()
-        command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
-        environment = os.environ | {"PERCEIVER_KERNELS_BUILD_CUDA": "0"}
-        subprocess.run(command, cwd=tree, check=True, capture_output=True, env=environment, timeout=300)
-        (archive,) = tmp_path.glob("*.tar.gz")
-        with tarfile.open(archive) as content:
-            names = {Path(*Path(member.name).parts[1:]) for member in content if member.isfile()}
-        assert held <= names
-        assert {str(name) for name in names - held if "egg-info" not in str(name)} == {"PKG-INFO", "setup.cfg"}
+    def test_version_is_written_once(self):
+        """pyproject.toml reads it from version.py; the changelog names it in a heading."""
+        project = (ROOT / "pyproject.toml").read_text()
+        assert 'version = { attr = "perceiver_kernels.version.__version__" }' in project
+        others = ("pyproject.toml", "setup.py", "CMakeLists.txt", "Makefile", "mkdocs.yml", "README.md")
+        sources = [*(ROOT / name for name in others), *(ROOT / "perceiver_kernels").rglob("*.py")]
+        version = re.compile(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])")
+        written = [path.name for path in sources if version.search(path.read_text())]
+        assert written == ["version.py"]
+        assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == __version__
 
-    def test_pure_wheel_holds_the_package_alone(self, tmp_path):
-        for tool in ("pip", "setuptools"):
-            if not is_installed(tool):
-                pytest.skip(f"{tool} is not installed")
-        tree = tmp_path / "tree"
-        tree.mkdir()
-        for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-            shutil.copy(ROOT / name, tree)
-        ignored = shutil.ignore_patterns("*.so", "__pycache__", build_info.FILE_NAME)
-        shutil.copytree(ROOT / "perceiver_kernels", tree / "perceiver_kernels", ignore=ignored)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            str(tree),
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            str(tmp_path),
-        ]
-        environment = os.environ | {"PERCEIVER_KERNELS_BUILD_CUDA": "0"}
-        subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
-        (wheel,) = tmp_path.glob(f"perceiver_kernels-{__version__}-py3-none-any.whl")
-        names = zipfile.ZipFile(wheel).namelist()
-        assert "perceiver_kernels/py.typed" in names
+
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "perceiver_kernels", "tests")
+PRODUCTS = ("__pycache__/conftest.pyc", ".benchmarks/machine/0001.json", "_C.so", build_info.FILE_NAME)
+"""What building and testing leave in a source tree."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources alone, in which products of builds lie about."""
+    tree = tmp_path_factory.mktemp("source") / "tree"
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", build_info.FILE_NAME)
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, tree)
+    for product in (tree / name / product for name in FOLDERS for product in PRODUCTS):
+        product.parent.mkdir(parents=True, exist_ok=True)
+        product.touch()
+    return tree
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not is_installed("setuptools"):
+        pytest.skip("setuptools is not installed")
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, env=WITHOUT_CUDA, timeout=300)
+    (archive,) = folder.glob(f"perceiver_kernels-{__version__}.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of the source distribution, as a user without a wheel builds it."""
+    if not is_installed("pip"):
+        pytest.skip("pip is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(folder), str(sdist)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=WITHOUT_CUDA, timeout=300)
+    (built,) = folder.glob(f"perceiver_kernels-{__version__}-py3-none-any.whl")
+    return built
+
+
+def files_of(archive: Path) -> set[str]:
+    """Names in a wheel, or in a source distribution without its folder."""
+    if archive.suffix == ".whl":
+        return set(zipfile.ZipFile(archive).namelist())
+    with tarfile.open(archive) as content:
+        return {str(Path(*Path(member.name).parts[1:])) for member in content if member.isfile()}
+
+
+class TestDistributions:
+    def test_source_distribution_holds_the_tree(self, tree, sdist):
+        """setuptools alone takes tests/test*.py: tests without conftest.py, benchmarks and the documents that they read."""
+        products = {str(Path(name, product)) for name in FOLDERS for product in PRODUCTS}
+        files = (path for path in tree.rglob("*") if path.is_file() and not path.parent.name.endswith(".egg-info"))
+        held, names = {str(path.relative_to(tree)) for path in files} - products, files_of(sdist)
+        assert held <= names
+        assert {name for name in names - held if "egg-info" not in name} == {"PKG-INFO", "setup.cfg"}
+
+    def test_pure_wheel_holds_the_package_alone(self, wheel):
+        names = files_of(wheel)
         assert f"perceiver_kernels/{build_info.FILE_NAME}" in names
         assert {name.partition("/")[0].partition("-")[0] for name in names} == {"perceiver_kernels"}
         assert not [name for name in names if name.endswith(".so")]
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / "perceiver_kernels").rglob("*.py")}
+        assert {name for name in names if name.endswith(".py")} == sources
+
+    def test_type_information_is_in_both(self, sdist, wheel):
+        assert "perceiver_kernels/py.typed" in files_of(sdist) & files_of(wheel)
+
+    def test_wheel_says_what_it_needs(self, wheel):
+        (path,) = [name for name in files_of(wheel) if name.endswith(".dist-info/METADATA")]
+        told = email.message_from_bytes(zipfile.ZipFile(wheel).read(path))
+        assert told["Version"] == __version__
+        assert "Apache-2.0" in (told["License"], told["License-Expression"])
+        assert told["Requires-Python"] == ">=3.10"
+        assert {"cli", "convert", "docs", "examples", "test"} <= set(told.get_all("Provides-Extra"))
+        plain = [line for line in told.get_all("Requires-Dist") if "extra ==" not in line]
+        assert {re.match(r"[\w-]+", line)[0] for line in plain} == {"torch", "triton"}
+
+    @pytest.mark.parametrize("source", ["wheel", "sdist"])
+    def test_installs_with_its_command(self, source, wheel, sdist, tmp_path):
+        """Into a new environment that sees this one's packages, this package left out; nothing is downloaded."""
+        for name in ("torch", "rich", "matplotlib", "scikit-image", "psutil"):
+            if not is_installed(name):
+                pytest.skip(f"{name} is not installed")
+        python = new_environment(tmp_path)
+        install = ["install", "--no-index", "--no-build-isolation", f"{wheel if source == 'wheel' else sdist}[cli]"]
+        command = [sys.executable, "-m", "pip", "--python", str(python), *install]
+        environment = {name: value for name, value in WITHOUT_CUDA.items() if name != "PYTHONPATH"}
+        run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        installed = run(command)
+        assert installed.returncode == 0, installed.stdout + installed.stderr
+        told = run([str(python.with_name("perceiver-kernels")), "info", "--json", "-"])
+        assert told.returncode == 0, told.stderr
+        assert json.loads(told.stdout)["environment"]["perceiver_kernels"] == __version__
+        where = run([str(python), "-c", "import perceiver_kernels; print(perceiver_kernels.__file__)"])
+        assert Path(where.stdout).is_relative_to(tmp_path / "environment")
+
+
+def new_environment(folder: Path) -> Path:
+    """Make one without packages of its own; a .pth file shows it this one's, but for this package. Return its Python."""
+    venv.create(folder / "environment", with_pip=False, symlinks=True)
+    python = folder / "environment" / "bin" / "python"
+    shown = folder / "shown"
+    shown.mkdir()
+    for entry in (entry for path in sys.path if Path(path).name.endswith("-packages") for entry in Path(path).iterdir()):
+        link = shown / entry.name
+        if "perceiver_kernels" not in entry.name and entry.suffix != ".pth" and not link.exists():
+            link.symlink_to(entry)
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    purelib = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+    Path(purelib, "shown.pth").write_text(f"{shown}\n")
+    return python

@@ -56,6 +56,7 @@ def load(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, library: 
     """Copy weights into ``model``.
 
     Args:
+        model: one of this package's models.
         weights: a state dict, or a file of one (safetensors, or torch.save's).
         library: whose names they have; None: ours.
 

@@ -84,7 +84,8 @@ def attention(
         query_mask: bool ``[B, Lq]``, False for queries that see nothing: their result and gradients are 0.
         attn_mask: bool (True = visible) or additive, broadcastable to ``[B, H, Lq, Lk]``; an additive one may need a gradient.
         cu_seqlens_q: int32 ``[sequences + 1]``: where each of the sequences starts that lie one after the other in the only
-            batch entry, and the token count. cu_seqlens_k: the same for the keys. A query sees its own sequence.
+            batch entry, and the token count. A query sees its own sequence.
+        cu_seqlens_k: the same for the keys.
         is_causal: query i sees keys 0..i, as in torch; within its sequence when packed. Not together with ``attn_mask``.
         causal_alignment: ``"bottom_right"`` lets the last query see the last key instead: keys 0..i + Lk - Lq.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight; applied whenever positive.

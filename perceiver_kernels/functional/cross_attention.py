@@ -236,15 +236,18 @@ def input_cross_attention(
     Args:
         q: ``[B, H, N, d_qk]``, or batch 1 for queries shared by the batch.
         inputs: ``[B, M, C]``, an InputArray, or PackedInputs (packed once for several calls).
-        w_k: ``[H*d_qk, C]``. w_v: ``[H*d_v, C]``. Weights in nn.Linear's layout; zero columns up to C_padded (C rounded up
-            to 16) may follow, as in ``norm_weight`` and ``norm_bias``.
-        b_k: ``[H*d_qk]``. b_v: ``[H*d_v]``.
-        norm_weight: ``[C]``, LayerNorm's weight g. norm_bias: ``[C]``, its bias b.
+        w_k: ``[H*d_qk, C]``, in nn.Linear's layout; zero columns up to C_padded (C rounded up to 16) may follow, as in ``w_v``,
+            ``norm_weight`` and ``norm_bias``.
+        w_v: ``[H*d_v, C]``.
+        b_k: ``[H*d_qk]``.
+        b_v: ``[H*d_v]``.
+        norm_weight: ``[C]``, LayerNorm's weight g.
+        norm_bias: ``[C]``, its bias b.
         normalize: apply LayerNorm's normalisation to the inputs. PackedInputs carry their own answer.
         eps: LayerNorm's.
         scale: factor on the scores; None is ``1/sqrt(d_qk)``.
-        key_mask: bool ``[B, M]``, True where a token is visible. lengths: int32 ``[B]``, instead of ``key_mask``: tokens
-            visible from the front, all of them above M and none below 0.
+        key_mask: bool ``[B, M]``, True where a token is visible.
+        lengths: int32 ``[B]``, instead of ``key_mask``: tokens visible from the front, all of them above M and none below 0.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
         chunk_size: tokens packed and attended at a time; memory is then independent of M, forward and backward. Gradients
             reach the content, not positions or coordinates; there are no second ones, nor torch.func's transforms.

@@ -231,7 +231,8 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     Args:
         function: ``attention``, ``pack_inputs``, ``rotary_embedding``, ``shared_kv_attention``, ``input_cross_attention`` or
             ``output_cross_attention``, or its name.
-        *args, **kwargs: those of the call. Nothing is computed; tensors are only described.
+        *args: positional arguments of the call. Nothing is computed; tensors are only described.
+        **kwargs: the other arguments of the call.
 
     Raises:
         ValueError: not one of these functions; or an argument that the call itself would refuse (then also TypeError).

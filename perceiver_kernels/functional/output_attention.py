@@ -210,16 +210,20 @@ def output_cross_attention(
         queries: ``[B, O, C]``, an InputArray, or PackedInputs; of batch 1 where the batch shares them. Packed, those with
             biases are absorbed only if ``pack_inputs`` gave them ``constants``. What their key_mask or lengths hide sees
             nothing.
-        key: ``[B, H, N, d_qk]``. value: ``[B, H, N, d_v]``.
-        w_q: ``[H*d_qk, C]``, zero columns up to C_padded (C rounded up to 16) may follow, as in ``norm_weight`` and
-            ``norm_bias``. w_o: ``[C_out, H*d_v]``. Weights in nn.Linear's layout.
-        b_q: ``[H*d_qk]``. b_o: ``[C_out]``, added to every row, those that see nothing too.
-        norm_weight: ``[C]``, LayerNorm's weight g. norm_bias: ``[C]``, its bias b.
+        key: ``[B, H, N, d_qk]``.
+        value: ``[B, H, N, d_v]``.
+        w_q: ``[H*d_qk, C]``, in nn.Linear's layout; zero columns up to C_padded (C rounded up to 16) may follow, as in
+            ``norm_weight`` and ``norm_bias``.
+        w_o: ``[C_out, H*d_v]``, in nn.Linear's layout.
+        b_q: ``[H*d_qk]``.
+        b_o: ``[C_out]``, added to every row, those that see nothing too.
+        norm_weight: ``[C]``, LayerNorm's weight g.
+        norm_bias: ``[C]``, its bias b.
         normalize: apply LayerNorm's normalisation to the queries. PackedInputs carry their own answer.
         eps: LayerNorm's.
         scale: factor on the scores; None is ``1/sqrt(d_qk)``.
-        key_mask: bool ``[B, N]``, True where a latent is visible. lengths: int32 ``[B]``, instead of ``key_mask``: latents
-            visible from the front. What hidden keys and values hold is never used, NaN included.
+        key_mask: bool ``[B, N]``, True where a latent is visible. What hidden keys and values hold is never used, NaN included.
+        lengths: int32 ``[B]``, instead of ``key_mask``: latents visible from the front.
         query_mask: bool ``[B, O]``, False for queries that see nothing: their result is ``b_o``. Not beside a mask of the
             queries' own.
         dropout_p: probability in ``[0, 1)`` of dropping an attention weight.
@@ -231,7 +235,7 @@ def output_cross_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names it. ValueError also for ``method="absorbed"`` with
-        several heads, or more than 1024 channels (biases take two of them, one in float32 and float64).
+            several heads, or more than 1024 channels (biases take two of them, one in float32 and float64).
 
     Source: Jaegle et al. 2021 (Perceiver IO), arXiv 2107.14795, section 3.2; the absorbed form is derived in docs/decode.md.
     """

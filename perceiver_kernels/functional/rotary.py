@@ -47,8 +47,9 @@ def rotary_embedding(
     Args:
         x: ``[B, H, L, d]``, float16, bfloat16, float32 (float64 on reference and sdpa), d up to 1024; any strides. Nothing is
             copied whose last stride is 1, heads inside rows of ``[B, L, H*d]`` included.
-        cos, sin: ``[L, r/2]`` or ``[1, L, r/2]``, shared by the batch, or ``[B, L, r/2]``; any float dtype, the same for both.
-            r, at most d, is the rotary width. Kernels give them no gradient; where they require one, sdpa and reference serve.
+        cos: ``[L, r/2]`` or ``[1, L, r/2]``, shared by the batch, or ``[B, L, r/2]``; any float dtype.
+            r, at most d, is the rotary width.
+        sin: likewise, of the same dtype. Kernels give the tables no gradient; where one requires it, sdpa and reference serve.
         interleaved: pair i is the channels (2i, 2i + 1), as in RoFormer and GPT-J; False: (i, i + r/2), as in GPT-NeoX and
             Llama.
         inverse: turn back, as POYO does with the outputs of attention over turned values.

@@ -29,13 +29,17 @@ class EncoderConfig:
 
     Args:
         input_dim: C, channels of the inputs, content and positions together, at most 1024.
-        num_latents, latent_dim: N and D.
+        num_latents: N.
+        latent_dim: D.
         num_cross_attends: how often the latents read the inputs.
         num_blocks: latent transformer blocks.
         layers_per_block: self-attention layers (``nn.LatentBlock``) in each of them.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention.
-        qk_channels, v_channels: widths of the cross-attention, all heads together; ``input_dim`` when None.
-        latent_qk_channels, latent_v_channels: widths of the self-attention, all heads together; ``latent_dim`` when None.
+        cross_heads: heads of cross-attention.
+        latent_heads: heads of self-attention.
+        qk_channels: width of the cross-attention's queries and keys, all heads together; ``input_dim`` when None.
+        v_channels: of its values, likewise.
+        latent_qk_channels: width of the self-attention's queries and keys, all heads together; ``latent_dim`` when None.
+        latent_v_channels: of its values, likewise.
         qkv_bias: biases of the query, key and value projections of all attention layers.
         cross_residual: add the latents to what they read from the inputs.
         cross_attends: "interleaved" spaces them evenly between the blocks, "leading" puts one before each of the first
@@ -44,9 +48,11 @@ class EncoderConfig:
             all cross-attends but the first share weights too.
         cross_weight_sharing: of the cross-attends, where it is not as ``weight_sharing`` says: "v2", all share weights; "v1",
             all but the first; "none".
-        cross_widening_factor, latent_widening_factor: of the feed-forward layers.
+        cross_widening_factor: of the feed-forward layers after cross-attention.
+        latent_widening_factor: of the feed-forward layers of the latent blocks.
         activation: of the feed-forward layers, see ``nn.FeedForward``.
-        attention_dropout, dropout: of the attention weights and of the feed-forward layers.
+        attention_dropout: of the attention weights.
+        dropout: of the feed-forward layers.
         input_dropout: share of the visible input tokens that a forward leaves out in training, others for every array; one
             remains. Not beside ``chunk_size``.
         eps: of every LayerNorm.
@@ -174,7 +180,8 @@ class PerceiverEncoder(Model):
 
     Args:
         config: the sizes, see ``EncoderConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1. Linear layers start as in DeepMind's code,
     latents as in the paper: truncated normal, standard deviation 0.02, cut at +-2.

@@ -61,7 +61,8 @@ class CachedDecoder:
     Args:
         model: in evaluation mode.
         prompt: int64 or int32 [B, M].
-        prefix_length, stride: see ``generate``.
+        prefix_length: see ``generate``.
+        stride: see ``generate``.
         length: most tokens the sequence will have, where it is known: less memory is allocated.
 
     Raises:

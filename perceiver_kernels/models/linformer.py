@@ -74,7 +74,8 @@ class Linformer(Model):
 
     Args:
         config: the sizes, see ``LinformerConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: arXiv 2006.04768, section 4, pre-norm and with linear layers that start as torch's do, as in lucidrains/linformer.
     """
@@ -140,7 +141,8 @@ class LinformerLMConfig(LinformerConfig):
 
     Args:
         vocab_size: V, number of different tokens.
-        others: see ``LinformerConfig``.
+
+    The other fields are those of ``LinformerConfig``.
     """
 
     vocab_size: int
@@ -158,7 +160,8 @@ class LinformerLM(Model):
 
     Args:
         config: the sizes, see ``LinformerLMConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: as ``Linformer``; embeddings start standard normal.
     """

@@ -25,7 +25,8 @@ class PerceiverConfig(EncoderConfig):
     Args:
         num_classes: outputs of the head.
         head_norm: LayerNorm between the mean over the latents and the linear layer of the head.
-        others: see ``EncoderConfig``.
+
+    The other fields are those of ``EncoderConfig``.
 
     Source: arXiv 2103.03206, section 4; v1 and v2 are the paper's versions on arXiv.
     """
@@ -47,7 +48,8 @@ class Perceiver(PerceiverEncoder):
 
     Args:
         config: the sizes, see ``PerceiverConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: Perceiver, arXiv 2103.03206, section 3.
     """

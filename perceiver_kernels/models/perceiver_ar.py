@@ -100,7 +100,8 @@ class PerceiverAR(Model):
 
     Args:
         config: the sizes and switches, see ``PerceiverARConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: arXiv 2202.07765, section 3. Padding is not masked by token 0 as in the authors' code; see ``prefix_mask``.
     """

@@ -22,10 +22,12 @@ class PerceiverARConfig:
         max_length: M, most tokens of a sequence, prefix and latents together.
         num_latents: N, most latents.
         dim: D.
-        num_heads, head_dim: H and d, of all attention layers; ``dim / num_heads`` channels when None.
+        num_heads: H, of all attention layers.
+        head_dim: d, of all attention layers; ``dim / num_heads`` when None.
         num_layers: latent blocks.
         num_perceiver_layers: layers before them that read the prefix, each for itself.
-        widening_factor, activation: of all feed-forward layers, see ``nn.FeedForward``.
+        widening_factor: of all feed-forward layers, see ``nn.FeedForward``.
+        activation: likewise.
         positions: vectors added to the embeddings, "learned" or "sinusoidal", see ``SequencePositions``; None: none.
         grid: sizes of the grid of learned positions, see ``SequencePositions``.
         rotary_width: channels of every head that are turned by their positions; None: half of them, 0: none.
@@ -43,7 +45,8 @@ class PerceiverARConfig:
         tied_logits: the logits' weights are those of the embedding.
         prefix_dropout: share of the prefix that every perceiver layer leaves out in training: ``int(length * share)`` tokens,
             others for every sequence.
-        cross_attention_dropout, attention_dropout: dropout of the attention weights of perceiver layers and latent blocks.
+        cross_attention_dropout: dropout of the attention weights of perceiver layers.
+        attention_dropout: dropout of the attention weights of latent blocks.
         dropout: dropout of the results of attention and feed-forward layers.
         hidden_dropout: dropout of the feed-forward layers' hidden channels.
         init_std: weights and embeddings start normal with this deviation; None: as in the authors' code, logits zero.

@@ -192,7 +192,8 @@ class PerceiverIO(Model):
 
         Args:
             channels: of the embeddings and of the output queries.
-            decoder_heads, decoder_qk_channels: of the decoder, whose values have ``channels`` channels.
+            decoder_heads: H of the decoder.
+            decoder_qk_channels: width of its queries and keys; its values have ``channels`` channels.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.1 and appendix F.
@@ -244,8 +245,10 @@ class PerceiverIO(Model):
         804,737 outputs at once take memory: ask for some of them with ``points``.
 
         Args:
-            frames, image_size: T and H = W of the video, in patches of 1 x 4 x 4 pixels.
-            samples_per_frame, samples_per_patch: of the audio.
+            frames: T of the video.
+            image_size: H = W of the video, in patches of 1 x 4 x 4 pixels.
+            samples_per_frame: of the audio.
+            samples_per_patch: of the audio.
             hidden_channels: of the layer between decoder and heads.
             label_query_channels: of the label's learned query.
             changes: other values for fields of ``EncoderConfig``.

@@ -25,7 +25,8 @@ def perceiver_pytorch(
     """PerceiverIO of lucidrains/perceiver-pytorch with the sizes of its README; the queries are given as ``points``.
 
     Args:
-        channels, query_channels: of the input array and of the queries (dim, queries_dim there).
+        channels: of the input array (dim there).
+        query_channels: of the queries (queries_dim).
         out_channels: of the outputs (logits_dim); None: what the decoder gives.
         decoder_feed_forward: a feed-forward layer after the decoder's attention (decoder_ff).
         changes: other values for fields of ``EncoderConfig``, of which the decoder has heads and width: depth is
@@ -48,7 +49,8 @@ def perceiver_pytorch_lm(
 
     Args:
         channels: of the embeddings and queries (dim there).
-        decoder_feed_forward, changes: see ``PerceiverIO.perceiver_pytorch``.
+        decoder_feed_forward: see ``PerceiverIO.perceiver_pytorch``.
+        changes: likewise.
 
     Source: README of perceiver-pytorch 0.11.0.
     """
@@ -81,7 +83,8 @@ def mnist(
 
     Args:
         image_size: (H, W) of the images for which the highest frequencies are chosen; any size may be read.
-        query_channels, decoder_heads: of the decoder, whose attention is as wide as its query.
+        query_channels: of the decoder, whose attention is as wide as its query.
+        decoder_heads: H of the decoder.
         changes: other values for fields of ``EncoderConfig``.
 
     Source: docs/training-examples.md there, image classification; weights start as in the paper.
@@ -105,7 +108,9 @@ def imdb(
 
     Args:
         channels: of the embeddings.
-        query_channels, decoder_heads, changes: see ``PerceiverIO.mnist``.
+        query_channels: see ``PerceiverIO.mnist``.
+        decoder_heads: likewise.
+        changes: likewise.
 
     Source: docs/training-examples.md there, sentiment analysis; weights start as in the paper.
     """

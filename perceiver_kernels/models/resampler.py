@@ -30,7 +30,8 @@ class PerceiverResamplerConfig:
         dim: D, channels of the latents.
         num_latents: N.
         depth: layers, each of attention (``nn.JointAttention``) and feed-forward.
-        num_heads, head_dim: H and d of the attention.
+        num_heads: H of the attention.
+        head_dim: d of the attention.
         num_kv_heads: heads of keys and values, a divisor of H; H when None.
         hidden_dim: channels of the feed-forward's hidden layer; 4 D when None.
         activation: of the feed-forward, see ``nn.FeedForward``.
@@ -145,7 +146,8 @@ class PerceiverResampler(Model):
 
     Args:
         config: the sizes, see ``PerceiverResamplerConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: Flamingo, arXiv 2204.14198, appendix A.1.1; the last norm is that of the public implementations, all of which
     have it. Linear layers start as ``nn.Linear`` does unless ``linear_std`` is set: flamingo-pytorch, OpenFlamingo and

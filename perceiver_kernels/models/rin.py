@@ -35,10 +35,14 @@ class RINConfig:
         latent_dim: D, a multiple of 8.
         tape_dim: C, channels of a patch's token.
         layers: latent blocks of every round; its length is the number of rounds.
-        latent_heads, tape_heads: heads of the latent blocks, and of reading and writing.
-        latent_widening_factor, tape_widening_factor: of the feed-forward layers; 0 for the tape: none.
+        latent_heads: heads of the latent blocks.
+        tape_heads: heads of reading and writing.
+        latent_widening_factor: of the latents' feed-forward layers.
+        tape_widening_factor: of the tape's; 0: none.
         time_scale: factor on the times before their sines are taken.
-        attention_dropout, hidden_dropout, drop_path: of the latent blocks.
+        attention_dropout: of the latent blocks.
+        hidden_dropout: of the latent blocks.
+        drop_path: of the latent blocks.
         eps: of all LayerNorms.
         activation_checkpointing: in training, keep only the input of every round and compute it again for its gradient.
 
@@ -141,7 +145,8 @@ class RIN(Model):
 
     Args:
         config: the sizes, see ``RINConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: arXiv 2212.11972, section 3; google-research/pix2seq, whose matrices start as here, Glorot's uniform, but with the
     heads of attention counted apart. The LayerNorm of the step before starts with weights of zero.

@@ -84,7 +84,8 @@ class SetTransformer(Model):
 
     Args:
         config: the sizes, see ``SetTransformerConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: arXiv 1810.00825, equations 13 and 14. Linear layers start as torch's do. Masks are ours.
     """

@@ -42,7 +42,8 @@ class VecSetConfig:
         output_dim: channels of the field; 1 for occupancy or distance.
         num_bands: frequencies of the point embedding, on each axis.
         feature_dim: channels that points of the cloud have besides their places.
-        widening_factor, activation: of the feed-forward layers.
+        widening_factor: of the feed-forward layers.
+        activation: of the feed-forward layers.
         qk_norm: norm of queries and keys in every attention.
         head_norm: LayerNorm before the linear layer of the head.
         drop_path: probability of dropping a whole branch of a self-attention layer, in training.
@@ -96,7 +97,8 @@ class LatentDistribution:
     """Independent normal distributions of latents' channels.
 
     Args:
-        mean, log_variance: [B, N, C], the latter within [-30, 20].
+        mean: [B, N, C].
+        log_variance: [B, N, C], within [-30, 20].
     """
 
     mean: Tensor
@@ -123,7 +125,8 @@ class VecSetAutoencoder(Model):
 
     Args:
         config: the sizes, see ``VecSetConfig``.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: arXiv 2301.11445, section 5, wired as its authors' code: no biases of queries, keys and values, no residual and no
     feed-forward behind the queries, linear layers that start as torch's do. Learned queries start standard normal.
@@ -212,7 +215,8 @@ class VecSetAutoencoder(Model):
         Args:
             points: float [B, M, 3], the clouds.
             queries: float [B, O, 3], or batch 1 to share them over the batch.
-            features, sample: see ``encode``.
+            features: see ``encode``.
+            sample: see ``encode``.
 
         Returns:
             the field [B, O, output_dim], and the bottleneck's divergence [B], None without one. Latents are drawn from the

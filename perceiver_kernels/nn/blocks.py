@@ -24,12 +24,19 @@ class LatentBlock(nn.Module):
     Args:
         dim: D, channels of the latents.
         num_heads: heads of the self-attention.
-        qk_channels, v_channels: widths of all heads together, see ``SelfAttention``.
-        causal, bias, norm, qk_norm: see ``SelfAttention``; bias and norm of the feed-forward too.
+        qk_channels: width of queries and keys, all heads together, see ``SelfAttention``.
+        v_channels: of the values, likewise.
+        causal: see ``SelfAttention``.
+        bias: see ``SelfAttention``; of the feed-forward too.
+        norm: see ``SelfAttention``; of the feed-forward too.
+        qk_norm: see ``SelfAttention``.
         qkv_bias: biases of the query, key and value projection, where they are not as ``bias`` says of the other layers.
-        widening_factor, activation: see ``FeedForward``.
+        widening_factor: see ``FeedForward``.
+        activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
-        out_dropout, dropout, hidden_dropout: dropout of the attention's result, of the feed-forward's and of its hidden layer.
+        out_dropout: dropout of the attention's result.
+        dropout: dropout of the feed-forward's result.
+        hidden_dropout: dropout of the feed-forward's hidden layer.
         drop_path: probability of dropping a batch entry's whole branch before a residual, in training.
         eps: of the norms.
 
@@ -94,15 +101,18 @@ class CrossBlock(nn.Module):
         latent_dim: D, channels of the latents.
         input_dim: C, channels of the inputs, content and positions together.
         num_heads: heads of the cross-attention.
-        qk_channels, v_channels: widths of all heads together; ``input_dim`` when None, see ``CrossAttention``.
+        qk_channels: width of queries and keys, all heads together; ``input_dim`` when None, see ``CrossAttention``.
+        v_channels: of the values, likewise.
         qkv_bias: biases of the query, key and value projections.
-        widening_factor, activation: see ``FeedForward``.
+        widening_factor: see ``FeedForward``.
+        activation: see ``FeedForward``.
         norm_inputs: LayerNorm on the inputs.
         residual: add the latents to what they read; the feed-forward always has its residual.
         attention_dropout: probability of dropping an attention weight, in training.
         dropout: dropout of the feed-forward's result.
         eps: of the LayerNorms.
-        chunk_size, method: see ``CrossAttention``.
+        chunk_size: see ``CrossAttention``.
+        method: see ``CrossAttention``.
 
     Source: Perceiver, arXiv 2103.03206, section 3.1.
     """
@@ -162,11 +172,13 @@ class OutputBlock(nn.Module):
         query_dim: C, channels of the queries and of the result.
         latent_dim: D, channels of the latents.
         num_heads: heads of the cross-attention.
-        qk_channels, v_channels: widths of all heads together, see ``OutputCrossAttention``.
+        qk_channels: width of queries and keys, all heads together, see ``OutputCrossAttention``.
+        v_channels: of the values, likewise.
         qkv_bias: biases of the query, key and value projections.
         residual: add the queries to what they read, see ``OutputCrossAttention``; the feed-forward always has its residual.
         feed_forward: False: there is none, and y is the result.
-        widening_factor, activation: see ``FeedForward``.
+        widening_factor: see ``FeedForward``.
+        activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
         dropout: dropout of the feed-forward's result.
         eps: of the LayerNorms.

@@ -35,9 +35,11 @@ class JointAttention(nn.Module):
         causal: token i of the sequence reads the whole context and the sequence up to itself.
         own_keys: the sequence's tokens are keys after those of the context. False: the context alone is read; its last N
             tokens are then the sequence's own, in another form, and causal layers read it up to them.
-        norm, norm_context: "layer", "rms" or None, the norms on the sequence and on the context.
+        norm: "layer", "rms" or None, the norm on the sequence.
+        norm_context: likewise, on the context.
         qk_norm: "layer" or "rms", a norm over the channels of every head's queries and keys, before rotary positions.
-        bias, out_bias: biases of the projections.
+        bias: biases of the query, key and value projections.
+        out_bias: bias of the output projection.
         residual: add the sequence, as it came in, to the result.
         dropout: probability of dropping an attention weight, in training.
         out_dropout: probability of dropping a channel of the result before the residual, in training.

@@ -26,9 +26,13 @@ class RINBlock(nn.Module):
         num_layers: latent blocks.
         tape_heads: heads of reading and writing, whose width is the smaller of C and D.
         latent_heads: heads of the latent blocks.
-        tape_widening_factor, latent_widening_factor: of the feed-forward layers; 0 for the tape: none after writing.
-        norm_read, norm_written: LayerNorm on what is read, the tape and then the latents. The published models have neither.
-        attention_dropout, hidden_dropout, drop_path: of the latent blocks.
+        tape_widening_factor: of the tape's feed-forward layer; 0: none after writing.
+        latent_widening_factor: of the latents' feed-forward layers.
+        norm_read: LayerNorm on the tape where it is read. The published models have none.
+        norm_written: LayerNorm on the latents where they are read back. The published models have none.
+        attention_dropout: of the latent blocks.
+        hidden_dropout: of the latent blocks.
+        drop_path: of the latent blocks.
         eps: of all LayerNorms.
 
     Source: RIN, arXiv 2212.11972, section 3.1; norms, widths and exact GELU as in google-research/pix2seq.

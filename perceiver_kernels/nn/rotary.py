@@ -14,7 +14,8 @@ class Rotary:
     """Where the tokens of a sequence are, as the tables of ``rotary_tables``.
 
     Args:
-        cos, sin: ``[L, r/2]`` or ``[B, L, r/2]`` for the L keys of an attention; its queries are the last of them.
+        cos: ``[L, r/2]`` or ``[B, L, r/2]`` for the L keys of an attention; its queries are the last of them.
+        sin: likewise.
         interleaved: pairs are neighbouring channels, see ``functional.rotary_embedding``.
 
     Source: RoFormer, arXiv 2104.09864.

@@ -124,7 +124,8 @@ class SAB(nn.Module):
     Args:
         input_dim: C, channels of the elements, at most 1024.
         dim: D, channels of the result.
-        num_heads, options: see ``MAB``.
+        num_heads: see ``MAB``.
+        **options: see ``MAB``.
 
     Source: arXiv 1810.00825, equation 8.
     """
@@ -148,7 +149,8 @@ class ISAB(nn.Module):
         input_dim: C, channels of the elements, at most 1024.
         dim: D, channels of the result.
         num_inducing: m.
-        num_heads, options: see ``MAB``.
+        num_heads: see ``MAB``.
+        **options: see ``MAB``.
 
     Source: arXiv 1810.00825, equations 9 and 10.
     """
@@ -176,7 +178,8 @@ class PMA(nn.Module):
     Args:
         dim: D, channels of the elements and of the result, at most 1024.
         num_seeds: k.
-        num_heads, options: see ``MAB``.
+        num_heads: see ``MAB``.
+        **options: see ``MAB``.
         feed_forward: the paper's row-wise layer before pooling, two linear layers with a ReLU between them. The authors'
             code has none.
 
