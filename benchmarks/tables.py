@@ -26,7 +26,7 @@ EXAMPLES = ROOT.parent / "examples"
 """Its folder results holds the result.json of a run of each example, by the name of its picture."""
 DOCUMENTS = (
     ROOT.parent / "README.md", EXAMPLES / "README.md",
-    *(ROOT.parent / "docs" / name for name in ("attention.md", "kernels.md", "models.md")),
+    *(ROOT.parent / "docs" / name for name in ("attention.md", "integrations/index.md", "kernels.md", "models.md")),
 )  # fmt: skip
 OURS_NAMES = ("ours", "ours-chunked", "ours-triton")
 PASS_TITLES = {

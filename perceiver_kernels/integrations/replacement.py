@@ -54,7 +54,7 @@ def replace_attention(model: nn.Module, *, dry_run: bool = False) -> Report:
 
     Args:
         model: any module; of torch.nn, transformers, perceiver-pytorch, perceiver-io, perceiver-ar-pytorch,
-            flamingo-pytorch, open_flamingo, diffusers and timm, the classes that docs/integrations.md lists.
+            flamingo-pytorch, open_flamingo, diffusers and timm, the classes that docs/integrations lists.
         dry_run: change nothing, only report.
 
     Returns:
