@@ -88,7 +88,7 @@ class Workload:
         case = self.case
         return CrossAttention(
             case.D, case.C, num_heads=case.H, qk_channels=case.H * case.d_qk, v_channels=case.H * case.d_v,
-            out_channels=case.D, residual=False, device=self.device, dtype=self.dtype, **changes,
+            out_channels=case.D, residual=False, **{"device": self.device, "dtype": self.dtype, **changes},
         )  # fmt: skip
 
     @functools.cached_property
