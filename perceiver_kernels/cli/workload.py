@@ -358,11 +358,6 @@ def least_bytes(case: Any, which: str, itemsize: int) -> int:
     return itemsize * {**kernels, **layers}[which]
 
 
-def packed_bytes_per_token(channels: int, itemsize: int) -> int:
-    """Return the closed form of the extra bytes per input token, packed whole: itemsize * C_padded + 16."""
-    return itemsize * (-(-channels // 16) * 16) + 16
-
-
 def _normalize_and_pad(x: Tensor, pad: int) -> Tensor:
     return F.pad(F.layer_norm(x, (x.shape[-1],)), (0, pad))
 
