@@ -18,6 +18,7 @@ from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.report import CommandError, Report, unknown_name
 from perceiver_kernels.cli.saved import SAVED_METHOD
+from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.sweep import PASSES, Sweep
 from perceiver_kernels.cli.workload import widths_of
@@ -64,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of those that are installed; 'none' for none)",
     )  # fmt: skip
     parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG or SVG, as `plot` does")
+    parser.add_argument(
+        "--snapshot", type=options.path, metavar="PATH",
+        help="also record a snapshot of PyTorch's CUDA allocator, of one forward + backward of ours, packed whole, at the "
+        "largest size that ran; on a GPU alone. It opens in the viewer that PyTorch documents",
+    )  # fmt: skip
     bench.add_device_arguments(parser)
     _add_fake(parser)
 
@@ -90,6 +96,8 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     sizes = sizes_up_to(arguments.max_inputs, sizes)
     if not predict:
         _check_fits(case, max(sizes), device, dtype)
+    if arguments.snapshot:
+        check_snapshot(Path(arguments.snapshot), device)
     if arguments.plot:
         plot.check_picture(Path(arguments.plot))
     names = arguments.peers
@@ -107,6 +115,8 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
         sweep.show()
         if arguments.plot:
             console.line(plot.draw(Path(arguments.plot), [report.content]))
+        if arguments.snapshot:
+            console.line(snapshot(Path(arguments.snapshot), case, sweep.rows, device, dtype))
     return 0
 
 

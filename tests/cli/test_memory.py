@@ -1,4 +1,4 @@
-"""`memory`: what is kept for a backward, sizes that only fake tensors have, originals, where lines end."""
+"""`memory`: what is kept for a backward, sizes that only fake tensors have, originals, where lines end, snapshots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver_kernels.cli import fake, main, measure, memory, originals
+from perceiver_kernels.cli import fake, main, measure, memory, originals, snapshot
 from perceiver_kernels.cli.saved import saved_bytes
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import Workload
@@ -158,3 +158,41 @@ def test_a_line_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.Monke
     ended = rows["backward", "eager", 2048]
     assert ended["failure"] == "out of memory" and ended["peak_extra_bytes"] is ended["saved_bytes"] is None
     assert ("backward", "eager", 4096) not in rows and rows["backward", "eager", 256]["saved_bytes"] > 0
+
+
+class TestSnapshot:
+    def test_a_cpu_has_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for device in ("cpu", "fake"):
+            call = ["memory", "--device", device, "--sizes", "1K,2K", "--snapshot", str(tmp_path / "s.pickle")]
+            assert main(call) == 2
+            captured = capsys.readouterr()
+            assert "--snapshot must be used on a GPU" in captured.err and captured.err.count("\n") == 1
+            assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+    @pytest.fixture
+    def recorded(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What is asked of the allocator, which a CPU does not have."""
+        asked: list[Any] = []
+        monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: asked.append(options))
+        monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", asked.append)
+        return asked
+
+    def test_of_the_largest_size_that_ran_both_ways(self, tmp_path: Path, recorded: list[Any]) -> None:
+        def row(which: str, M: int, failure: str | None = None) -> dict[str, Any]:
+            return {"implementation": "ours", "pass": which, "M": M, "failure": failure}
+
+        rows = [row("forward", 64), row("backward", 64), row("forward", 128), row("backward", 128, "out of memory")]
+        told = snapshot.snapshot(tmp_path / "s.pickle", CASE, rows, CPU, torch.float32)
+        assert told == f"snapshot: {tmp_path / 's.pickle'}, forward + backward at 64 inputs"
+        assert recorded == [{"max_entries": snapshot.MAX_ENTRIES}, str(tmp_path / "s.pickle"), {"enabled": None}]
+
+    def test_of_nothing(self, tmp_path: Path, recorded: list[Any]) -> None:
+        rows = [{"implementation": "ours", "pass": "backward", "M": 64, "failure": "out of memory"}]
+        assert snapshot.snapshot(tmp_path / "s", CASE, rows, CPU, torch.float32) == "no snapshot: our layer ran at no size"
+        assert recorded == []
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, tmp_path: Path) -> None:
+        path = tmp_path / "s.pickle"
+        assert main(["memory", "--sizes", "1K,2K", "--peers", "none", "--snapshot", str(path)]) == 0
+        assert path.stat().st_size > 1000
