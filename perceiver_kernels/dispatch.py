@@ -16,6 +16,8 @@ from perceiver_kernels.problem import PROBLEMS, Problem
 
 ENVIRONMENT_VARIABLE = "PERCEIVER_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "sdpa", "reference")
+FUSED = "fused"
+"""What calls inside ``fused_operators`` name: the kernels of whichever backend has them."""
 
 # operation -> backend -> module, in order of preference.
 TABLE: dict[str, dict[str, str]] = {
@@ -59,6 +61,23 @@ def use_backend(*names: str) -> Iterator[None]:
         yield
     finally:
         _active = previous
+
+
+_fused_operators = False
+
+
+@contextmanager
+def fused_operators() -> Iterator[None]:
+    """Send every call inside the block through the operators of the fused kernels, whatever the device and what runs on it.
+
+    For fake tensors, whose operators only describe their results: shapes, and with them memory. No kernel is run.
+    """
+    global _fused_operators
+    previous, _fused_operators = _fused_operators, True
+    try:
+        yield
+    finally:
+        _fused_operators = previous
 
 
 @functools.cache
@@ -169,7 +188,7 @@ def _with_alternative(op: str, chosen: str, values: tuple[Any, ...], names: tupl
 
 def is_composite(op: str, backend: str) -> bool:
     """Whether ``backend`` is a composition of torch's operations."""
-    return "," not in backend and load(op, backend).COMPOSITE
+    return backend != FUSED and "," not in backend and load(op, backend).COMPOSITE
 
 
 def serving(op: str, backend: str, sizes: tuple[int, ...], rule: str = "leaves") -> str:
@@ -194,6 +213,8 @@ def select_passes(problem: Problem, backend: str | None = None) -> tuple[str, st
     Raises:
         ValueError: as ``select`` of ``problem``, whose backward must be served where it needs a gradient.
     """
+    if _fused_operators:
+        return FUSED, FUSED
     names = candidates(problem.OP, backend)
     static = problem.static_values()
     without = tuple([False if name == "needs_grad" else v for name, v in zip(problem.FIELDS, static, strict=True)])

@@ -312,3 +312,13 @@ class TestPasses:
             assert dispatch.select_passes(training) == ("sdpa", "sdpa")
         with use_backend("sdpa", "cuda"):
             assert dispatch.select_passes(SHARED) == ("sdpa", "sdpa")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_fused_operators_need_no_backend(problem: Any) -> None:
+    """Fake tensors go through the kernels' operators, whose fakes give their results; outside nothing has changed."""
+    before = dispatch.select_passes(problem)
+    with dispatch.fused_operators():
+        assert dispatch.select_passes(problem) == (dispatch.FUSED, dispatch.FUSED)
+        assert not dispatch.is_composite(problem.OP, dispatch.FUSED)
+    assert dispatch.select_passes(problem) == before

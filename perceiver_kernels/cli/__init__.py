@@ -1,4 +1,4 @@
-"""The command line: `perceiver-kernels info|run|bench|memory|check`.
+"""The command line: `perceiver-kernels info|run|bench|memory|plot|check`.
 
 One module per command; each holds `HELP`, `add_arguments(parser)` and `execute(arguments, console) -> exit
 code`. Exit codes: 0 done, or the reader of a pipe left; 1 a result was wrong; 2 the request was wrong or its
@@ -17,7 +17,7 @@ from perceiver_kernels.cli import options
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.report import CommandError, emit
 
-COMMANDS = ("info", "run", "bench", "memory", "check")
+COMMANDS = ("info", "run", "bench", "memory", "plot", "check")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,33 +1,39 @@
-"""`perceiver-kernels memory`: extra peak bytes of a cross-attention layer against the number of inputs.
+"""`perceiver-kernels memory`: bytes of a cross-attention layer against the number of inputs, until it is out of memory.
 
-The closed form for inputs packed whole is itemsize * C_padded + 16 bytes per token, forward and backward (no
-gradient of the inputs), and nothing per token when chunked; the measured slope is printed beside it. Out of
-memory is a data point.
+Extra peak bytes, forward and forward + backward, and those that autograd keeps in between, of our layer, packed whole and
+chunked, of stock PyTorch and of other libraries' layers; beside each of ours, and eager PyTorch, its closed form. Out of memory
+is a data point, after which an implementation is not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import bench, info, measure, options, plot
+from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
-from perceiver_kernels.cli.report import CommandError, Report, check_writable
+from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.saved import SAVED_METHOD
+from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import CHUNKED, OURS, shape_of
-from perceiver_kernels.cli.workload import Workload, chunk_size, packed_bytes_per_token, widths_of
+from perceiver_kernels.cli.sweep import PASSES, Sweep
+from perceiver_kernels.cli.workload import widths_of
 from perceiver_kernels.testing.cases import ENCODE, EncodeCase
 
-HELP = "measure extra peak memory against the number of inputs: packed, chunked and stock"
-PASSES = {"forward": "forward", "backward": "forward + backward"}
-DEFAULT_PEERS = {"cuda": ("eager", "math", "efficient-pad8"), "cpu": ("eager", "flash")}
-FUSED = ("cuda", "triton")
+HELP = "measure extra peak memory, and what is kept for the backward, against the number of inputs: packed, chunked and stock"
+DEFAULT_PEERS = {
+    "cuda": ("eager", "math", "efficient", "efficient-pad8", "flash", "flash-pad8", "cudnn"),
+    "cpu": ("eager", "math", "flash"),
+}
 SIZES = tuple(2**power for power in range(10, 22, 2))
+FAKE = "fake"
+LARGEST = {"cuda": 2**26, FAKE: 2**24}
+"""Where sizes that nobody named end: on a GPU if its memory does not end before; a fake chunk takes milliseconds."""
+FAKE_METHOD = "live storages of fake tensors; nothing was allocated, and scratch inside an operator is not in it"
 GPU_CASE = dataclasses.replace(ENCODE["imagenet"], B=1)
 CPU_CASE = EncodeCase("small", B=1, M=4096, C=69, N=64, D=128, H=1, d_qk=69, d_v=69)
 """What is swept on a CPU unless a case is named: small enough that a million inputs take seconds."""
@@ -41,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", type=_sizes, default=SIZES, metavar="M,...",
-        help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))})",
+        "--sizes", type=_sizes, metavar="M,...",
+        help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))}, by fours up to {LARGEST['cuda']} on "
+        f"a GPU, while inputs take half of its memory at most, and {LARGEST[FAKE]} with fake tensors)",
     )  # fmt: skip
     parser.add_argument(
         "--max-inputs", type=options.count, metavar="M", help="leave out larger sizes (default: no limit)"
@@ -53,34 +60,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     defaults = "; ".join(f"{','.join(peers)} on {device}" for device, peers in DEFAULT_PEERS.items())
     parser.add_argument(
-        "--peers", type=options.peers, metavar="NAME,...",
-        help=f"stock implementations (default: {defaults}; 'none' for none)",
+        "--peers", type=_peers, metavar="NAME,...",
+        help=f"stock implementations, and the layers of {', '.join(originals.PACKAGES)} (default: {defaults}, and the layers "
+        "of those that are installed; 'none' for none)",
     )  # fmt: skip
-    parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG")
+    parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG or SVG, as `plot` does")
+    parser.add_argument(
+        "--snapshot", type=options.path, metavar="PATH",
+        help="also record a snapshot of PyTorch's CUDA allocator, of one forward + backward of ours, packed whole, at the "
+        "largest size that ran; on a GPU alone. It opens in the viewer that PyTorch documents",
+    )  # fmt: skip
     bench.add_device_arguments(parser)
+    _add_fake(parser)
+
+
+def _add_fake(parser: argparse.ArgumentParser) -> None:
+    """Let --device take fake tensors too."""
+    (device,) = (action for action in parser._actions if action.dest == "device")
+    device.choices = [*(device.choices or ()), FAKE]
+    device.help = (
+        f"{device.help}, else cpu, measured; {FAKE}: nothing is allocated, so that no size is too large: storages of fake "
+        "tensors are counted while they live. It stands for a GPU (its case and dtype, the operators of our fused kernels), "
+        "but PyTorch's operators are those of a CPU (the gradient of an eager softmax takes one array of scores less there), "
+        "and scratch inside an operator is not seen unless its fake allocates it: partial results of our splits, workspaces "
+        "of libraries. Rows, table and plot say 'predicted'"
+    )
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the sweep; exit code 0 also where implementations ran out of memory."""
-    device, dtype = bench.device_and_dtype(arguments)
-    case = ENCODE[arguments.case] if arguments.case else GPU_CASE if device.type == "cuda" else CPU_CASE
-    sizes = sizes_up_to(arguments.max_inputs, arguments.sizes)
-    _check_fits(case, max(sizes), device, dtype)
+    predict = arguments.device == FAKE
+    device, dtype = _fake_device(arguments) if predict else bench.device_and_dtype(arguments)
+    case = ENCODE[arguments.case] if arguments.case else GPU_CASE if predict or device.type == "cuda" else CPU_CASE
+    sizes = arguments.sizes or default_sizes(case, device, dtype, predict=predict)
+    sizes = sizes_up_to(arguments.max_inputs, sizes)
+    if not predict:
+        _check_fits(case, max(sizes), device, dtype)
+    if arguments.snapshot:
+        check_snapshot(Path(arguments.snapshot), device)
     if arguments.plot:
-        check_writable(Path(arguments.plot))
-    names = DEFAULT_PEERS[device.type] if arguments.peers is None else arguments.peers
+        plot.check_picture(Path(arguments.plot))
+    names = arguments.peers
+    if names is None:
+        names = [*DEFAULT_PEERS[device.type], *originals.installed()]
+    method = FAKE_METHOD if predict else measure.MEMORY_METHOD[device.type]
     with bench.backend_scope(arguments.backend), Report("memory", arguments.json) as report:
-        report.set(memory_method=measure.MEMORY_METHOD[device.type])
-        console.line(
-            f"{info.device_line(report.content['environment'])}; {measure.MEMORY_METHOD[device.type]}"
-        )
-        sweep = Sweep(report, console, device, dtype)
-        sweep.run(case, sizes, arguments.passes, [Peer.parse(name) for name in names])
+        report.set(memory_method=method, saved_method=SAVED_METHOD, predicted=predict)
+        where = "fake tensors, predicted" if predict else info.device_line(report.content["environment"])
+        console.line(f"{where}; {method}")
+        sweep = Sweep(report, console, device, dtype, predict=predict)
+        peers = [Peer.parse(name) for name in names if name not in originals.PACKAGES]
+        libraries = [name for name in names if name in originals.PACKAGES]
+        sweep.run(case, sizes, arguments.passes, peers, libraries)
         sweep.show()
         if arguments.plot:
-            title = f"{case.name}: {widths_of(case)}"
-            console.line(plot.save(Path(arguments.plot), memory=sweep.rows, title=title))
+            console.line(plot.draw(Path(arguments.plot), [report.content]))
+        if arguments.snapshot:
+            console.line(snapshot(Path(arguments.snapshot), case, sweep.rows, device, dtype))
     return 0
+
+
+def _fake_device(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    if arguments.backend is not None:
+        names = ",".join(arguments.backend)
+        raise CommandError(f"--backend must be left out with --device {FAKE}, where none runs, got {names}")
+    return torch.device("cpu"), bench.DTYPES[arguments.dtype or "bf16"]
+
+
+def default_sizes(case: EncodeCase, device: torch.device, dtype: torch.dtype, *, predict: bool) -> list[int]:
+    """Return the sizes of a sweep for which none were named."""
+    sizes, free = list(SIZES), None if predict else measure.free_bytes(device)
+    largest = LARGEST.get(FAKE if predict else device.type)
+    if largest is not None:
+        while sizes[-1] < largest and (free is None or case.B * 4 * sizes[-1] * case.C * dtype.itemsize < 0.5 * free):
+            sizes.append(4 * sizes[-1])
+    return sizes
 
 
 def sizes_up_to(max_inputs: int | None, sizes: Sequence[int]) -> list[int]:
@@ -102,151 +156,20 @@ def _check_fits(case: EncodeCase, size: int, device: torch.device, dtype: torch.
         )
 
 
-class Sweep:
-    """Measures memory against M into a report."""
-
-    def __init__(self, report: Report, console: Console, device: torch.device, dtype: torch.dtype) -> None:
-        self.report, self.console, self.device, self.dtype = report, console, device, dtype
-        self.rows: list[dict[str, Any]] = []
-
-    def run(self, case: Any, sizes: Sequence[int], passes: Sequence[str], peers: Sequence[Peer]) -> None:
-        """Measure every implementation at every size; one that failed is not tried at larger sizes."""
-        exhausted: dict[tuple[str, str], str] = {}
-        with self.console.progress("memory", len(sizes) * len(passes) * (2 + len(peers))) as progress:
-            # Several chunks at the two largest sizes, between which the slope is taken.
-            chunk = min(chunk_size(case.B), max(min(sorted(sizes)[-2:]) // 4, 1))
-            for size in sizes:
-                work = Workload(dataclasses.replace(case, M=size), self.device, self.dtype, chunk=chunk)
-                for which in passes:
-                    for name, build in self._subjects(work, which, peers).items():
-                        progress.advance(f"{size:,} inputs, {which}, {name}")
-                        failure = exhausted.get((which, name)) or self._refusal(work, which, name)
-                        row = self._measure(work, which, name, build, failure)
-                        if row["failure"]:
-                            exhausted[which, name] = row["failure"]
-                del work
-                measure.release()
-
-    def _subjects(
-        self, work: Workload, which: str, peers: Sequence[Peer]
-    ) -> dict[str, Callable[[], measure.Call]]:
-        stock = {peer.name: (lambda peer=peer: work.stock(which, peer)) for peer in peers}
-        return {OURS: lambda: work.ours(which), CHUNKED: lambda: work.chunked(which), **stock}
-
-    def _refusal(self, work: Workload, which: str, name: str) -> str | None:
-        """On a CPU the system would kill the process: a need beyond free memory is not tried."""
-        if self.device.type == "cuda":
-            return None
-        needed, free = (
-            _least_need(work.case, which, name, self.dtype.itemsize),
-            measure.free_bytes(self.device),
-        )
-        if free is None or needed < 0.8 * free:
-            return None
-        return f"out of memory: needs about {format_bytes(needed)}, {format_bytes(free)} are free"
-
-    def _measure(
-        self, work: Workload, which: str, name: str, build: Callable[[], measure.Call], failure: str | None
-    ) -> dict[str, Any]:
-        peak = None
-        if failure is None:
-            call = build()
-            # The first call on a GPU compiles and allocates workspaces; on a CPU there is nothing to warm up.
-            failure = measure.attempt(call) if self.device.type == "cuda" else None
-            peaks: list[int] = []
-            failure = failure or measure.attempt(
-                lambda: peaks.append(measure.peak_extra_bytes(call, self.device))
-            )
-            peak = peaks[0] if peaks else None
-            measure.release()
-        case = work.case
-        row = self.report.add(
-            kind="memory", case=case.name, shape=shape_of(case), M=case.M, **{"pass": which},
-            implementation=name, peak_extra_bytes=peak, failure=failure,
-            backend=work.choice(which)[1] if name in (OURS, CHUNKED) else "stock",
-            predicted_bytes=predicted_bytes(case, name, self.dtype.itemsize),
-            dtype=str(self.dtype).removeprefix("torch."),
-        )  # fmt: skip
-        self.rows.append(row)
-        return row
-
-    def show(self) -> None:
-        """Print peak against M for every pass, and slopes beside the closed form."""
-        for which in dict.fromkeys(row["pass"] for row in self.rows):
-            rows = [row for row in self.rows if row["pass"] == which]
-            names = list(dict.fromkeys(row["implementation"] for row in rows))
-            self.console.line(f"\nextra peak memory, {PASSES[which]}")
-            cells = {(row["M"], row["implementation"]): row for row in rows}
-            table = []
-            for size in dict.fromkeys(row["M"] for row in rows):
-                bound = cells[size, OURS]["predicted_bytes"]
-                table.append(
-                    [f"{size:,}", *(_cell(cells[size, name]) for name in names), format_bytes(bound)]
-                )
-            closed = "closed form (packed)"
-            self.console.table(["inputs", *names, closed], table, spare=[closed, *reversed(names[2:])])
-            self._show_failures(rows)
-            for name in (OURS, CHUNKED):
-                self.console.line(slope_sentence(rows, name))
-
-    def _show_failures(self, rows: list[dict[str, Any]]) -> None:
-        told = set()
-        for row in rows:
-            if row["failure"] and row["implementation"] not in told:
-                told.add(row["implementation"])
-                self.console.line(f"  {row['implementation']} at {row['M']:,} inputs: {row['failure']}")
+def _peers(text: str) -> list[str]:
+    """Read names of stock implementations and of libraries; 'none' is the empty list."""
+    if text == "none":
+        return []
+    names = dict.fromkeys(text.split(","))
+    return [name if name in originals.PACKAGES else _stock(name) for name in names]
 
 
-def predicted_bytes(case: Any, name: str, itemsize: int) -> int | None:
-    """Return the closed form of what grows with M, for our implementations; None for stock."""
-    if name == CHUNKED:
-        return 0
-    return case.B * case.M * packed_bytes_per_token(case.C, itemsize) if name == OURS else None
-
-
-def slope(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Return the measured extra bytes per input token between the two largest sizes."""
-    points = [
-        (row["shape"]["B"] * row["M"], row["peak_extra_bytes"])
-        for row in rows
-        if row["implementation"] == name
-    ]
-    points = [point for point in points if point[1] is not None][-2:]
-    if len(points) < 2:
-        return None
-    (few, less), (many, more) = points
-    return (more - less) / (many - few)
-
-
-def slope_sentence(rows: list[dict[str, Any]], name: str) -> str:
-    """Return the measured slope beside the closed form."""
-    measured = slope(rows, name)
-    if measured is None:
-        return f"  {name}: fewer than two sizes, no slope"
-    row = next(row for row in rows if row["implementation"] == name)
-    bound = row["predicted_bytes"] / (row["shape"]["B"] * row["M"])
-    holds = (
-        "" if row["backend"] in FUSED else f" (that of the fused kernels; this is backend {row['backend']})"
-    )
-    return f"  {name}: {measured:.1f} extra bytes per input token, closed form {bound:.0f}{holds}"
-
-
-def _least_need(case: Any, which: str, name: str, itemsize: int) -> int:
-    """A lower bound of what an implementation allocates."""
-    tokens = case.B * case.M
-    if name == CHUNKED:
-        return 0
-    if name == OURS:
-        return tokens * packed_bytes_per_token(case.C, itemsize)
-    keys_and_values = tokens * (case.C + case.H * (case.d_qk + case.d_v)) * itemsize
-    scores = case.H * case.N * tokens * itemsize if "eager" in name or "math" in name else 0
-    return (keys_and_values + 2 * scores) * (2 if which == "backward" else 1)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if row["failure"]:
-        return "out of memory" if row["failure"].startswith("out of memory") else "cannot"
-    return format_bytes(row["peak_extra_bytes"])
+def _stock(name: str) -> str:
+    try:
+        return Peer.parse(name).name
+    except CommandError:
+        known = [*dict.fromkeys(peer for peers in DEFAULT_PEERS.values() for peer in peers), *originals.PACKAGES]
+        raise unknown_name("peer", name, known) from None
 
 
 def _sizes(text: str) -> list[int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+PACKAGES = {"transformers": "transformers", "perceiver-pytorch": "perceiver_pytorch"}
+"""Name of an original -> the module it comes in."""
 OURS = ("norm_latents", "norm_inputs", "q_proj", "k_proj", "v_proj", "out_proj")
 """The parts of our layer."""
 Parts = Sequence[tuple[nn.Module, tuple[str, ...]]]
@@ -52,11 +56,16 @@ class OriginalLayer(nn.Module):
         return [found[name] for name in self.order] + list(gradients[len(parameters) :])
 
 
+def installed() -> list[str]:
+    """Return the names of the originals that are installed here."""
+    return [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is not None]
+
+
 def layer(name: str, case: Any, ours: nn.Module, device: torch.device, dtype: torch.dtype) -> OriginalLayer:
     """Return a package's cross-attention layer at the sizes of a case.
 
     Args:
-        name: "transformers" or "perceiver-pytorch".
+        name: one of PACKAGES.
         case: a `testing.cases.EncodeCase`.
         ours: our layer, whose weights it takes.
         device, dtype: of the layer.
@@ -65,17 +74,25 @@ def layer(name: str, case: Any, ours: nn.Module, device: torch.device, dtype: to
         RuntimeError: the package is not installed.
         ValueError: its class does not fit the case.
     """
-    made = {"transformers": _transformers, "perceiver-pytorch": _perceiver_pytorch}[name](case, ours)
-    return made.to(device, dtype).eval()
+    try:
+        importlib.import_module(PACKAGES[name])
+    except ImportError as error:
+        raise RuntimeError(f"{name} cannot be imported: {error}") from error
+    usual = torch.get_default_dtype()
+    # Built where and as it shall be: parameters of fake tensors cannot be moved.
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return {"transformers": _transformers, "perceiver-pytorch": _perceiver_pytorch}[name](case, ours).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _transformers(case: Any, ours: nn.Module) -> OriginalLayer:
     """PerceiverAttention: LayerNorms, projections with biases, attention written out, output projection."""
-    try:
-        from transformers import PerceiverConfig
-        from transformers.models.perceiver.modeling_perceiver import PerceiverAttention
-    except ImportError as error:
-        raise RuntimeError(f"transformers cannot be imported: {error}") from error
+    from transformers import PerceiverConfig
+    from transformers.models.perceiver.modeling_perceiver import PerceiverAttention
+
     module = PerceiverAttention(
         PerceiverConfig(attention_probs_dropout_prob=0.0), is_cross_attention=True, qk_channels=case.H * case.d_qk,
         v_channels=case.H * case.d_v, num_heads=case.H, q_dim=case.D, kv_dim=case.C, use_query_residual=False,
@@ -88,10 +105,8 @@ def _transformers(case: Any, ours: nn.Module) -> OriginalLayer:
 
 def _perceiver_pytorch(case: Any, ours: nn.Module) -> OriginalLayer:
     """PreNorm over Attention, whose projections to queries, keys and values get the biases that ours have."""
-    try:
-        from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm
-    except ImportError as error:
-        raise RuntimeError(f"perceiver-pytorch cannot be imported: {error}") from error
+    from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm
+
     if case.d_qk != case.d_v:
         raise ValueError(
             f"perceiver-pytorch has heads of one width for queries, keys and values, got {case.d_qk} and {case.d_v}"

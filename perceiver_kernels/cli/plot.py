@@ -1,17 +1,80 @@
-"""PNG plots: memory against input size with the closed-form line, and times beside stock PyTorch's."""
+"""`perceiver-kernels plot`: pictures of the reports that `bench --sizes` and `memory` write, time and memory against a size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import argparse
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perceiver_kernels.cli.console import format_ms
-from perceiver_kernels.cli.report import CommandError
+from perceiver_kernels.cli import curves, options, series
+from perceiver_kernels.cli.console import Console, format_ms
+from perceiver_kernels.cli.report import CommandError, Report, check_writable
+from perceiver_kernels.cli.series import Chart
 
-OURS_COLOURS = {"ours": "#0b6e4f", "ours-chunked": "#58b09c", "ours-triton": "#9fd0c2"}
-STOCK_COLOURS = ("#b3541e", "#d9a05b", "#7a5195", "#5b84b1", "#8c8c8c", "#c2577b", "#a3a847")
-STYLES = {"forward": "--", "backward": "-"}
+HELP = "draw time and memory against a size, from reports that `bench --sizes` and `memory` wrote with --json"
+SUFFIXES = (".png", ".svg")
+SKIPPED = "plot skipped"
+Panel = Callable[[Any], Callable[[], None]]
+"""Draws on axes and returns what is left to do once the figure has been laid out."""
+DOTS_PER_INCH = 100
+WIDTH, HEIGHT = 12.0, 4.6
+"""Of two charts side by side, in inches: 1,200 dots wide."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "reports", type=options.path, nargs="+", metavar="FILE.json",
+        help="reports of several sizes; of the same case they go into the same charts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=options.path, required=True, metavar="PATH", help="the picture: its name ends in .png or .svg"
+    )
+
+
+def execute(arguments: argparse.Namespace, console: Console) -> int:
+    """Draw reports into one picture."""
+    path = Path(arguments.output)
+    reports = [series.load(Path(name)) for name in arguments.reports]
+    for name, report in zip(arguments.reports, reports, strict=True):
+        if not series.charts([report]):
+            raise CommandError(f"{name} has no sizes to draw: one of {', '.join(series.AXES)} must differ between its rows")
+    check_picture(path)
+    told = draw(path, reports)
+    if told.startswith(SKIPPED):
+        raise CommandError(told)
+    console.line(told)
+    with Report("plot", arguments.json) as report:
+        report.set(picture=str(path), reports=arguments.reports)
+        for chart in series.charts(reports):
+            report.add(kind="chart", quantity=chart.quantity, case=chart.case, lines=list(chart.lines), **{"pass": chart.which})
+    return 0
+
+
+def check_picture(path: Path) -> None:
+    """Raise the CommandError of a picture that cannot be written, or of no known kind, before the work."""
+    check_writable(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise CommandError(f"a picture's name must end in {' or '.join(SUFFIXES)}, got {path}")
+
+
+def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
+    """Draw every chart of reports and return one sentence that says where, or why there is no picture.
+
+    Args:
+        path: PNG or SVG to write.
+        reports: as `series.load` gives them.
+    """
+    charts = series.charts(reports)
+    if not charts:
+        return f"{SKIPPED}: fewer than two sizes"
+    look = curves.looks(name for chart in charts for name in chart.lines)
+    cases = list(dict.fromkeys(chart.case for chart in charts))
+    devices = list(dict.fromkeys(device for chart in charts for device in chart.devices))
+    title = f"{' and '.join(devices)}; {'; '.join(cases)}"
+    return _save(path, [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts], title, _notes(charts))
 
 
 def save(
@@ -21,63 +84,66 @@ def save(
     times: Sequence[dict[str, Any]] = (),
     title: str = "",
 ) -> str:
-    """Draw what there is and return one sentence that says where, or why there is no plot.
+    """Draw the main job's picture: memory against the number of inputs, and times of one size as bars.
 
     Args:
-        path: PNG to write.
+        path: PNG or SVG to write.
         memory: rows of the memory sweep.
         times: rows of the benchmark.
         title: above the figure.
+
+    Returns:
+        One sentence that says where the picture is, or why there is none.
     """
+    charts = [chart for chart in series.charts([{"rows": memory}]) if chart.quantity == "peak_extra_bytes"]
+    look = curves.looks(row["implementation"] for row in [*memory, *times])
+    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts]
+    if times:
+        panels.append(lambda axes: _draw_times(axes, times, look))
+    return _save(path, panels, title, _notes(charts))
+
+
+def _notes(charts: Sequence[Chart]) -> str:
+    """What dashes and crosses mean, where there are any."""
+    lines = [line for chart in charts for line in chart.lines.values() if line.points]
+    predicted = any(line.predicted for line in lines)
+    notes = ["dashed lines are predicted with fake tensors"] if predicted else []
+    if any(line.closed for line in lines):
+        notes.append(f"{'dotted' if predicted else 'thin dashes'}: closed form")
+    if any(line.out_of_memory for line in lines):
+        notes.append("cross: out of memory at the next size")
+    return "; ".join(notes)
+
+
+def _save(path: Path, panels: Sequence[Panel], title: str, notes: str) -> str:
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        return f"plot skipped: matplotlib is not installed ({error})"
-    colours = _colours(dict.fromkeys(row["implementation"] for row in [*memory, *times]))
-    panels = [(draw, rows) for draw, rows in ((_draw_memory, memory), (_draw_times, times)) if rows]
-    figure = Figure(figsize=(6.4 * max(len(panels), 1), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (draw, rows) in enumerate(panels, start=1):
-        draw(figure.add_subplot(1, len(panels), index), rows, colours)
-    figure.suptitle(title, fontsize=9)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=140)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+        return f"{SKIPPED}: matplotlib is not installed ({error})"
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / max(columns, 1))
+    # Text stays text in SVG, which readers can search and select.
+    with rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(WIDTH, HEIGHT * rows + 0.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, fontsize=11, wrap=True)
+        figure.supxlabel(notes, fontsize=9, color="#444444")
+        drawn = [(figure.add_subplot(rows, columns, index), panel) for index, panel in enumerate(panels, start=1)]
+        names = [panel(axes) for axes, panel in drawn]
+        figure.draw_without_rendering()
+        for write in names:
+            write()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, format=path.suffix.lower().lstrip("."), dpi=DOTS_PER_INCH)
+        except OSError as error:
+            raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     return f"plot: {path}"
 
 
-def _draw_memory(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
-    ends = []
-    for which in dict.fromkeys(row["pass"] for row in rows):
-        for name in dict.fromkeys(row["implementation"] for row in rows):
-            mine = [row for row in rows if row["pass"] == which and row["implementation"] == name]
-            measured = [
-                (row["M"], row["peak_extra_bytes"]) for row in mine if row["peak_extra_bytes"] is not None
-            ]
-            if measured:
-                axes.plot(
-                    *zip(*measured, strict=True), STYLES[which], marker="o", ms=3, color=colours[name],
-                    label=f"{name}, {_title(which)}",
-                )  # fmt: skip
-                if any("out of memory" in (row["failure"] or "") for row in mine):
-                    ends.append(measured[-1])
-    if ends:
-        label = "out of memory at the next size"
-        axes.plot(*zip(*ends, strict=True), "x", ms=9, mew=2, color="black", label=label)
-    bound = sorted({(row["M"], row["predicted_bytes"]) for row in rows if row["predicted_bytes"]})
-    if bound:
-        label = "closed form: itemsize x C_padded + 16 bytes per token"
-        axes.plot(*zip(*bound, strict=True), ":", color="black", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="inputs M", ylabel="extra peak bytes")
-    axes.set_title(f"memory of a layer, B={rows[0]['shape']['B']}", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, handlelength=4)
-
-
-def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], look: dict[str, tuple[str, str]]) -> Callable[[], None]:
     timed = [row for row in rows if row.get("p50_ms") is not None]
     ticks: dict[int, str] = {}
     for which in dict.fromkeys(row["pass"] for row in timed):
@@ -85,22 +151,13 @@ def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, st
         start = max(ticks, default=-2) + 2
         for place, row in enumerate((row for row in timed if row["pass"] == which), start):
             spread = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
-            axes.barh(place, row["p50_ms"], xerr=spread, color=colours[row["implementation"]])
-            ticks[place] = f"{row['implementation']}, {_title(which)}: {format_ms(row['p50_ms'])} ms"
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
+            axes.barh(place, row["p50_ms"], xerr=spread, color=look[row["implementation"]][0])
+            ticks[place] = f"{row['implementation']}, {series.PASSES.get(which, which)}: {format_ms(row['p50_ms'])} ms"
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
     axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="ms (median, whiskers p20 to p80)")
     axes.set_title(
-        f"time of a layer, B={rows[0]['shape']['B']}, {rows[0]['shape']['M']:,} inputs", fontsize=9
+        f"time of a layer, B={rows[0]['shape']['B']}, {rows[0]['shape']['M']:,} inputs", fontsize=11, loc="left"
     )
-
-
-def _title(which: str) -> str:
-    return {"forward": "forward", "backward": "forward + backward"}.get(which, which)
-
-
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour for each implementation, the same in every panel."""
-    stock = [name for name in names if name not in OURS_COLOURS]
-    chosen = {name: STOCK_COLOURS[i % len(STOCK_COLOURS)] for i, name in enumerate(stock)}
-    return OURS_COLOURS | chosen
+    return lambda: None

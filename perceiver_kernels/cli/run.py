@@ -20,10 +20,11 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels.cli import bench, info, measure, options, photograph, plot
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
-from perceiver_kernels.cli.memory import Sweep, sizes_up_to
+from perceiver_kernels.cli.memory import sizes_up_to
 from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.subject import OURS, shape_of
+from perceiver_kernels.cli.sweep import Sweep
 from perceiver_kernels.cli.workload import PASSES, Workload, describe, widths_of
 from perceiver_kernels.models import Perceiver
 from perceiver_kernels.testing.cases import EncodeCase

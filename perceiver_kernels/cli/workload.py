@@ -89,7 +89,7 @@ class Workload:
         case = self.case
         return CrossAttention(
             case.D, case.C, num_heads=case.H, qk_channels=case.H * case.d_qk, v_channels=case.H * case.d_v,
-            out_channels=case.D, residual=False, device=self.device, dtype=self.dtype, **changes,
+            out_channels=case.D, residual=False, **{"device": self.device, "dtype": self.dtype, **changes},
         )  # fmt: skip
 
     @functools.cached_property
@@ -379,11 +379,6 @@ def least_bytes(case: Any, which: str, itemsize: int) -> int:
         "backward-inputs": 2 * tokens * case.C + 2 * latents,
     }
     return itemsize * {**kernels, **layers}[which]
-
-
-def packed_bytes_per_token(channels: int, itemsize: int) -> int:
-    """Return the closed form of the extra bytes per input token, packed whole: itemsize * C_padded + 16."""
-    return itemsize * (-(-channels // 16) * 16) + 16
 
 
 def _normalize_and_pad(x: Tensor, pad: int) -> Tensor:

@@ -307,8 +307,9 @@ class TestMemory:
             assert peaks[which, "ours-chunked", 4096] <= 1.05 * peaks[which, "ours-chunked", 2048]
             assert peaks[which, "ours", 4096] > 1.8 * peaks[which, "ours", 2048] > 0
             assert peaks[which, "eager", 4096] > peaks[which, "ours", 4096]
-        packed = next(row for row in rows if row["implementation"] == "ours")
-        assert packed["predicted_bytes"] == 1024 * (4 * 80 + 16)
+        assert peaks["backward", "ours", 4096] == pytest.approx(
+            next(row["predicted_bytes"] for row in reversed(rows) if row["implementation"] == "ours"), rel=0.05
+        )
 
     def test_out_of_memory_is_a_data_point(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels.cli import gate, measure, textbook
 from perceiver_kernels.cli.gate import Gate
-from perceiver_kernels.cli.memory import slope
 from perceiver_kernels.cli.report import CommandError, unknown_name
 from perceiver_kernels.cli.stock import Peer, peers_for
-from perceiver_kernels.cli.workload import PASSES, Workload, flops, least_bytes, packed_bytes_per_token
+from perceiver_kernels.cli.sweep import slope
+from perceiver_kernels.cli.workload import PASSES, Workload, flops, least_bytes
 from perceiver_kernels.testing.cases import EncodeCase
 
 CPU = torch.device("cpu")
@@ -100,9 +100,6 @@ class TestMemory:
         ]
         assert slope(rows, "ours") == 5.0
         assert slope(rows[:1], "ours") is None
-
-    def test_closed_form(self) -> None:
-        assert packed_bytes_per_token(261, 2) == 2 * 272 + 16
 
 
 class TestAttempt:

@@ -1,83 +1,218 @@
-"""Plots: one colour for one implementation, and words that are true of what is drawn."""
+"""Plots: one colour for one implementation, names at the ends of lines, and words that are true of what is drawn."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perceiver_kernels.cli import plot
+from perceiver_kernels.cli import curves, main, plot, series
 
 figure_module = pytest.importorskip("matplotlib.figure")
 colors = pytest.importorskip("matplotlib.colors")
 
+SHAPE = {"B": 1, "C": 8, "N": 4}
 
-def memory_row(name: str, M: int, peak: int | None) -> dict[str, Any]:
+
+def memory_row(name: str, M: int, peak: int | None, **more: Any) -> dict[str, Any]:
     return {
-        "implementation": name, "pass": "forward", "M": M, "shape": {"B": 1, "M": M}, "peak_extra_bytes": peak,
-        "failure": None if peak else "out of memory: needs much", "predicted_bytes": None,
+        "kind": "memory", "case": "small", "implementation": name, "pass": "forward", "M": M, "shape": {**SHAPE, "M": M},
+        "peak_extra_bytes": peak, "failure": None if peak else "out of memory: needs much", "predicted_bytes": None, **more,
     }  # fmt: skip
 
 
-def times_row(name: str, which: str, ms: float) -> dict[str, Any]:
-    spread = {"p20_ms": 0.9 * ms, "p50_ms": ms, "p80_ms": 3 * ms}
-    return {"implementation": name, "pass": which, "shape": {"B": 2, "M": 4096}, **spread}
+def bench_row(name: str, ms: float, *, which: str = "forward", **sizes: int) -> dict[str, Any]:
+    return {
+        "kind": "bench", "case": "small", "implementation": name, "pass": which, "shape": {**SHAPE, **sizes}, "p50_ms": ms,
+        "p20_ms": 0.9 * ms, "p80_ms": 3 * ms, "peak_extra_bytes": 100, "failure": None,
+    }  # fmt: skip
+
+
+def report(*rows: dict[str, Any], gpu: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"rows": list(rows), "environment": {"gpus": [{"name": gpu}] if gpu else []}, **more}
+
+
+def written(path: Path, content: Any) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
 
 
 @pytest.fixture
-def panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The axes of a figure with both panels."""
-    figures: list[Any] = []
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every figure that is saved."""
+    found: list[Any] = []
     save = figure_module.Figure.savefig
     monkeypatch.setattr(
-        figure_module.Figure,
-        "savefig",
-        lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)),
+        figure_module.Figure, "savefig", lambda figure, *a, **k: (found.append(figure), save(figure, *a, **k))
     )
-    memory = [memory_row(name, M, 100 * M) for name in ("ours", "flash") for M in (10, 100)]
-    memory.append(memory_row("flash", 1000, None))
-    times = [
-        times_row(name, which, ms)
-        for which in ("forward", "backward")
-        for name, ms in (("ours", 1.5), ("eager", 12.25), ("flash", 3.0))
-    ]
-    told = plot.save(tmp_path / "plot", memory=memory, times=times, title="widths")
-    assert told == f"plot: {tmp_path / 'plot'}"
-    assert (tmp_path / "plot").read_bytes().startswith(b"\x89PNG")
-    return figures[0].axes
+    return found
 
 
-def test_an_implementation_has_one_colour(panels: list[Any]) -> None:
-    """Colours were dealt out by panel: flash was the first stock implementation of one, the second of the other."""
-    memory, times = panels
-    lines = {line.get_label(): colors.to_hex(line.get_color()) for line in memory.lines}
-    bars = [colors.to_hex(bar.get_facecolor()) for bar in times.patches]
-    assert bars[0] == bars[3] == lines["ours, forward"]
-    assert bars[2] == bars[5] == lines["flash, forward"]
-    assert len({bars[0], bars[1], bars[2]}) == 3
+def line_of(axes: Any, label: str) -> Any:
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return line
 
 
-def test_each_panel_tells_its_own_batch(panels: list[Any]) -> None:
-    memory, times = panels
-    assert memory.get_title() == "memory of a layer, B=1"
-    assert times.get_title() == "time of a layer, B=2, 4,096 inputs"
-    assert [text.get_text() for text in memory.figure.texts] == ["widths"]
+class TestMainJob:
+    @pytest.fixture
+    def panels(self, tmp_path: Path, figures: list[Any]) -> list[Any]:
+        """The axes of a figure with both panels."""
+        memory = [memory_row(name, M, 100 * M) for name in ("ours", "flash") for M in (10, 100)]
+        memory.append(memory_row("flash", 1000, None))
+        times = [
+            bench_row(name, ms, which=which, M=4096) | {"shape": {"B": 2, "M": 4096}}
+            for which in ("forward", "backward")
+            for name, ms in (("ours", 1.5), ("eager", 12.25), ("flash", 3.0))
+        ]
+        told = plot.save(tmp_path / "plot.png", memory=memory, times=times, title="widths")
+        assert told == f"plot: {tmp_path / 'plot.png'}"
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        return figures[0].axes
+
+    def test_an_implementation_has_one_colour(self, panels: list[Any]) -> None:
+        """Colours were dealt out by panel: flash was the first stock implementation of one, the second of the other."""
+        memory, times = panels
+        bars = [colors.to_hex(bar.get_facecolor()) for bar in times.patches]
+        assert bars[0] == bars[3] == colors.to_hex(line_of(memory, "ours").get_color())
+        assert bars[2] == bars[5] == colors.to_hex(line_of(memory, "flash").get_color())
+        assert len({bars[0], bars[1], bars[2]}) == 3
+
+    def test_titles_tell_what_is_drawn(self, panels: list[Any]) -> None:
+        memory, times = panels
+        assert memory.get_title(loc="left") == "extra peak memory, forward"
+        assert times.get_title(loc="left") == "time of a layer, B=2, 4,096 inputs"
+        assert memory.figure.get_suptitle() == "widths"
+        assert memory.figure.get_supxlabel() == "cross: out of memory at the next size"
+
+    def test_medians_are_named_where_the_bars_are(self, panels: list[Any]) -> None:
+        """The median was written at p80, where it read as p80."""
+        _, times = panels
+        assert list(times.texts) == []
+        assert [label.get_text() for label in times.get_yticklabels()][:2] == [
+            "ours, forward: 1.50 ms",
+            "eager, forward: 12.2 ms",
+        ]
+        assert list(times.get_yticks()) == [0, 1, 2, 4, 5, 6]
+
+    def test_a_cross_stands_at_the_end_of_a_line_that_ran_out_of_memory(self, panels: list[Any]) -> None:
+        memory, _ = panels
+        cross = line_of(memory, "flash, out of memory")
+        assert cross.get_marker() == "x"
+        assert [(float(x), float(y)) for x, y in zip(*cross.get_data(), strict=True)] == [(100.0, 10_000.0)]
 
 
-def test_medians_are_named_where_the_bars_are(panels: list[Any]) -> None:
-    """The median was written at p80, where it read as p80."""
-    _, times = panels
-    assert list(times.texts) == []
-    assert [label.get_text() for label in times.get_yticklabels()][:2] == [
-        "ours, forward: 1.50 ms",
-        "eager, forward: 12.2 ms",
-    ]
-    assert list(times.get_yticks()) == [0, 1, 2, 4, 5, 6]
+class TestCommand:
+    def draw(self, tmp_path: Path, *reports: dict[str, Any], name: str = "out.png") -> int:
+        files = [written(tmp_path / f"{i}.json", each) for i, each in enumerate(reports)]
+        return main(["plot", *files, "--output", str(tmp_path / name)])
+
+    def test_time_and_memory_of_two_reports(self, tmp_path: Path, figures: list[Any]) -> None:
+        bench = report(*(bench_row(n, m / f, M=m) for n, f in (("ours", 9), ("eager", 1)) for m in (64, 256)), gpu="H200")
+        rows = [memory_row("ours", M, 10 * M, saved_bytes=M, predicted_bytes=11 * M) for M in (64, 1024)]
+        assert self.draw(tmp_path, bench, report(*rows, gpu="H200")) == 0
+        axes = figures[0].axes
+        assert [each.get_title(loc="left") for each in axes] == [
+            "time, forward", "extra peak memory, forward", "memory kept for the backward",
+        ]  # fmt: skip
+        assert [(each.get_xlabel(), each.get_ylabel().split()[0]) for each in axes] == [
+            ("inputs M", "milliseconds"), ("inputs M", "bytes"), ("inputs M", "bytes"),
+        ]  # fmt: skip
+        assert figures[0].get_suptitle() == "H200; small: B=1, C=8, N=4"
+        peaks = line_of(axes[1], "ours")
+        # Of the size that both have, the later report's.
+        assert list(zip(*peaks.get_data(), strict=True)) == [(64, 640), (256, 100), (1024, 10_240)]
+        assert line_of(axes[1], "ours, closed form").get_linestyle() == "--"
+        assert figures[0].get_figwidth() * plot.DOTS_PER_INCH == 1200
+
+    def test_names_stand_at_the_ends(self, tmp_path: Path, figures: list[Any]) -> None:
+        names = ["ours", *(f"peer{i}" for i in range(5))]
+        rows = [memory_row(name, M, 1000 * M + i) for i, name in enumerate(names) for M in (10, 100)]
+        assert self.draw(tmp_path, report(*rows)) == 0
+        (axes,) = figures[0].axes
+        texts = {text.get_text(): text for text in axes.texts}
+        assert set(texts) == set(names) and axes.get_legend() is None
+        renderer = figures[0].canvas.get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in texts.values()]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(box.x0 >= 0 and box.x1 <= 1200 and box.y1 <= axes.get_window_extent().y1 + 5 for box in boxes)
+        assert texts["ours"].get_fontweight() == "bold" and texts["peer0"].get_fontweight() == "normal"
+        assert line_of(axes, "ours").get_linewidth() > 2 * line_of(axes, "peer0").get_linewidth()
+        assert colors.to_hex(texts["peer3"].get_color()) == colors.to_hex(line_of(axes, "peer3").get_color())
+
+    def test_predictions_are_dashed_and_called_so(self, tmp_path: Path, figures: list[Any]) -> None:
+        rows = [memory_row("ours", M, M, predicted=True, predicted_bytes=M) for M in (10, 100)]
+        assert self.draw(tmp_path, report(*rows, predicted=True)) == 0
+        (axes,) = figures[0].axes
+        assert axes.get_title(loc="left") == "extra peak memory, forward, predicted"
+        assert [line.get_linestyle() for line in axes.lines] == ["--", ":"]
+        assert figures[0].get_suptitle().startswith("fake tensors; ")
+        assert "predicted with fake tensors; dotted: closed form" in figures[0].get_supxlabel()
+
+    def test_two_gpus_in_one_chart_are_told_apart(self, tmp_path: Path, figures: list[Any]) -> None:
+        each = [report(*(memory_row("ours", M, M) for M in (10, 100)), gpu=gpu) for gpu in ("A", "B")]
+        assert self.draw(tmp_path, *each) == 0
+        assert [text.get_text() for text in figures[0].axes[0].texts] == ["ours, A", "ours, B"]
+        assert figures[0].get_suptitle().startswith("A and B; ")
+
+    @pytest.mark.parametrize(
+        ("sizes", "axis"),
+        [({"O": 1}, "output queries O"), ({"Lq": 3, "Lk": 3}, "keys"), ({"M": 1}, "inputs M")],
+    )
+    def test_axes(self, sizes: dict[str, int], axis: str) -> None:
+        rows = [bench_row("ours", 1.0, **{name: factor * size for name, size in sizes.items()}) for factor in (1, 2)]
+        assert series.charts([report(*rows)])[0].axis == axis
+
+    def test_json_lists_what_was_drawn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = written(tmp_path / "0.json", report(*(memory_row("ours", M, M) for M in (10, 100))))
+        assert main(["plot", path, "--output", str(tmp_path / "out.png"), "--json", "-"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        assert (row["quantity"], row["pass"], row["lines"]) == ("peak_extra_bytes", "forward", ["ours"])
+
+    def test_svg_holds_its_words(self, tmp_path: Path) -> None:
+        rows = [memory_row("ours-chunked", M, M) for M in (10, 100)]
+        assert self.draw(tmp_path, report(*rows), name="out.svg") == 0
+        assert ">ours-chunked<" in (tmp_path / "out.svg").read_text()
+
+    @pytest.mark.parametrize(
+        ("content", "name", "told"),
+        [
+            ("no json", "out.png", "0.json is no report: "),
+            ("[1]", "out.png", "0.json is no report: it must be an object with rows"),
+            ('{"rows": [1]}', "out.png", "0.json is no report: it must be an object with rows"),
+            (json.dumps(report(bench_row("ours", 1.0, M=3))), "out.png", "0.json has no sizes to draw: one of M, O, Lk, Lq"),
+            (json.dumps(report(*(memory_row("ours", M, M) for M in (1, 2)))), "out.pdf", "must end in .png or .svg, got"),
+        ],
+    )
+    def test_wrong_requests_are_one_line(
+        self, content: str, name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "0.json").write_text(content)
+        assert main(["plot", str(tmp_path / "0.json"), "--output", str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+        assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+
+    def test_a_missing_file_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plot", str(tmp_path / "none.json"), "--output", str(tmp_path / "x.png")]) == 2
+        assert f"cannot read {tmp_path / 'none.json'}: No such file" in capsys.readouterr().err
+
+    def test_without_matplotlib(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+        assert self.draw(tmp_path, report(*(memory_row("ours", M, M) for M in (1, 2)))) == 2
+        assert "matplotlib is not installed" in capsys.readouterr().err
 
 
-def test_the_legend_explains_the_cross(panels: list[Any]) -> None:
-    memory, _ = panels
-    (cross,) = [line for line in memory.lines if line.get_label() == "out of memory at the next size"]
-    assert [(float(x), float(y)) for x, y in zip(*cross.get_data(), strict=True)] == [(100.0, 10_000.0)]
-    assert cross.get_label() in [text.get_text() for text in memory.get_legend().get_texts()]
+def test_labels_are_spread_within_their_columns() -> None:
+    crowded = [("a", 0.0, 50.0, 30.0), ("b", 0.0, 51.0, 30.0), ("c", 100.0, 50.0, 30.0)]
+    placed = curves.spread(crowded, 10.0, 100.0)
+    assert placed["b"] - placed["a"] == pytest.approx(10.0, abs=0.1) and placed["c"] == 50.0
+    assert curves.spread([("a", 0.0, 99.0, 30.0), ("b", 0.0, 99.5, 30.0)], 10.0, 100.0)["b"] <= 95.1
+
+
+@pytest.mark.parametrize(("count", "told"), [(65_536, "64K"), (50_176, "49K"), (1000, "1000"), (2**20, "1M"), (2**31, "2G")])
+def test_counts_as_people_say_them(count: int, told: str) -> None:
+    assert curves.short_count(count) == told

@@ -14,9 +14,9 @@ import pytest
 
 from perceiver_kernels.cli import main
 from perceiver_kernels.cli.bench import Bench
-from perceiver_kernels.cli.memory import Sweep
 from perceiver_kernels.cli.report import check_writable
 from perceiver_kernels.cli.run import Job
+from perceiver_kernels.cli.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
