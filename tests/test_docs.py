@@ -28,12 +28,12 @@ FENCED = re.compile(
     r"(?:^<!-- (?P<mark>not run|needs): (?P<said>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 PROGRAM = "perceiver-kernels"
-NOT_RUN = 6
+NOT_RUN = 7
 """Blocks that say why they cannot be run. One more is a decision, not an oversight."""
 TINY: dict[str, dict[str, list[str]]] = {
     "run": {"--preset": ["tiny"], "--max-inputs": ["256"]},
     "bench": {"--max-inputs": ["32"], "--seconds": ["0.01"], "--no-compile": [], "--case": ["flow"], "--peers": ["none"]},
-    "memory": {"--max-inputs": ["1024"], "--peers": ["none"]},
+    "memory": {"--sizes": ["512,1K"], "--peers": ["none"]},
 }
 """Options that make a command small; the later of two options counts."""
 CHOICES = ("--case", "--peers")

@@ -49,8 +49,24 @@ class Report:
         for title, entries in ((told, self.converted), ("left alone", self.kept)):
             for (kind, reason), names in _grouped(entries).items():
                 lines.append(f"{title}: {kind}: {reason}")
-                lines += [f"    {name or '(the model)'}" for name in names]
+                lines += [f"    {name}" for name in _runs(names)]
         return "\n".join(lines)
+
+
+def _runs(names: list[str]) -> list[str]:
+    """Names in one line each; those that differ in a last number, which goes up by one, as "layers.0..5"."""
+    found: list[tuple[str, int, int]] = []
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        number = int(last) if last.isdecimal() else -1
+        if found and number > 0 and found[-1][0] == stem and found[-1][2] == number - 1:
+            found[-1] = (stem, found[-1][1], number)
+        else:
+            found.append((stem if number >= 0 else name, number, number))
+    return [
+        (stem or "(the model)") if first < 0 else f"{stem}.{first}{f'..{last}' if first < last else ''}".removeprefix(".")
+        for stem, first, last in found
+    ]
 
 
 def _grouped(entries: list[Entry]) -> dict[tuple[str, str], list[str]]:

@@ -134,6 +134,15 @@ def test_dry_run_says_so() -> None:
     assert text.startswith("1 would be converted, 0 left alone") and "(the model)" in text
 
 
+def test_layers_of_a_list_are_one_line() -> None:
+    many = nn.ModuleList(nn.MultiheadAttention(E, H) for _ in range(12))
+    model = nn.ModuleDict({"many": many, "one": nn.MultiheadAttention(E, H)})
+    many[5] = nn.Identity()
+    lines = str(replace_attention(model)).splitlines()
+    assert [line.strip() for line in lines if line.startswith("    ")] == ["many.0..4", "many.6..11", "one"]
+    assert "    0..1" in str(replace_attention(nn.ModuleList(nn.MultiheadAttention(E, H) for _ in range(2)))).splitlines()
+
+
 def test_only_modules() -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         perceiver_kernels.replace_attention("model")  # type: ignore[arg-type]
