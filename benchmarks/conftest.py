@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-collect_ignore = [] if importlib.util.find_spec("pytest_benchmark") else ["test_encode.py"]
+collect_ignore = [] if importlib.util.find_spec("pytest_benchmark") else ["test_regimes.py"]
 
 
 @pytest.fixture

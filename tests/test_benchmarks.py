@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,23 +33,34 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-bench measures here")
-def test_pytest_benchmark_smoke() -> None:
+def test_pytest_benchmark_runs_every_regime_small(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    call = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--benchmark-disable",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    chosen = [f"test_encode.py::test_ours[imagenet-{which}]" for which in ("attend", "backward")]
-    chosen.append("test_encode.py::test_stock[imagenet-forward-flash]")
-    done = subprocess.run([*call, *chosen], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
-    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    out = tmp_path / "benchmark.json"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={out}"]
+    names = [
+        "encode-imagenet-attend-ours", "layers-imagenet-forward-flash", "decode-flow-backward-ours",
+        "process-language-forward-flash", "encode-kv-kv-256x1m-d256-forward-ours", "models-shape-decoder-129-forward-sdpa",
+    ]  # fmt: skip
+    chosen = [f"test_regimes.py::test_pass[{name}]" for name in names]
+    call = [sys.executable, "-m", "pytest", *options, *chosen, "test_regimes.py::test_pass[layers-language-forward-flash]"]
+    done = subprocess.run(call, cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    assert "6 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert "backends" in results["machine_info"]["perceiver_kernels"]
+    assert {each["param"] for each in results["benchmarks"]} == set(names)
+    for each in results["benchmarks"]:
+        assert each["stats"]["rounds"] == 3 and each["stats"]["median"] > 0
+        assert each["extra_info"]["bytes"] > 0 and each["extra_info"]["flops"] > 0 and each["extra_info"]["shape"]
+
+
+def test_pytest_benchmark_has_every_default_case(imported) -> None:
+    pytest.importorskip("pytest_benchmark")
+    module = imported("test_regimes")
+    found = {tuple(parameters.values) for parameters in module.measured()}
+    for regime in module.REGIMES.values():
+        assert {case for name, case, _, _ in found if name == regime.name} == set(regime.default_cases)
+        assert {which for name, _, which, _ in found if name == regime.name} == set(regime.default_passes)
+    assert ("models", "imagenet-fourier-b1", "training", "ours") not in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

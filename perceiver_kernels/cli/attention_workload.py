@@ -1,6 +1,6 @@
 """One case of attention over given keys and values as something to call: q, k, v, our function, stock PyTorch's.
 
-Passes start from separate q [B, H, Lq, d_qk], k [B, H, Lk, d_qk] and v [B, H, Lk, d_v]. The backward gives the
+Passes start from separate q [B, H, Lq, d_qk], k [B, H_kv, Lk, d_qk] and v [B, H_kv, Lk, d_v]. The backward gives the
 gradients of all three from a forward that was saved, and is measured alone.
 """
 
@@ -42,18 +42,21 @@ class AttentionWorkload:
     def __init__(self, regime: str, case: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.regime, self.case, self.device, self.dtype = regime, case, device, dtype
         with seeded(0):
-            self.q = self._randn(case.Lq, case.d_qk)
-            self.k = self._randn(case.Lk, case.d_qk)
-            self.v = self._randn(case.Lk, case.d_v)
-            self.dout = self._randn(case.Lq, case.d_v)
+            self.q = self._randn(case.H, case.Lq, case.d_qk)
+            self.k = self._randn(case.key_heads, case.Lk, case.d_qk)
+            self.v = self._randn(case.key_heads, case.Lk, case.d_v)
+            self.dout = self._randn(case.H, case.Lq, case.d_v)
+        self.options: dict[str, Any] = {"enable_gqa": True} if case.H_kv else {}
+        self.options |= {"is_causal": True, "causal_alignment": "bottom_right"} if case.causal else {}
 
-    def _randn(self, length: int, width: int) -> Tensor:
-        return torch.randn(self.case.B, self.case.H, length, width, device=self.device, dtype=self.dtype)
+    def _randn(self, heads: int, length: int, width: int) -> Tensor:
+        return torch.randn(self.case.B, heads, length, width, device=self.device, dtype=self.dtype)
 
     @property
     def title(self) -> str:
         case = self.case
-        return f"{case.name}: B={case.B}, {heads_of(case)}, {case.Lq:,} queries over {case.Lk:,} keys"
+        causal = ", causal" if case.causal else ""
+        return f"{case.name}: B={case.B}, {heads_of(case)}, {case.Lq:,} queries over {case.Lk:,} keys{causal}"
 
     def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
         widths = self.case.d_qk, self.case.d_v
@@ -72,11 +75,11 @@ class AttentionWorkload:
 
     def ours(self, which: str) -> Call:
         """Return our callable for a pass; it gives the tensors that `names` lists."""
-        return self._call(which, lambda q, k, v: pk.attention(q, k, v))
+        return self._call(which, lambda q, k, v: pk.attention(q, k, v, **self.options))
 
     def stock(self, which: str, peer: Peer) -> Call:
         """Return a stock peer's callable for a pass."""
-        attend: Any = functools.partial(peer.attend, scale=self.case.d_qk**-0.5)
+        attend: Any = functools.partial(peer.attend, scale=self.case.d_qk**-0.5, causal=self.case.causal)
         attend = compiled(attend) if peer.compiled else attend
         return under(peer, self._call(which, attend))
 
@@ -107,8 +110,8 @@ class AttentionWorkload:
     def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
         """Return what a pass should give, from the streamed textbook in a dtype."""
         if which == "forward":
-            return [textbook.attention(self.q, self.k, self.v, dtype)]
-        return textbook.attention_gradients(self.q, self.k, self.v, self.dout, dtype)
+            return [textbook.attention(self.q, self.k, self.v, dtype, causal=self.case.causal)]
+        return textbook.attention_gradients(self.q, self.k, self.v, self.dout, dtype, causal=self.case.causal)
 
     def terms(self, which: str) -> dict[str, Tensor]:
         """Return none: these gradients are judged as they are."""
@@ -119,7 +122,7 @@ class AttentionWorkload:
         if implementation != OURS:
             return {"backend": "triton" if implementation == ON_TRITON else "stock"}
         with torch.set_grad_enabled(which == "backward"):
-            explained = pk.explain("attention", *self._operands(which))
+            explained = pk.explain("attention", *self._operands(which), **self.options)
         return {"backend": str((explained.backward if which == "backward" else None) or explained.backend)}
 
     def flops(self, which: str, implementation: str) -> int:
@@ -134,15 +137,19 @@ class AttentionWorkload:
 def flops(case: Any, which: str) -> int:
     """Return the FLOPs of a pass, a multiply and an add counted as two.
 
-    Forward: S and out. Backward: S once more, dP, dq, dk and dv.
+    Forward: S and out. Backward: S once more, dP, dq, dk and dv. Of a causal case the pairs that are seen.
     """
     widths = {"forward": case.d_qk + case.d_v, "backward": 3 * case.d_qk + 2 * case.d_v}
-    return 2 * case.B * case.H * case.Lq * case.Lk * widths[which]
+    pairs = case.Lq * case.Lk
+    if case.causal:
+        seeing = min(case.Lq, case.Lk)
+        pairs = seeing * case.Lk - seeing * (seeing - 1) // 2
+    return 2 * case.B * case.H * pairs * widths[which]
 
 
 def least_bytes(case: Any, which: str, itemsize: int) -> int:
     """Return the fewest bytes a pass moves: every input read once, every result written once."""
-    q, dout = case.Lq * case.d_qk, case.Lq * case.d_v
-    k_and_v = case.Lk * (case.d_qk + case.d_v)
+    q, dout = case.H * case.Lq * case.d_qk, case.H * case.Lq * case.d_v
+    k_and_v = case.key_heads * case.Lk * (case.d_qk + case.d_v)
     elements = {"forward": q + k_and_v + dout, "backward": 2 * (q + k_and_v) + dout}
-    return itemsize * case.B * case.H * elements[which]
+    return itemsize * case.B * elements[which]

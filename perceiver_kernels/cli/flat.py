@@ -11,7 +11,7 @@ SHAPE = ("B", "H", "M", "C", "N", "D", "Lq", "Lk", "d_qk", "d_v")
 COLUMNS = (
     "kind", "regime", "case", "pass", "implementation", "method", "backend", "dtype", *SHAPE, "p20_ms", "p50_ms", "p80_ms",
     "samples", "host_us", "flops", "tflops", "bytes", "gbytes_per_s", "floor_ms", "of_floor", "peak_extra_bytes", "worst_error",
-    "worst_eager_error", "failure", "inaccurate", "command",
+    "worst_eager_error", "failure", "inaccurate", "command", "H_kv", "causal",
 )  # fmt: skip
 """New columns are added at the end, so that what reads the old ones goes on reading them."""
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from perceiver_kernels.cli.report import CommandError, unknown_name
 
@@ -71,27 +72,48 @@ class Peer:
             raise unknown_name("peer", name, [*known, *(f"{peer}-pad8" for peer in known), *WHOLE])
         return cls(core, name.startswith("compiled-"), name.endswith("-pad8"))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention in layout [B, H, L, d], by this peer's method."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
+        """Attention in layout [B, H, L, d], by this peer's method; causal: the last query sees all keys."""
         if not self.padded:
-            return self._attend(q, k, v, scale)
+            return self._attend(q, k, v, scale, causal)
         q, k, padded_v = (F.pad(tensor, (0, -tensor.shape[-1] % 8)) for tensor in (q, k, v))
-        return self._attend(q, k, padded_v, scale)[..., : v.shape[-1]]
+        return self._attend(q, k, padded_v, scale, causal)[..., : v.shape[-1]]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+        Lq, Lk, shared = q.shape[-2], k.shape[-2], k.shape[1] != q.shape[1]
         if self.attention == "eager":
-            return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+            mask = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq) if causal else None
+            return eager(q, k, v, scale, mask)
         if self.attention == "flex":
-            return _flex_attention()(q, k, v, scale=scale)
+            mask = _block_mask(Lq, Lk, q.device) if causal else None
+            return _flex_attention()(q, k, v, scale=scale, block_mask=mask, enable_gqa=shared)
         if self.attention in LIBRARIES:
-            return _LIBRARY_CALLS[self.attention](q, k, v, scale)
+            return _LIBRARY_CALLS[self.attention](q, k, v, scale, causal)
         if self.attention in WHOLE:
             raise ValueError(f"{self.attention} has no attention over given queries, keys and values")
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        if causal and Lq != Lk:
+            # Its own flag counts from the first key.
+            return F.scaled_dot_product_attention(q, k, v, causal_lower_right(Lq, Lk), scale=scale, enable_gqa=shared)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=shared)
 
     def only(self) -> contextlib.AbstractContextManager[Any]:
         """Allow no other SDPA backend in the body."""
         return sdpa_kernel(SDPA[self.attention]) if self.attention in SDPA else contextlib.nullcontext()
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T) v written out; keys and values are repeated for the heads that share them."""
+    if shared := q.shape[1] // k.shape[1] - 1:
+        k, v = (tensor.repeat_interleave(shared + 1, 1) for tensor in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1) @ v
+
+
+@functools.cache
+def _block_mask(Lq: int, Lk: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: j <= i + (Lk - Lq), None, None, Lq, Lk, device=str(device))
 
 
 @functools.cache
@@ -101,26 +123,31 @@ def _flex_attention() -> Any:
     return compiled(flex_attention)
 
 
-def _ffpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _ffpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     """ffpa-attn's own kernels; which head dims it hands on is what its version 0.2.4 does."""
     attend = _imported("ffpa-attn", "ffpa_attn", "ffpa_attn_func")
     if not 256 < q.shape[-1] <= 1024:
         raise ValueError(
             f"ffpa-attn has kernels for head dims 257 to 1024 and hands others to SDPA, got {q.shape[-1]}"
         )
+    if causal or k.shape[1] != q.shape[1]:
+        raise ValueError("ffpa-attn is measured without a causal mask and without shared key heads")
     return attend(q, k, v, scale=scale)
 
 
-def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     """The kernel that xformers picks, in its layout [B, L, H, d]."""
     attend = _imported("xformers", "xformers.ops", "memory_efficient_attention")
-    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale=scale).transpose(1, 2)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"xformers wants a key head for each of {q.shape[1]} heads, got {k.shape[1]}")
+    mask = {"attn_bias": _imported("xformers", "xformers.ops", "LowerTriangularFromBottomRightMask")()} if causal else {}
+    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale=scale, **mask).transpose(1, 2)
 
 
-def _flash_attn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _flash_attn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     """The package flash-attn, in its layout [B, L, H, d]."""
     attend = _imported("flash-attn", "flash_attn", "flash_attn_func")
-    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale=scale).transpose(1, 2)
+    return attend(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale=scale, causal=causal).transpose(1, 2)
 
 
 _LIBRARY_CALLS: dict[str, Callable[..., Tensor]] = {

@@ -100,7 +100,8 @@ def shape_of(case: Any) -> dict[str, int]:
     """Return a case's sizes as plain values."""
     if (own := getattr(case, "shape", None)) is not None:
         return own
-    return {name: size for name, size in dataclasses.asdict(case).items() if name != "name"}
+    # What a case does not have, shared key heads or a causal mask, is no size of it.
+    return {name: size for name, size in dataclasses.asdict(case).items() if name != "name" and size not in (None, False)}
 
 
 def peer_option(implementation: str) -> str:
@@ -111,7 +112,8 @@ def peer_option(implementation: str) -> str:
 
 def heads_of(case: Any) -> str:
     """Return a case's heads in words."""
-    return f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}"
+    shared = f", {case.H_kv} of keys" if getattr(case, "H_kv", None) else ""
+    return f"{case.H} head{'s' if case.H > 1 else ''} of {case.d_qk}/{case.d_v}{shared}"
 
 
 def quiet(call: Call) -> Call:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference
-from perceiver_kernels.cli.stock import Peer, StockCrossAttention
+from perceiver_kernels.cli.stock import StockCrossAttention, eager
 
 PART_BYTES = 2**30
 """Bytes that the largest array of one part may take; its softmax and backward hold a few of that size."""
@@ -53,28 +53,30 @@ def shared_kv(which: str, q: Tensor, x: Tensor, dz: Tensor, dtype: torch.dtype) 
     return torch.autograd.grad(z, wanted, dz.to(dtype))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """softmax(q k^T / sqrt(d_qk)) v, streamed over the rows of q."""
+def attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, *, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d_qk)) v, streamed over the rows of q; causal: the last row sees all keys, each before one less."""
     k, v = k.to(dtype), v.to(dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
     size = _rows(q, k, v)
     with torch.no_grad():
-        for rows, filled in zip(q.split(size, -2), out.split(size, -2), strict=True):
-            filled.copy_(_attend_rows(rows.to(dtype), k, v))
+        for start, rows, filled in zip(range(0, q.shape[-2], size), q.split(size, -2), out.split(size, -2), strict=True):
+            filled.copy_(_attend_rows(rows.to(dtype), k, v, start - q.shape[-2] if causal else None))
     return out
 
 
 def attention_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype, *, causal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention`; what the parts add to dk and dv is summed in fp32, as within one product."""
     k, v = (tensor.to(dtype).detach().requires_grad_() for tensor in (k, v))
     dq = torch.empty_like(q, dtype=dtype)
     dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) for t in (k, v))
     size = _rows(q, k, v)
-    for rows, filled, gradient in zip(*(tensor.split(size, -2) for tensor in (q, dq, dout)), strict=True):
+    parts_of = (tensor.split(size, -2) for tensor in (q, dq, dout))
+    for start, rows, filled, gradient in zip(range(0, q.shape[-2], size), *parts_of, strict=True):
         rows = rows.to(dtype).detach().requires_grad_()
-        parts = torch.autograd.grad(_attend_rows(rows, k, v), (rows, k, v), gradient.to(dtype))
+        out = _attend_rows(rows, k, v, start - q.shape[-2] if causal else None)
+        parts = torch.autograd.grad(out, (rows, k, v), gradient.to(dtype))
         filled.copy_(parts[0])
         dk += parts[1]
         dv += parts[2]
@@ -87,11 +89,15 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> int:
     return max(1, PART_BYTES // (q.shape[0] * q.shape[1] * width * k.dtype.itemsize))
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scale = q.shape[-1] ** -0.5
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, behind: int | None) -> Tensor:
+    """Rows of an attention; of a causal one, how many places behind the last key the first of them stands, as -1 and less."""
+    scale, mask = q.shape[-1] ** -0.5, None
+    if behind is not None:
+        places = torch.arange(q.shape[-2], device=q.device) + k.shape[-2] + behind
+        mask = torch.arange(k.shape[-2], device=q.device) <= places[:, None]
     if q.dtype == torch.float64:
-        return reference.attention(q, k, v, scale=scale)[0]
-    return Peer("eager").attend(q, k, v, scale)
+        return reference.attention(q, k, v, scale=scale, attn_mask=mask)[0]
+    return eager(q, k, v, scale, mask)
 
 
 def _shared(q: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -71,6 +71,8 @@ class AttentionCase:
         name: of the model family.
         B, H, Lq, Lk: batch, heads, query and key length.
         d_qk, d_v: widths of a head.
+        H_kv: heads of keys and values, each shared by as many of the queries; None is H.
+        causal: whether a query sees keys up to its own place, the last query all of them (bottom-right).
     """
 
     name: str
@@ -80,13 +82,22 @@ class AttentionCase:
     Lk: int
     d_qk: int
     d_v: int
+    H_kv: int | None = None
+    causal: bool = False
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.H_kv or self.H
 
     def scaled(self, max_length: int = 2 * TILE, max_batch: int = 2, max_heads: int = 4) -> AttentionCase:
-        """The case at a size for a CPU: widths stay, so do remainders of Lq and Lk by 128."""
+        """The case at a size for a CPU: widths stay, so do remainders of Lq and Lk by 128, and how many share a key head."""
+        heads = min(self.H, max_heads)
         return replace(
             self,
             B=min(self.B, max_batch),
-            H=min(self.H, max_heads),
+            H=heads,
+            H_kv=None if self.H_kv is None else max(1, heads * self.H_kv // self.H),
             Lq=_shrink(self.Lq, max_length, TILE),
             Lk=_shrink(self.Lk, max_length, TILE),
         )
@@ -100,7 +111,7 @@ def _encode(*cases: tuple[str, int, int, int, int, int, int, int, int]) -> dict[
     return {case[0]: EncodeCase(*case) for case in cases}
 
 
-def _attention(*cases: tuple[str, int, int, int, int, int, int]) -> dict[str, AttentionCase]:
+def _attention(*cases: tuple[Any, ...]) -> dict[str, AttentionCase]:
     return {case[0]: AttentionCase(*case) for case in cases}
 
 
@@ -139,7 +150,7 @@ ENCODE_WIDE = _encode(
     ("idefics2", 8, 4_900, 4096, 64, 4096, 16, 96, 96),
 )
 
-# name, B, H, Lq, Lk, d_qk, d_v
+# name, B, H, Lq, Lk, d_qk, d_v; heads of keys and values and whether causal, where they are not H and no
 DECODE = _attention(
     ("decode-h8", 1, 8, 1_048_576, 256, 64, 64),
     ("decode-h1", 1, 1, 1_048_576, 512, 256, 256),
@@ -154,6 +165,10 @@ DECODE = _attention(
     ("rin", 32, 16, 4_096, 128, 32, 32),
     ("aurora", 64_800, 16, 13, 3, 32, 32),
     ("linformer", 8, 8, 4_096, 256, 64, 64),
+    ("multimodal-part", 1, 1, 6_288, 784, 512, 512),
+    ("set-transformer", 16, 4, 5_000, 32, 64, 64),
+    ("poyo", 16, 2, 1_000, 256, 64, 64),
+    ("triposg", 1, 8, 16_974_593, 4_096, 64, 64),
 )
 PROCESS = _attention(
     ("imagenet", 32, 8, 512, 512, 128, 128),
@@ -164,6 +179,14 @@ PROCESS = _attention(
     ("flow", 2, 16, 2_048, 2_048, 32, 32),
     ("rin", 32, 16, 128, 128, 48, 48),
     ("aurora", 64_800, 16, 3, 3, 64, 64),
+    ("language-32-160", 32, 8, 256, 256, 32, 160),
+    ("perceiver-ar", 1, 16, 1_024, 1_024, 64, 64, None, True),
+    ("q-former", 8, 12, 32, 32, 64, 64),
+    ("set-transformer", 16, 4, 32, 32, 64, 64),
+    ("peract", 4, 8, 2_048, 2_048, 64, 64),
+    ("poyo", 16, 8, 256, 256, 64, 64),
+    ("shape2vecset", 16, 8, 512, 512, 64, 64),
+    ("triposg", 1, 8, 4_096, 4_096, 64, 64),
 )
 # Few queries over many keys that are given, not absorbed: what a projected encode comes down to.
 ENCODE_KV = _attention(
@@ -171,6 +194,11 @@ ENCODE_KV = _attention(
     ("kv-64x16k-h16-d64", 8, 16, 64, 16_384, 64, 64),
     ("kv-512x50k-d128", 8, 1, 512, 50_176, 128, 128),
     ("kv-512x50k-h8-d64", 4, 8, 512, 50_176, 64, 64),
+    ("kv-perceiver-ar", 1, 16, 1_024, 65_536, 64, 64, None, True),
+    ("kv-flamingo", 8, 8, 64, 1_344, 64, 64),
+    ("kv-idefics2", 8, 16, 64, 4_964, 96, 96, 4),
+    ("kv-ip-adapter", 8, 20, 16, 273, 64, 64),
+    ("kv-q-former", 8, 12, 32, 257, 64, 64),
 )
 
 _EDGE_BASE = EncodeCase("base", B=2, M=37, C=21, N=5, D=24, H=2, d_qk=12, d_v=20)

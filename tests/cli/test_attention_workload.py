@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, Attention
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES
 from perceiver_kernels.cli.stock import LAYER_PEERS, Peer, peers_for
-from perceiver_kernels.cli.subject import saved_gradients
+from perceiver_kernels.cli.subject import saved_gradients, shape_of
 from perceiver_kernels.testing.cases import AttentionCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +78,84 @@ class TestCalls:
         with pk.use_backend("reference"):
             assert work.labels("forward", "ours") == {"backend": "reference"}
         assert work.labels("forward", "math") == {"backend": "stock"}
+
+
+MASKED = AttentionCase("causal", B=2, H=4, Lq=20, Lk=37, d_qk=12, d_v=12, H_kv=2, causal=True)
+
+
+class TestCausalAndShared:
+    """Causal cases, the last query sees all keys, and key heads that several heads share."""
+
+    @staticmethod
+    def expected(work: AttentionWorkload) -> tuple[torch.Tensor, ...]:
+        case = work.case
+        q, k, v = (tensor.detach().double().requires_grad_() for tensor in (work.q, work.k, work.v))
+        mask = torch.ones(case.Lq, case.Lk, dtype=torch.bool).tril(case.Lk - case.Lq) if case.causal else None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), work.dout.double())
+
+    @pytest.mark.parametrize("change", [{}, {"H_kv": None}, {"causal": False}, {"Lk": 20}], ids=str)
+    @pytest.mark.parametrize("peer", ["ours", "eager", "math", "flash", "math-pad8"])
+    def test_everybody_computes_the_same(self, peer: str, change: dict[str, Any]) -> None:
+        work = AttentionWorkload("encode-kv", replace(MASKED, **change), CPU, torch.float32)
+        calls = [work.ours(w) if peer == "ours" else work.stock(w, Peer.parse(peer)) for w in ATTENTION_PASSES]
+        for mine, truth in zip([tensor for call in calls for tensor in call()], self.expected(work), strict=True):
+            torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    def test_flex_has_a_mask_of_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        monkeypatch.setattr("perceiver_kernels.cli.stock._flex_attention", lambda: flex_attention)
+        work = AttentionWorkload("encode-kv", MASKED, CPU, torch.float32)
+        (mine,) = work.stock("forward", Peer.parse("flex"))()
+        torch.testing.assert_close(mine.double(), self.expected(work)[0], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [2**30, 2**9])
+    def test_the_specification_in_parts_is_masked_as_a_whole(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        work = AttentionWorkload("encode-kv", MASKED, CPU, torch.float32)
+        monkeypatch.setattr(textbook, "PART_BYTES", size)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            found = [tensor for which in ATTENTION_PASSES for tensor in work.specification(which, dtype)]
+            for mine, truth in zip(found, self.expected(work), strict=True):
+                torch.testing.assert_close(mine.double(), truth, rtol=tolerance, atol=tolerance)
+
+    def test_libraries_get_their_own_mask_or_refuse(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[dict[str, Any]] = []
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+            given.append(options)
+            return torch.zeros_like(q)
+
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=attend))
+        ops = SimpleNamespace(memory_efficient_attention=attend, LowerTriangularFromBottomRightMask=lambda: "mask")
+        monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+        wide = replace(MASKED, d_qk=320, d_v=320)
+        monkeypatch.setitem(sys.modules, "ffpa_attn", SimpleNamespace(ffpa_attn_func=attend))
+
+        def told(case: AttentionCase, peer: str) -> str | None:
+            work = AttentionWorkload("encode-kv", case, CPU, torch.float32)
+            return measure.attempt(work.stock("forward", Peer.parse(peer)))
+
+        assert told(MASKED, "flash-attn") is None and given[-1]["causal"] is True
+        assert told(replace(MASKED, H_kv=None), "xformers") is None and given[-1]["attn_bias"] == "mask"
+        assert told(MASKED, "xformers") == "xformers wants a key head for each of 4 heads, got 2"
+        assert told(wide, "ffpa") == "ffpa-attn is measured without a causal mask and without shared key heads"
+        assert len(given) == 2
+
+    def test_only_pairs_that_are_seen_count(self) -> None:
+        seen = torch.ones(20, 37).tril(17).sum().item()
+        assert flops(MASKED, "forward") == 2 * 2 * 4 * seen * 24
+        assert least_bytes(MASKED, "forward", 2) == 2 * 2 * (4 * 20 * 24 + 2 * 37 * 24)
+
+    def test_rows_say_so(self) -> None:
+        assert shape_of(MASKED) == {
+            "B": 2, "H": 4, "Lq": 20, "Lk": 37, "d_qk": 12, "d_v": 12, "H_kv": 2, "causal": True
+        }  # fmt: skip
+        assert set(shape_of(CASE)) == {"B", "H", "Lq", "Lk", "d_qk", "d_v"}
+        title = AttentionWorkload("encode-kv", MASKED, CPU, torch.float32).title
+        assert title == "causal: B=2, 4 heads of 12/12, 2 of keys, 20 queries over 37 keys, causal"
 
 
 class TestPeers:

@@ -63,7 +63,7 @@ def test_timed_cases_have_the_sizes_of_the_targets(name: str, sizes: tuple[int, 
 def test_timed_attention_cases_have_the_sizes_of_the_targets(
     table: dict[str, AttentionCase], name: str, sizes: tuple[int, ...]
 ) -> None:
-    assert dataclasses.astuple(table[name])[1:] == sizes
+    assert dataclasses.astuple(table[name])[1:7] == sizes
 
 
 def test_sizes_follow_from_the_configurations() -> None:
@@ -74,6 +74,28 @@ def test_sizes_follow_from_the_configurations() -> None:
     assert ENCODE["modelnet"].C == 3 + 3 * 2 * 64
     assert DECODE["multimodal"].Lq == 16 * 224 * 224 + 1_920 + 1
     assert DECODE["shape2vecset"].Lq == 129**3
+
+
+def test_every_family_has_its_attention() -> None:
+    """Latents of every encoder read each other, or are read, at their own number and width."""
+    assert {"imagenet", "language-32-160", "flow", "multimodal", "perceiver-ar", "q-former", "rin", "peract"} <= set(PROCESS)
+    assert {"set-transformer", "aurora", "poyo", "shape2vecset", "triposg"} <= set(PROCESS)
+    assert {"kv-perceiver-ar", "kv-flamingo", "kv-idefics2", "kv-ip-adapter", "kv-q-former"} <= set(ENCODE_KV)
+    assert {"set-transformer", "poyo", "triposg", "multimodal-part", "linformer", "aurora"} <= set(DECODE)
+    assert DECODE["triposg"].Lq == 257**3
+    assert DECODE["multimodal-part"].Lq == (16 * 224 * 224 + 1_920) // 128 + 1
+    # Their keys are the inputs and the latents.
+    assert ENCODE_KV["kv-flamingo"].Lk == ENCODE["flamingo"].M + ENCODE["flamingo"].N
+    assert ENCODE_KV["kv-idefics2"].Lk == ENCODE_WIDE["idefics2"].M + ENCODE_WIDE["idefics2"].N
+    assert ENCODE_KV["kv-ip-adapter"].Lk == ENCODE_WIDE["ip-adapter"].M + ENCODE_WIDE["ip-adapter"].N
+    assert [case.name for case in ALL_ATTENTION if case.causal] == ["perceiver-ar", "kv-perceiver-ar"]
+
+
+def test_shared_key_heads_stay_shared() -> None:
+    case = ENCODE_KV["kv-idefics2"]
+    assert (case.H, case.key_heads) == (16, 4)
+    assert (case.scaled().H, case.scaled().key_heads) == (4, 1)
+    assert (case.scaled(max_heads=8).key_heads, DECODE["flow"].key_heads) == (2, 1)
 
 
 def test_absorbable_cases_are_apart_from_wide_ones() -> None:
