@@ -31,6 +31,7 @@ STOCK = {
     "process": ("cudnn", "flash") if ON_GPU else ("flash",),
     "encode-kv": ("cudnn", "flash") if ON_GPU else ("flash",),
     "models": ("transformers", "sdpa"),
+    "replaced": ("original",),
 }
 """Peers of each regime; `perceiver-kernels bench` offers all of them."""
 

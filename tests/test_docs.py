@@ -33,6 +33,8 @@ NOT_RUN = 7
 TINY: dict[str, dict[str, list[str]]] = {
     "run": {"--preset": ["tiny"], "--max-inputs": ["256"]},
     "bench": {"--max-inputs": ["32"], "--seconds": ["0.01"], "--no-compile": [], "--case": ["flow"], "--peers": ["none"]},
+    "bench models": {"--seconds": ["0.01"], "--no-compile": [], "--case": ["shape-decoder-129"], "--peers": ["none"]},
+    "bench replaced": {"--seconds": ["0.01"], "--no-compile": [], "--case": ["torch-512x50k-c512-h8"], "--peers": ["none"]},
     "memory": {"--sizes": ["512,1K"], "--peers": ["none"]},
 }
 """Options that make a command small; the later of two options counts."""
@@ -204,7 +206,7 @@ def test_commands_run(
     if "--image" in arguments:
         image = pytest.importorskip("PIL.Image")
         image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).save(arguments[arguments.index("--image") + 1])
-    small = TINY.get(arguments[0], {})
+    small = TINY.get(" ".join(arguments[:2]), TINY.get(arguments[0], {}))
     small = {option: values for option, values in small.items() if option not in CHOICES or option not in arguments}
     added = [word for option, values in small.items() for word in (option, *values)]
     assert main([*arguments, *added]) == 0, capsys.readouterr().err

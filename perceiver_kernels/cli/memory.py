@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", type=_sizes, metavar="M,...",
+        "--sizes", type=options.sizes, metavar="M,...",
         help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))}, by fours up to {LARGEST['cuda']} on "
         f"a GPU, while inputs take half of its memory at most, and {LARGEST[FAKE]} with fake tensors)",
     )  # fmt: skip
@@ -170,17 +170,3 @@ def _stock(name: str) -> str:
     except CommandError:
         known = [*dict.fromkeys(peer for peers in DEFAULT_PEERS.values() for peer in peers), *originals.PACKAGES]
         raise unknown_name("peer", name, known) from None
-
-
-def _sizes(text: str) -> list[int]:
-    factors = {"K": 2**10, "M": 2**20}
-    try:
-        sizes = [
-            int(part[:-1]) * factors[part[-1]] if part[-1] in factors else int(part)
-            for part in text.upper().split(",")
-        ]
-    except (ValueError, IndexError):
-        raise CommandError(f"must be numbers like 1024,64K,1M, got {text!r}") from None
-    if min(sizes) < 1:
-        raise CommandError(f"must be at least 1, got {text!r}")
-    return sorted(set(sizes))

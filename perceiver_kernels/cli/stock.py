@@ -105,8 +105,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     """softmax(q k^T) v written out; keys and values are repeated for the heads that share them."""
     if shared := q.shape[1] // k.shape[1] - 1:
         k, v = (tensor.repeat_interleave(shared + 1, 1) for tensor in (k, v))
+    # No name for the scores: they would be held beside the weights.
+    return torch.softmax(_scores(q, k, scale, mask), dim=-1) @ v
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     scores = q @ k.transpose(-1, -2) * scale
-    return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1) @ v
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
 @functools.cache

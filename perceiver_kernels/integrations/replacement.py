@@ -27,9 +27,13 @@ LIBRARIES = {
 """Module of a library -> file here that knows its classes, imported where a program has imported the library's."""
 
 
-@functools.cache
-def _adapters_of(file: str) -> dict[type[nn.Module], Adapter]:
+def _adapters_of(library: str, file: str) -> dict[type[nn.Module], Adapter]:
     module = importlib.import_module(f"perceiver_kernels.integrations.{file}")
+    theirs = vars(sys.modules[library])
+    own = (adapter.original for adapter in module.ADAPTERS if adapter.original.__module__ == library)
+    if any(theirs.get(original.__name__) is not original for original in own):
+        # The library was loaded again, and its classes are others.
+        module = importlib.reload(module)
     return {adapter.original: adapter for adapter in module.ADAPTERS}
 
 
@@ -38,7 +42,7 @@ def known_adapters() -> dict[type[nn.Module], Adapter]:
     found: dict[type[nn.Module], Adapter] = {}
     for library, file in LIBRARIES.items():
         if library in sys.modules:
-            found |= _adapters_of(file)
+            found |= _adapters_of(library, file)
     return found
 
 
