@@ -48,6 +48,8 @@ class FusedAttentionPoolLatent(AttentionPoolLatent):
         masks = _masks(attn_mask, x, self.fused_attn)
         if "attn_mask" in masks or type(self.k_norm) is not nn.Identity or x.shape[-1] > MAX_CHANNELS:
             key, value = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, -1))
+            # torch's fused attention takes no queries of batch 1 beside more keys.
+            queries = queries.expand(x.shape[0], -1, -1, -1)
             return functional.attention(queries, self.k_norm(key), value, scale=self.scale, **masks)
         w_k, w_v = self.kv.weight.chunk(2)
         b_k, b_v = (None, None) if self.kv.bias is None else self.kv.bias.chunk(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import functional, replace_attention
-from tests.integrations.agreement import randomised
+from tests.integrations.replaced import Case
 
 B, T, M, N, L, D, D_MEDIA = 2, 3, 5, 4, 7, 12, 10
 HEADS: dict[str, int] = {"dim_head": 6, "heads": 2}
+ATTENTION, READING = {"PerceiverAttention": 1}, {"MaskedCrossAttention": 1}
 
 # Where media come in a text: some tokens before the first; more media than are given; none at all.
 LOCATIONS = {
@@ -24,14 +26,49 @@ LOCATIONS = {
     "none": [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]],
 }
 
+WHICH = {"last medium": True, "all media": False}
 
-def locations_of(name: str) -> Tensor:
-    return torch.tensor(LOCATIONS[name], dtype=torch.bool)
+
+def locations_of(name: str, stretch: int = 1) -> Tensor:
+    """bool [B, L * stretch], ``stretch`` - 1 tokens of text after each of LOCATIONS."""
+    where = torch.tensor(LOCATIONS[name], dtype=torch.bool)
+    longer = torch.zeros(*where.shape, stretch, dtype=torch.bool)
+    longer[..., 0] = where
+    return longer.flatten(1)
 
 
 def tensors(*shapes: tuple[int, ...], seed: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def on_media(model: nn.Module, media: Tensor) -> Any:
+    return model(media)
+
+
+def on_arrays(model: nn.Module, *, media: Tensor, **arrays: Any) -> Any:
+    """Text, or latents, are first; the others have names."""
+    if "latents" in arrays:
+        return model(media, arrays["latents"])
+    return model(arrays.pop("text"), media, **arrays)
+
+
+def resampling(library: Any, shape: tuple[int, ...], **sizes: int) -> Case:
+    """A resampler of two layers; ``shape`` is of the media."""
+    sizes = {"depth": 2, "num_latents": N, **HEADS, **sizes}
+    build = functools.partial(library.PerceiverResampler, dim=shape[-1], **sizes)
+    return Case(build, on_media, {"media": shape}, {"PerceiverAttention": 2})
+
+
+def reading(build: Any, count: int, where: str | None, stretch: int = 1, **options: Any) -> Case:
+    """Text of L * stretch tokens of media of N * stretch each; ``build`` has their widths, and the heads, in its keywords."""
+    width = build.keywords["dim"]
+    shapes = {
+        "text": (B, L * stretch, width),
+        "media": (B, count, N * stretch, build.keywords.get("dim_visual", width)),
+    }
+    arrays = dict(options) | ({} if where is None else {"media_locations": locations_of(where, stretch)})
+    return Case(build, on_arrays, shapes, READING, arrays=lambda: arrays)
 
 
 @contextmanager
@@ -50,7 +87,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, 
 
 
 def check_media_and_latents_are_two_segments(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomised(library.PerceiverAttention(dim=D, **HEADS))
+    model = library.PerceiverAttention(dim=D, **HEADS).double()
     media, latents = tensors((B, T, M, D), (B, T, N, D))
     replace_attention(model)
     with attention_calls(monkeypatch) as calls:
@@ -93,17 +130,6 @@ def check_what_is_left_alone(library: ModuleType, reading: dict[str, int]) -> No
             "own": f"a subclass of {kind.__name__}, which may compute something else",
         }
         assert type(model["own"]) is own and type(model["hooked"]) is kind
-
-
-def check_children_of_later_count(library: ModuleType) -> None:
-    """A child that takes another's place after conversion is the one that is called."""
-    model = randomised(library.PerceiverAttention(dim=D, **HEADS))
-    media, latents = tensors((B, T, M, D), (B, T, N, D))
-    report = replace_attention(model)
-    model.to_q = randomised(nn.Sequential(nn.Linear(D, 5), nn.Linear(5, 12)))
-    found = model(media, latents)
-    report.undo()
-    torch.testing.assert_close(found, model(media, latents))
 
 
 def check_refusals(library: ModuleType, reading: dict[str, int]) -> None:

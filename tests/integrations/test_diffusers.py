@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.integrations.agreement import assert_replaced, randomised
+from tests.integrations.replaced import (
+    Case,
+    assert_compiles,
+    assert_replaced,
+)
 
 library = pytest.importorskip("diffusers.models.attention_processor", reason="diffusers is not installed")
 embeddings = pytest.importorskip("diffusers.models.embeddings", reason="diffusers is not installed")
@@ -21,6 +27,7 @@ ours = pytest.importorskip("perceiver_kernels.integrations.diffusers")
 B, Lq, Lk, D, D_READ, H, d = 2, 6, 5, 12, 10, 2, 6
 CROSS = {"cross_attention_dim": D_READ}
 SIZES = {"heads": H, "dim_head": d}
+ONE = {"Attention": 1}
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -30,26 +37,45 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def projection(**changes: int) -> nn.Module:
     sizes = {"embed_dims": 10, "output_dims": 14, "hidden_dims": D, "depth": 2, "num_queries": 4, **SIZES, **changes}
-    return randomised(embeddings.IPAdapterPlusImageProjection(**sizes))
+    return embeddings.IPAdapterPlusImageProjection(**sizes)
+
+
+def attention(width: int = D, **changes: Any) -> nn.Module:
+    return library.Attention(width, **{**SIZES, **changes})
+
+
+def on_all(model: nn.Module, x: Tensor, *more: Tensor, **options: Any) -> Tensor:
+    return model(x, *more, **options)
+
+
+def read(model: nn.Module, x: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model(x, read, attention_mask=mask)
+
+
+def projecting(tokens: int = 7, **sizes: int) -> Case:
+    return Case(
+        functools.partial(projection, **sizes), on_all, {"x": (B, tokens, 10)}, {"IPAdapterPlusImageProjectionBlock": 2}
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_ip_adapter_plus(training: bool) -> None:
-    (tokens,) = tensors((B, 7, 10))
-    report = assert_replaced(projection().train(training), lambda m: m(tokens), [tokens], converted=2, compiles=training)
+    report = assert_replaced(projecting(), training=training)
     assert report.converted[0].kind == "diffusers IPAdapterPlusImageProjectionBlock"
 
 
+def test_ip_adapter_plus_compiled() -> None:
+    assert_compiles(projecting(depth=1), training=True)
+
+
 def test_a_block_adds_the_residual_that_it_is_given() -> None:
-    block = projection().layers[0]
-    tokens, latents, residual = tensors((B, 7, D), (B, 4, D), (B, 4, D))
-    assert_replaced(
-        block, lambda m: m(tokens, latents, residual), [tokens, latents, residual], converted=1, compiles=False
-    )
+    shapes = {"x": (B, 7, D), "latents": (B, 4, D), "residual": (B, 4, D)}
+    case = Case(lambda: projection().layers[0], on_all, shapes, {"IPAdapterPlusImageProjectionBlock": 1})
+    assert_replaced(case, training=True)
 
 
 def test_tokens_and_latents_are_two_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, keys = projection(depth=1), []
+    model, keys = projection(depth=1).double(), []
     original = functional.attention
     monkeypatch.setattr(functional, "attention", lambda q, k, v, **o: keys.extend(k) or original(q, k, v, **o))
     replace_attention(model)
@@ -69,23 +95,22 @@ SELF: dict[str, dict[str, Any]] = {
 }
 
 
+def of_self(name: str, length: int = Lq, width: int = D, **sizes: int) -> Case:
+    # The width of the result is not changed with the others.
+    options = SELF[name] if width == D or "out_dim" not in SELF[name] else {"out_dim": 2 * width}
+    return Case(functools.partial(attention, width, **options, **sizes), on_all, {"x": (B, length, width)}, ONE)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", SELF)
 def test_self_attention(name: str, training: bool) -> None:
-    model = randomised(library.Attention(D, **SIZES, **SELF[name])).train(training)
-    (x,) = tensors((B, Lq, D))
-    report = assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=name in ("plain", "old processor"))
+    report = assert_replaced(of_self(name), training=training)
     assert report.converted[0].reason == "PerceiverKernelsAttnProcessor as its processor"
+    if name in ("plain", "old processor"):
+        assert_compiles(of_self(name), training=training, gradients=name == "plain" and training)
 
 
-@pytest.mark.parametrize("norm", [None, "layer_norm", "group_norm"])
-def test_cross_attention(norm: str | None) -> None:
-    model = library.Attention(D, cross_attention_norm=norm, cross_attention_norm_num_groups=5, **SIZES, **CROSS)
-    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
-    assert_replaced(randomised(model), lambda m: m(x, read), [x, read], converted=1, compiles=norm is None)
-
-
-def masks() -> dict[str, Tensor]:
+def masks(Lq: int = Lq, Lk: int = Lk, H: int = H) -> dict[str, Tensor]:
     """Padding as UNets make it, scores for each pair, for each head; the last two also as batches that lie outside heads."""
     generator = torch.Generator().manual_seed(5)
     padding = torch.rand(B, 1, Lk, generator=generator) < 0.6
@@ -97,6 +122,27 @@ def masks() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def of_cross(mask: str | None = None, x: tuple[int, int] = (Lq, D), keys: int = Lk, **options: Any) -> Case:
+    """Scores for pairs and for heads have gradients of their own."""
+    shapes = {"x": (B, *x), "read": (B, keys, D_READ)}
+    arrays: dict[str, Any] = {}
+    if mask is not None:
+        made = masks(x[0], keys, options.get("heads", H))[mask]
+        if mask in ("pairs", "heads"):
+            shapes["mask"] = tuple(made.shape)
+        else:
+            arrays["mask"] = made
+    return Case(functools.partial(attention, x[1], **CROSS, **options), read, shapes, ONE, arrays=lambda: arrays)
+
+
+@pytest.mark.parametrize("norm", [None, "layer_norm", "group_norm"])
+def test_cross_attention(norm: str | None) -> None:
+    case = of_cross(cross_attention_norm=norm, cross_attention_norm_num_groups=5)
+    assert_replaced(case, training=True)
+    if norm is None:
+        assert_compiles(case, training=True, gradients=False)
+
+
 # Masks that are bool or have two axes AttnProcessor itself does not take.
 MASKED = [(name, "AttnProcessor2_0") for name in masks()]
 MASKED += [(name, "AttnProcessor") for name in ("padding", "pairs", "heads", "heads, padding")]
@@ -104,13 +150,12 @@ MASKED += [(name, "AttnProcessor") for name in ("padding", "pairs", "heads", "he
 
 @pytest.mark.parametrize(("name", "processor"), MASKED)
 def test_masks(name: str, processor: str) -> None:
-    model = randomised(library.Attention(D, processor=getattr(library, processor)(), **SIZES, **CROSS))
-    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
-    mask = masks()[name]
-    learned = [mask] if name in ("pairs", "heads") else []
-    assert_replaced(
-        model, lambda m: m(x, read, attention_mask=mask), [x, read, *learned], converted=1, compiles=name in ("bool", "heads")
-    )
+    case = of_cross(name, processor=getattr(library, processor)())
+    assert_replaced(case, training=True)
+    if name in ("bool", "heads"):
+        assert_compiles(case, training=True, gradients=name == "heads" and processor == "AttnProcessor2_0")
+
+
 
 
 def test_masks_are_not_repeated_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,27 +180,28 @@ def test_attention_over_an_image(spatial: bool) -> None:
     options = {"spatial_norm_dim": 3} if spatial else {"norm_num_groups": 4}
     # SpatialNorm has 32 groups whatever the width.
     width = 32 if spatial else D
-    model = library.Attention(width, residual_connection=True, rescale_output_factor=1.5, bias=True, **SIZES, **options)
-    image, temb = tensors((B, width, 3, 4), (B, 3, 3, 4))
-    arguments = {"temb": temb} if spatial else {}
-    assert_replaced(randomised(model), lambda m: m(image, **arguments), [image], converted=1, compiles=False)
+    build = functools.partial(attention, width, residual_connection=True, rescale_output_factor=1.5, bias=True, **options)
+    shapes = {"x": (B, width, 3, 4)} | ({"temb": (B, 3, 3, 4)} if spatial else {})
+    assert_replaced(Case(build, on_all, shapes, ONE), training=True)
 
 
 def test_a_transformers_block() -> None:
-    model = randomised(layers.BasicTransformerBlock(D, H, d, attention_bias=True, **CROSS))
-    x, read = tensors((B, Lq, D), (B, Lk, D_READ))
-    report = assert_replaced(
-        model, lambda m: m(x, encoder_hidden_states=read, encoder_attention_mask=masks()["padding"]), [x, read], converted=2
-    )
+    case = Case(
+        lambda: layers.BasicTransformerBlock(D, H, d, attention_bias=True, **CROSS), on_all,
+        {"x": (B, Lq, D), "encoder_hidden_states": (B, Lk, D_READ)}, {"Attention": 2},
+        arrays=lambda: {"encoder_attention_mask": masks()["padding"]},
+    )  # fmt: skip
+    report = assert_replaced(case, training=True)
+    assert_compiles(case, training=True, gradients=False)
     assert [entry.name for entry in report.converted] == ["attn1", "attn2"]
 
 
 @pytest.mark.parametrize("upcast", [{}, {"processor": library.AttnProcessor(), "upcast_softmax": True}], ids=["", "upcast"])
 def test_is_as_accurate_in_bfloat16(upcast: dict[str, Any]) -> None:
     """Over many modules: one may be right by luck."""
-    compared = []
+    compared, case = [], of_self("plain")
     for seed in range(12):
-        double = randomised(library.Attention(D, **SIZES), seed)
+        double = case.model(seed=seed)
         model = library.Attention(D, **SIZES, **upcast).bfloat16()
         model.load_state_dict(double.state_dict())
         double.load_state_dict(model.state_dict())
@@ -182,7 +228,7 @@ def test_processors_are_set_and_come_back() -> None:
 
 
 def test_set_by_hand() -> None:
-    model = randomised(layers.BasicTransformerBlock(D, H, d, **CROSS))
+    model = layers.BasicTransformerBlock(D, H, d, **CROSS).double()
     x, read = tensors((B, Lq, D), (B, Lk, D_READ))
     expected = model(x, encoder_hidden_states=read)
     processor = ours.PerceiverKernelsAttnProcessor()
@@ -228,11 +274,13 @@ def test_attention_that_is_left_alone_says_why() -> None:
 
 
 def test_adapters_and_hooks_on_a_processors_layers_count() -> None:
-    model = randomised(library.Attention(D, **SIZES))
-    model.to_q.__class__ = LoRA
-    model.to_out[0].register_forward_hook(lambda module, inputs, out: 3 * out)
-    (x,) = tensors((B, Lq, D))
-    assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=False)
+    def build() -> nn.Module:
+        model = attention()
+        model.to_q.__class__ = LoRA
+        model.to_out[0].register_forward_hook(lambda module, inputs, out: 3 * out)
+        return model
+
+    assert_replaced(dataclasses.replace(of_self("plain"), build=build), training=True)
 
 
 class OwnBlock(embeddings.IPAdapterPlusImageProjectionBlock):
@@ -241,15 +289,20 @@ class OwnBlock(embeddings.IPAdapterPlusImageProjectionBlock):
 
 def test_blocks_that_are_left_alone_say_why() -> None:
     """Their attention takes a processor instead, where it can."""
-    model = projection(depth=5)
-    hooked, adapted, sliced, own, factor = model.layers
-    hooked.ff.register_forward_hook(lambda *_: None)
-    adapted.attn.to_v.__class__ = LoRA
-    sliced.attn.set_processor(library.SlicedAttnProcessor(1))
-    own.__class__ = OwnBlock
-    factor.attn.rescale_output_factor = 2.0
-    (tokens,) = tensors((B, 7, 10))
-    report = assert_replaced(model, lambda m: m(tokens), [tokens], converted=4, kept=6, compiles=False)
+
+    def build() -> nn.Module:
+        model = projection(depth=5)
+        hooked, adapted, sliced, own, factor = model.layers
+        hooked.ff.register_forward_hook(lambda *_: None)
+        adapted.attn.to_v.__class__ = LoRA
+        sliced.attn.set_processor(library.SlicedAttnProcessor(1))
+        own.__class__ = OwnBlock
+        factor.attn.rescale_output_factor = 2.0
+        return model
+
+    kept = {"IPAdapterPlusImageProjectionBlock": 4, "OwnBlock": 1, "Attention": 1}
+    case = dataclasses.replace(projecting(), build=build, converted={"Attention": 4}, kept=kept)
+    report = assert_replaced(case, training=True)
     assert [entry.name for entry in report.converted] == [f"layers.{i}.attn" for i in (0, 1, 3, 4)]
     assert {entry.name: entry.reason for entry in report.kept} == {
         "layers.0": "ff has hooks, which a replacement of the whole would not call",
@@ -262,7 +315,7 @@ def test_blocks_that_are_left_alone_say_why() -> None:
 
 
 def test_a_processor_that_a_block_gets_later_counts() -> None:
-    model = projection()
+    model = projection().double()
     (tokens,) = tensors((B, 7, 10))
     replace_attention(model)
     called: list[nn.Module] = []

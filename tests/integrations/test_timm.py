@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.integrations.agreement import assert_replaced, randomised
+from tests.integrations.replaced import (
+    Case,
+    assert_compiles,
+    assert_replaced,
+)
 
 B, M, C, H = 2, 9, 16, 4
 
@@ -38,8 +43,17 @@ library: Any = load()
 pytestmark = pytest.mark.skipif(library is None, reason="timm is not installed (pip install --no-deps timm)")
 
 
-def pool(**options: Any) -> nn.Module:
-    return randomised(library.AttentionPoolLatent(C, num_heads=H, **options))
+ONE = {"AttentionPoolLatent": 1}
+
+
+def pool(width: int = C, fused: bool = True, **options: Any) -> nn.Module:
+    model = library.AttentionPoolLatent(width, **{"num_heads": H, **options})
+    model.fused_attn = fused
+    return model
+
+
+def call(model: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return model(x, attn_mask=attn_mask)
 
 
 def tokens(seed: int = 3) -> Tensor:
@@ -59,18 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(name: str, fused: bool) -> None:
-    model, x = pool(**OPTIONS[name]), tokens()
-    model.fused_attn = fused
-    # Both of a layer's modes, without a test for each.
-    model.train(fused)
-    report = assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=fused)
-    assert report.converted[0].kind == "timm AttentionPoolLatent"
-
-
-def masks() -> dict[str, Tensor]:
+def masks(M: int = M, H: int = H) -> dict[str, Tensor]:
     """Of tokens, bool and added, one for a batch, and of each latent; a batch entry that sees nothing by a bool one."""
     generator = torch.Generator().manual_seed(5)
     padding = torch.rand(B, 1, 1, M, generator=generator) < 0.6
@@ -84,26 +87,49 @@ def masks() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def case_of(options: dict[str, Any], mask: str | None = None, length: int = M, **sizes: Any) -> Case:
+    """Scores have gradients of their own."""
+    shapes = {"x": (B, length, sizes.get("width", C))}
+    arrays: dict[str, Tensor] = {}
+    if mask is not None:
+        made = masks(length)[mask]
+        if mask == "scores":
+            shapes["attn_mask"] = tuple(made.shape)
+        else:
+            arrays["attn_mask"] = made
+    return Case(functools.partial(pool, **{**options, **sizes}), call, shapes, ONE, arrays=lambda: arrays)
+
+
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, fused: bool) -> None:
+    # Both of a layer's modes, without a test for each.
+    case = case_of(OPTIONS[name], fused=fused)
+    report = assert_replaced(case, training=fused)
+    assert report.converted[0].kind == "timm AttentionPoolLatent"
+    if fused:
+        assert_compiles(case, training=True, gradients=name in ("plain", "norms"))
+
+
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("options", ["plain", "norms"])
 def test_masks(options: str, name: str) -> None:
-    model, x, mask = pool(**OPTIONS[options] | {"latent_len": 2}), tokens(), masks()[name]
-    learned = [mask] if name == "scores" else []
-    assert_replaced(
-        model, lambda m: m(x, attn_mask=mask), [x, *learned], converted=1, compiles=options == "plain" and name == "padding"
-    )
+    case = case_of(OPTIONS[options] | {"latent_len": 2}, name)
+    assert_replaced(case, training=True)
+    if options == "plain" and name == "padding":
+        assert_compiles(case, training=True, gradients=False)
 
 
 @pytest.mark.parametrize("name", ["padding", "added"])
 def test_masks_of_the_form_that_is_not_fused(name: str) -> None:
     """A boolean mask is added to the scores there, True as 1."""
-    model, x, mask = pool(), tokens(), masks()[name]
-    model.fused_attn = False
-    assert_replaced(model, lambda m: m(x, attn_mask=mask), [x], converted=1, compiles=False)
+    assert_replaced(case_of({}, name, fused=False), training=True)
 
 
 def test_dropout_still_drops() -> None:
-    model, x = pool(drop=0.5).train(), tokens()
+    model, x = pool(drop=0.5).double().train(), tokens()
     replace_attention(model)
     assert not torch.equal(model(x), model(x))
     assert torch.equal(*(model.eval()(x) for _ in range(2)))
@@ -122,7 +148,7 @@ def test_keys_may_stay_uncomputed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, None, "input_cross_attention"), ({}, "padding", "input_cross_attention"), ({}, "shared", "input_cross_attention"),
         ({}, "added", "attention"), (OPTIONS["norms"], None, "attention"),
     ):  # fmt: skip
-        model = pool(**options)
+        model = pool(**options).double()
         replace_attention(model)
         called.clear()
         model(x, None if mask is None else masks()[mask])
@@ -130,20 +156,15 @@ def test_keys_may_stay_uncomputed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_channels_than_are_packed() -> None:
-    model = randomised(library.AttentionPoolLatent(1040, num_heads=2, out_features=0))
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor *= 0.1
-    x = torch.randn(B, 3, 1040, dtype=torch.float64)
-    assert_replaced(model, lambda m: m(x), [x], converted=1, compiles=False)
+    assert_replaced(case_of({"num_heads": 2, "out_features": 0, "mlp_ratio": 0.1}, length=3, width=1040), training=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate(dtype: torch.dtype) -> None:
     """Over many modules: one may be right by luck."""
-    compared = []
+    compared, case = [], case_of({"latent_len": 2, "pool_type": ""})
     for seed in range(12):
-        double = randomised(library.AttentionPoolLatent(C, num_heads=H, latent_len=2, pool_type=""), seed)
+        double = case.model(seed=seed)
         model = library.AttentionPoolLatent(C, num_heads=H, latent_len=2, pool_type="").to(dtype)
         model.load_state_dict(double.state_dict())
         double.load_state_dict(model.state_dict())

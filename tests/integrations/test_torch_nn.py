@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,30 +12,73 @@ from torch import Tensor, nn
 import perceiver_kernels
 from perceiver_kernels import replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
-from tests.integrations.agreement import assert_replaced, randomised
+from tests.integrations.replaced import Case, assert_compiles, assert_replaced
 
 B, Lq, Lk, E, H = 2, 5, 9, 16, 4
+ONE = {"MultiheadAttention": 1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {}, "widths": {"kdim": 6, "vdim": 7}, "no biases": {"bias": False},
+    "added keys": {"add_bias_kv": True, "add_zero_attn": True},
+}  # fmt: skip
 
 
-def sequences(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+def multihead(**changes: Any) -> nn.Module:
+    return nn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, "batch_first": True, **changes})
+
+
+def attend(model: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return model(q, k, v, **options)
+
+
+def read(model: nn.Module, q: Tensor, x: Tensor, hidden: Tensor | None = None) -> Any:
+    """Keys and values are one tensor."""
+    return model(q, x, x, key_padding_mask=hidden, need_weights=False)
+
+
+def hidden(length: int, start: int) -> Tensor:
+    """True where tokens are hidden: of the first entry, all from ``start`` on."""
+    mask = torch.zeros(B, length, dtype=torch.bool)
+    mask[0, start:] = True
+    return mask
+
+
+def attending(need_weights: bool, queries: int = Lq, keys: int = Lk, **options: Any) -> Case:
+    width = options.get("embed_dim", E)
+    shapes = {
+        "q": (B, queries, width), "k": (B, keys, options.get("kdim", width)), "v": (B, keys, options.get("vdim", width))
+    }  # fmt: skip
+    build = functools.partial(multihead, **options)
+    arrays = {"key_padding_mask": hidden(keys, 4), "need_weights": need_weights}
+    return Case(build, attend, shapes, ONE, arrays=lambda: arrays)
+
+
+def reading(masked: bool, queries: int = Lq, keys: int = 4 * Lq, batch_first: bool = True, **options: Any) -> Case:
+    shapes = {"q": (B, queries, options.get("embed_dim", E)), "x": (B, keys, options.get("kdim", options.get("embed_dim", E)))}
+    if not batch_first:
+        shapes = {name: (length, entries, width) for name, (entries, length, width) in shapes.items()}
+    build = functools.partial(multihead, batch_first=batch_first, **options)
+    return Case(build, read, shapes, ONE, arrays=lambda: {"hidden": hidden(keys, 1)} if masked else {})
+
+
+def layer(kind: type[nn.Module], width: int = E, lengths: tuple[int, int] = (Lq, Lk)) -> Case:
+    """One of torch's own layers, of which the second reads another sequence too."""
+    shapes = {"src": (B, lengths[0], width)}
+    if kind is nn.TransformerDecoderLayer:
+        shapes = {"tgt": (B, lengths[0], width), "memory": (B, lengths[1], width)}
+    build = functools.partial(kind, width, H, dim_feedforward=width + 4, dropout=0.0, batch_first=True)
+    return Case(build, lambda model, **data: model(**data), shapes, {"MultiheadAttention": len(shapes)})
+
+
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"kdim": 6, "vdim": 7}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str
-)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_multihead_attention(options: dict[str, Any], need_weights: bool, training: bool) -> None:
-    model = randomised(nn.MultiheadAttention(E, H, batch_first=True, **options)).train(training)
-    q, k, v = sequences((B, Lq, E), (B, Lk, options.get("kdim", E)), (B, Lk, options.get("vdim", E)))
-    hidden = torch.zeros(B, Lk, dtype=torch.bool)
-    hidden[0, 4:] = True
-    report = assert_replaced(
-        model, lambda m: m(q, k, v, key_padding_mask=hidden, need_weights=need_weights), [q, k, v], converted=1
-    )
+def test_multihead_attention(name: str, need_weights: bool, training: bool) -> None:
+    case = attending(need_weights, **OPTIONS[name])
+    report = assert_replaced(case, training=training)
     assert report.converted[0].kind == "torch MultiheadAttention"
+    assert_compiles(case, training=training, gradients=(name, need_weights, training) == ("plain", False, True))
 
 
 @pytest.mark.parametrize("method", [None, "absorbed", "projected"])
@@ -50,37 +94,24 @@ def test_few_queries_read_one_long_sequence(
     monkeypatch.setattr(
         functional, "input_cross_attention", lambda *a, **k: called.append(1) or function(*a, method=method, **k)
     )
-    model, M = randomised(nn.MultiheadAttention(E, H, batch_first=batch_first, **options)), 4 * Lq
-    q, x = sequences((B, Lq, E), (B, M, options.get("kdim", E)))
-    hidden = torch.zeros(B, M, dtype=torch.bool)
-    hidden[0, 1:] = True
-    if not batch_first:
-        q, x = q.transpose(0, 1), x.transpose(0, 1)
-    for mask in (None, hidden):
+    for masked in (False, True):
         called.clear()
-        assert_replaced(
-            model, lambda m, mask=mask: m(q, x, x, key_padding_mask=mask, need_weights=False), [], converted=1, compiles=False
-        )
+        assert_replaced(reading(masked, batch_first=batch_first, **options), training=True)
         assert called
 
 
 def test_inputs_too_wide_to_be_read_are_projected() -> None:
-    q, x = sequences((1, 2, 1032), (1, 8, 1032))
-    model = randomised(nn.MultiheadAttention(1032, 4, batch_first=True))
-    assert_replaced(model, lambda m: m(q, x, x, need_weights=False), [q, x], converted=1, compiles=False)
+    assert_replaced(reading(False, 2, 8, embed_dim=1032), training=True)
 
 
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
 def test_torchs_layers(kind: type[nn.Module]) -> None:
-    model = randomised(kind(E, H, dim_feedforward=20, dropout=0.0, batch_first=True))  # type: ignore[call-arg]
-    x, memory = sequences((B, Lq, E), (B, Lk, E))
-    arguments = (x,) if kind is nn.TransformerEncoderLayer else (x, memory)
-    assert_replaced(model, lambda m: m(*arguments), list(arguments), converted=len(arguments))
+    assert_replaced(layer(kind), training=True)
+    assert_compiles(layer(kind), training=True, gradients=False)
 
 
 def test_dropout_still_drops() -> None:
-    model = randomised(nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)).train()
-    (x,) = sequences((B, Lk, E))
+    model, x = multihead(dropout=0.5).train(), torch.randn(B, Lk, E)
     replace_attention(model)
     once, again = (model(x, x, x, need_weights=False)[0] for _ in range(2))
     assert not torch.equal(once, again)

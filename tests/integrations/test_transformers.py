@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import replace_attention
-from tests.integrations.agreement import assert_replaced, assert_same, randomised, results
+from tests.integrations.replaced import (
+    Case,
+    assert_agree,
+    assert_replaced,
+    results,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -19,10 +25,10 @@ QFORMER: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "encoder_hidden_size": 24,
     "cross_attention_frequency": 1, "vocab_size": 30, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-
-
-def media(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+RESAMPLER: dict[str, Any] = {
+    "hidden_size": 24, "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def visible(*shape: int) -> Tensor:
@@ -31,35 +37,63 @@ def visible(*shape: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_blip_2_q_former(masked: bool) -> None:
+def q_former(**changes: Any) -> nn.Module:
     from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
-    config = transformers.Blip2QFormerConfig(**QFORMER)
+    config = transformers.Blip2QFormerConfig(**{**QFORMER, **changes})
     config._attn_implementation = "sdpa"  # "eager" rounds its softmax to fp32
-    model, queries, images = randomised(Blip2QFormerModel(config)), media(2, 5, 32), media(2, 11, 24, seed=3)
-    mask = {"encoder_attention_mask": visible(2, 11)} if masked else {}
-    report = assert_replaced(
-        model, lambda m: m(query_embeds=queries, encoder_hidden_states=images, **mask).last_hidden_state, [queries, images],
-        converted=1, compiles=False,
-    )
-    assert str(report).startswith("1 converted") and model.config._attn_implementation == "sdpa"
+    return Blip2QFormerModel(config)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_idefics2_resampler(masked: bool) -> None:
+def resampler(**changes: Any) -> nn.Module:
     """RMSNorm, four heads of queries on two of keys, context and latents as one array."""
+    from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
     from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
-    perceiver = {
-        "hidden_size": 24, "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8,
-        "num_key_value_heads": 2,
-    }  # fmt: skip
-    config = transformers.models.idefics2.configuration_idefics2.Idefics2PerceiverConfig(**perceiver)
+    config = Idefics2PerceiverConfig(**{**RESAMPLER, **changes})
     config._attn_implementation = "sdpa"  # "eager" rounds its softmax to fp32
-    model, context = randomised(Idefics2PerceiverResampler(config)), media(2, 11, 24)
-    mask = visible(2, 11) if masked else torch.ones(2, 11, dtype=torch.bool)
-    assert_replaced(model, lambda m: m(context, mask), [context], converted=1, compiles=False)
+    return Idefics2PerceiverResampler(config)
+
+
+def read(model: nn.Module, **arrays: Tensor) -> Tensor:
+    return model(**arrays).last_hidden_state
+
+
+def resample(model: nn.Module, context: Tensor, attention_mask: Tensor) -> Tensor:
+    return model(context, attention_mask)
+
+
+def cases(queries: int, images: int, q_former_sizes: dict[str, int], resampler_sizes: dict[str, int]) -> dict[str, Case]:
+    """Both readers, with and without padding."""
+    found: dict[str, Case] = {}
+    shapes = {
+        "query_embeds": (2, queries, q_former_sizes.get("hidden_size", 32)), "encoder_hidden_states": (2, images, 24)
+    }  # fmt: skip
+    context = {"context": (2, images, resampler_sizes.get("hidden_size", 24))}
+    for name, mask in (("", torch.ones(2, images, dtype=torch.bool)), (", masked", visible(2, images))):
+        masks = {"encoder_attention_mask": mask} if name else {}
+        found[f"Q-Former{name}"] = Case(
+            functools.partial(q_former, **q_former_sizes), read, shapes, {"Blip2QFormerModel": 1},
+            arrays=lambda masks=masks: masks,
+        )  # fmt: skip
+        found[f"Idefics 2{name}"] = Case(
+            functools.partial(resampler, **resampler_sizes), resample, context, {"Idefics2PerceiverResampler": 1},
+            arrays=lambda mask=mask: {"attention_mask": mask},
+        )  # fmt: skip
+    return found
+
+
+CASES = cases(5, 11, {}, {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_readers(name: str) -> None:
+    case = CASES[name]
+    report = assert_replaced(case, training=True)
+    assert str(report).startswith("1 converted")
+    model = case.model()
+    replace_attention(model).undo()
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_other_models_are_told_how() -> None:
@@ -83,20 +117,23 @@ def test_a_causal_language_model(padded: bool) -> None:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40, vocab_size=50
     )
     config._attn_implementation = "sdpa"  # "eager" rounds its softmax to fp32
-    model = randomised(transformers.LlamaForCausalLM(config)).eval()
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(4))
     mask = torch.ones(2, 9, dtype=torch.long)
     if padded:
         mask[0, :3] = 0
 
-    def run(m: nn.Module) -> Tensor:
-        return m(ids, attention_mask=mask).logits[mask.bool()]
+    def speak(model: nn.Module, **inputs: Tensor) -> Tensor:
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
 
-    expected = results(model, run, [])
+    case = Case(
+        lambda: transformers.LlamaForCausalLM(config), speak, {}, {}, arrays=lambda: {"input_ids": ids, "attention_mask": mask}
+    )
+    model = case.model()
+    expected = results(case, model)
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     text = model.generate(ids, **options)
     model.set_attn_implementation("perceiver_kernels")
-    assert_same(results(model, run, []), expected)
+    assert_agree(results(case, model), expected)
     assert torch.equal(model.generate(ids, **options), text)
 
 
@@ -107,6 +144,6 @@ def test_padding_stays_a_mask_of_keys_and_is_not_read() -> None:
 
 
 def test_what_these_kernels_do_not_have_is_an_error() -> None:
-    q = media(1, 2, 3, 8)
+    q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="softcap must be None with attn_implementation='perceiver_kernels', got 30.0"):
         integration.attention_forward(nn.Module(), q, q, q, None, softcap=30.0)

@@ -2,65 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import replace_attention
+from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
-from tests.convert.test_transformers import PAIRS, SIZES, TEXT, their_model
-from tests.integrations.agreement import assert_replaced, assert_same, leaves_of, results
+from tests.convert.test_transformers import PAIRS, SIZES, TEXT
+from tests.integrations.replaced import (
+    Case,
+    assert_agree,
+    assert_compiles,
+    assert_replaced,
+    dropout_seen,
+    leaves_of,
+    results,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 modeling = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
 
 # The model, three layers, the decoder's layer, and what makes Fourier features.
 CONVERTED = {"learned": 5, "masked language": 5, "text classes": 5, "fourier": 6, "conv": 6, "flow": 7, "multimodal": 9}
+FEATURES = {"fourier": 1, "conv": 1, "flow": 2, "multimodal": 4}
 
 
-def model_of(name: str) -> nn.Module:
-    model = their_model(PAIRS[name])
-    # Steep scores would make a rounding of one an error of the other.
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor *= 0.3
+def perceiver(name: str, **changes: Any) -> nn.Module:
+    """Of random running statistics, where it has such."""
+    pair = PAIRS[name]
+    model = getattr(transformers, pair.theirs)(transformers.PerceiverConfig(**{**pair.sizes, **changes}))
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(torch.rand_like(buffer), alpha=0.2)
     return model
 
 
-@pytest.mark.parametrize("name", list(PAIRS))
-def test_every_class(name: str) -> None:
+def call(model: nn.Module, points: Any = None, attention_mask: Tensor | None = None, **inputs: Tensor) -> Any:
+    asked = {} if points is None else {"subsampled_output_points": points}
+    return model(inputs.get("inputs", inputs), attention_mask=attention_mask, **asked).logits
+
+
+def case_of(name: str, shape: tuple[int, ...] = (), masks: dict[str, Tensor] | None = None, **sizes: Any) -> Case:
+    """One of transformers' classes, on inputs of another shape or as they are."""
     pair = PAIRS[name]
     torch.manual_seed(1)
     inputs = pair.inputs()
-    floats = [t for t in (inputs.values() if isinstance(inputs, dict) else [inputs]) if t.is_floating_point()]
-    report = assert_replaced(
-        model_of(name), lambda m: m(inputs, **pair.theirs_asked).logits, floats, converted=CONVERTED[name],
-        compiles=name in ("fourier", "masked language"),
-    )
-    assert "transformers PerceiverLayer" in str(report)
+    inputs = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+    if shape:
+        like = inputs["inputs"]
+        inputs = {"inputs": torch.randn(shape) if like.is_floating_point() else torch.randint(0, 20, shape)}
+    floats = {key: tuple(each.shape) for key, each in inputs.items() if each.is_floating_point()}
+    others = {key: each for key, each in inputs.items() if key not in floats} | {"points": pair.points} | (masks or {})
+    features = FEATURES.get(name, 0)
+    found = {"PerceiverLayer": CONVERTED[name] - 1 - features, "PerceiverModel": 1}
+    if features:
+        found["PerceiverFourierPositionEncoding"] = features
+    return Case(
+        functools.partial(perceiver, name, **sizes), call, floats, found, arrays=lambda: others,
+        # It joins its modalities with positions in fp32.
+        bfloat16=name != "multimodal",
+    )  # fmt: skip
 
 
+CASES = {name: case_of(name) for name in PAIRS}
+
+
+ONE_LAYER = {"num_blocks": 1, "num_self_attends_per_block": 1}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_class(name: str) -> None:
+    assert "transformers PerceiverLayer" in str(assert_replaced(CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["fourier", "masked language"])
+def test_compiled(name: str) -> None:
+    # The original computes the number of an image's tokens with numpy, which breaks the graph.
+    assert_compiles(CASES[name], fullgraph=name != "fourier", gradients=name != "fourier", **ONE_LAYER)
+
+
+def tokens_of(name: str) -> int:
+    inputs = PAIRS[name].inputs()
+    return inputs.shape[1] if inputs.ndim == 2 else inputs.shape[2] * inputs.shape[3]
+
+
+@pytest.mark.parametrize("kind", ["bool", "integers", "scores"])
 @pytest.mark.parametrize("name", ["masked language", "fourier"])
-def test_masks(name: str) -> None:
+def test_masks(name: str, kind: str) -> None:
     """Padding as two axes; a mask of scores for each pair, which runs as the original does."""
-    pair, generator = PAIRS[name], torch.Generator().manual_seed(5)
-    inputs = pair.inputs()
-    tokens = inputs.shape[1] if inputs.ndim == 2 else inputs.shape[2] * inputs.shape[3]
-    padding = torch.rand(2, tokens, generator=generator) < 0.7
-    padding[:, 0] = True
-    scores = torch.randn(2, 1, SIZES["num_latents"], tokens, generator=generator, dtype=torch.float64)
-    for mask in (padding, padding.long(), scores):
-        assert_replaced(
-            model_of(name), lambda m, mask=mask: m(inputs, attention_mask=mask).logits, [], converted=CONVERTED[name],
-            compiles=False,
-        )
+    tokens, generator = tokens_of(name), torch.Generator().manual_seed(5)
+    mask = torch.rand(2, tokens, generator=generator) < 0.7
+    mask[:, 0] = True
+    if kind == "integers":
+        mask = mask.long()
+    elif kind == "scores":
+        mask = torch.randn(2, 1, SIZES["num_latents"], tokens, generator=generator, dtype=torch.float64)
+    assert_replaced(case_of(name, masks={"attention_mask": mask}))
 
 
 def test_weights_of_attention_are_the_originals() -> None:
-    pair = PAIRS["fourier"]
-    model, inputs = model_of("fourier").eval(), pair.inputs()
+    model, inputs = CASES["fourier"].model(), CASES["fourier"].data()["inputs"]
     with torch.no_grad():
         expected = model(inputs, output_attentions=True, output_hidden_states=True)
         replace_attention(model)
@@ -73,46 +118,40 @@ def test_weights_of_attention_are_the_originals() -> None:
 
 
 def test_dropout_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from perceiver_kernels import functional
-
-    pair, seen = PAIRS["fourier"], []
-    model = their_model(pair)
+    model, inputs = CASES["fourier"].model(), CASES["fourier"].data()["inputs"]
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.25
     replace_attention(model)
-    for name in ("attention", "input_cross_attention"):
-        function = getattr(functional, name)
-        monkeypatch.setattr(
-            functional, name, lambda *a, function=function, **k: seen.append(k["dropout_p"]) or function(*a, **k)
-        )
-    model.train()(pair.inputs())
+    seen = dropout_seen(monkeypatch)
+    model.train()(inputs)
     assert set(seen) == {0.25} and len(seen) == 6
     seen.clear()
-    model.eval()(pair.inputs())
+    model.eval()(inputs)
     assert set(seen) == {0.0}
 
 
 def test_chunked_feed_forward() -> None:
-    pair = PAIRS["fourier"]
-    model, inputs = model_of("fourier"), pair.inputs()
-    for module in model.modules():
-        if isinstance(module, modeling.PerceiverLayer):
-            module.chunk_size_feed_forward = 4 if module is not model.perceiver.decoder.decoder.decoding_cross_attention else 0
-    assert_replaced(model, lambda m: m(inputs).logits, [inputs], converted=6, compiles=False)
+    def build() -> nn.Module:
+        model = perceiver("fourier")
+        for module in (model.perceiver.encoder.cross_attention, *model.perceiver.encoder.self_attends):
+            module.chunk_size_feed_forward = 4
+        return model
+
+    assert_replaced(dataclasses.replace(CASES["fourier"], build=build))
 
 
 def test_features_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, made = PAIRS["fourier"], []
-    model, inputs = model_of("fourier"), pair.inputs()
+    case, made = CASES["fourier"], []
+    model, inputs = case.model(), case.data()["inputs"]
     original = modeling.generate_fourier_features
     monkeypatch.setattr(modeling, "generate_fourier_features", lambda *a, **k: made.append(1) or original(*a, **k))
     replace_attention(model)
     with torch.inference_mode():
         model(inputs)
-    first = results(model, lambda m: m(inputs).logits, [inputs])
+    first = results(case, model)
     assert len(made) == 1
-    assert_same(results(model, lambda m: m(inputs).logits, [inputs]), first)
+    assert_agree(results(case, model), first)
     model(torch.randn(2, 3, 5, 7, dtype=torch.float64))
     assert len(made) == 2
     (tables,) = (module.__dict__[SHADOW] for module in model.modules() if isinstance(module.__dict__.get(SHADOW), dict))
@@ -138,7 +177,7 @@ def test_nothing_is_read_back() -> None:
     model = transformers.PerceiverForMaskedLM(transformers.PerceiverConfig(**SIZES | TEXT)).eval()
     ids = torch.randint(0, 20, (2, 16))
     replace_attention(model)
-    for options in ({}, {"attention_mask": torch.ones(2, 16)}):
+    for options in ({}, {"attention_mask": torch.ones(2, 16)}, {"attention_mask": torch.zeros(2, 16)}):
         with Reads() as reads, torch.no_grad():
             model(ids, **options)
         assert reads.count == 0
@@ -149,48 +188,31 @@ class LoRA(nn.Linear):
 
 
 def test_layers_whose_parts_were_replaced_are_left_alone() -> None:
-    pair = PAIRS["fourier"]
-    model, inputs = model_of("fourier"), pair.inputs()
-    own = model.perceiver.encoder.self_attends[0].attention.self
-    own.query.__class__ = LoRA
-    model.perceiver.encoder.self_attends[1].mlp.dense1.register_forward_hook(lambda *_: None)
-    report = assert_replaced(
-        model, lambda m: m(inputs).logits, [inputs], converted=4, kept=2, compiles=False
-    )
+    def build() -> nn.Module:
+        model = perceiver("fourier")
+        adapted, hooked = model.perceiver.encoder.self_attends
+        adapted.attention.self.query.__class__ = LoRA
+        hooked.mlp.dense1.register_forward_hook(lambda *_: None)
+        return model
+
+    case = CASES["fourier"]
+    converted = {**case.converted, "PerceiverLayer": case.converted["PerceiverLayer"] - 2}
+    report = assert_replaced(dataclasses.replace(case, build=build, converted=converted, kept={"PerceiverLayer": 2}))
     reasons = {entry.name.rsplit(".", 1)[1]: entry.reason for entry in report.kept}
     assert "attention.self.query is a LoRA" in reasons["0"] and "mlp.dense1 has hooks" in reasons["1"]
 
 
-def test_parts_that_are_replaced_later_run() -> None:
-    pair = PAIRS["fourier"]
-    model, inputs = model_of("fourier"), pair.inputs()
-
-    def adapt() -> None:
-        for layer in (model.perceiver.encoder.cross_attention, model.perceiver.encoder.self_attends[0]):
-            own = layer.attention.self
-            own.value = nn.Sequential(own.value, nn.Tanh())
-
-    replace_attention(model)
-    adapt()
-    found = results(model, lambda m: m(inputs).logits, [])
-    model = model_of("fourier")
-    adapt()
-    assert_same(found, results(model, lambda m: m(inputs).logits, []))
-
-
 def test_many_queries_read_few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder's layer takes the form for outputs where there are more of them than latents."""
-    from perceiver_kernels import functional
-
     called: list[str] = []
     for name in ("input_cross_attention", "output_cross_attention"):
         function = getattr(functional, name)
         monkeypatch.setattr(
             functional, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k)
         )
-    model = model_of("flow")
+    model = CASES["flow"].model()
     replace_attention(model)
-    model(PAIRS["flow"].inputs())
+    CASES["flow"].on(model)
     assert called == ["input_cross_attention", "output_cross_attention"]
 
 
