@@ -16,6 +16,7 @@ from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.integrations.replaced import (
     Case,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -156,6 +157,13 @@ def test_masks(name: str, processor: str) -> None:
         assert_compiles(case, training=True, gradients=name == "heads" and processor == "AttnProcessor2_0")
 
 
+
+
+def test_parts_that_are_replaced_later_run() -> None:
+    assert_later_parts_run(projecting(depth=1))
+    for name in ("norms of queries and keys", "old processor"):
+        assert_later_parts_run(of_self(name))
+    assert_later_parts_run(of_cross("bool", cross_attention_norm="layer_norm"))
 
 
 def test_masks_are_not_repeated_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:

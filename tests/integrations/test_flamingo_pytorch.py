@@ -16,6 +16,7 @@ from tests.integrations.replaced import (
     Case,
     assert_accurate,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -58,6 +59,11 @@ def test_text_reads_media(locations: str | None, count: int, immediate: bool) ->
 
 def test_compiled() -> None:
     assert_compiles(resampling((B, T, M, D), depth=1), training=True)
+
+
+def test_parts_that_are_replaced_later_run() -> None:
+    assert_later_parts_run(resampling((B, T, M, D)))
+    assert_later_parts_run(cases.reading(gated(True), T, "usual"))
 
 
 def test_text_before_all_media_reads_nothing() -> None:

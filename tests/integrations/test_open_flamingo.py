@@ -18,6 +18,7 @@ from tests.integrations.flamingo_cases import D_MEDIA, HEADS, LOCATIONS, B, D, L
 from tests.integrations.replaced import (
     Case,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -65,6 +66,11 @@ def test_text_after_cached_media(library: ModuleType, locations: str | None, imm
     assert_replaced(case, training=True)
     if locations == "usual":
         assert_compiles(case, training=True, gradients=False)
+
+
+def test_parts_that_are_replaced_later_run(library: ModuleType) -> None:
+    assert_later_parts_run(resampling(library, (B, T, 2, M, D)))
+    assert_later_parts_run(cases.reading(of(library.GatedCrossAttentionBlock, True), T, "usual"))
 
 
 @pytest.mark.parametrize("immediate", [True, False], ids=["last medium", "all media"])

@@ -18,6 +18,7 @@ from tests.integrations.replaced import (
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     dropout_seen,
     kept_reasons,
@@ -124,6 +125,11 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize("name", ["model", "loss"])
 def test_fp32(name: str) -> None:
     assert_accurate(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["loss", "rotated", "self, rotated"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 def test_autocast() -> None:

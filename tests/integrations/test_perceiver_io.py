@@ -19,6 +19,7 @@ from tests.integrations.replaced import (
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     kept_reasons,
     results,
@@ -216,6 +217,11 @@ def test_fp32(name: str) -> None:
 
 def test_autocast() -> None:
     assert_accurate(CASES["image"], autocast=True)
+
+
+@pytest.mark.parametrize("name", ["image", "cross, one set", "cross, many queries", "cross, padded", "self, rotated"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["image", "causal"])

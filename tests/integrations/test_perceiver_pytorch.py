@@ -17,6 +17,7 @@ from tests.integrations.replaced import (
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     kept_reasons,
     results,
@@ -154,6 +155,11 @@ def test_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", ["image", "masked"])
 def test_autocast(name: str) -> None:
     assert_accurate(CASES[name], autocast=True)
+
+
+@pytest.mark.parametrize("name", ["heads, tied", "gated", "io, one set of queries"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name], depth=1)
 
 
 def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.integrations.replaced import (
     Case,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -126,6 +127,11 @@ def test_masks(options: str, name: str) -> None:
 def test_masks_of_the_form_that_is_not_fused(name: str) -> None:
     """A boolean mask is added to the scores there, True as 1."""
     assert_replaced(case_of({}, name, fused=False), training=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "norms"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(case_of(OPTIONS[name]))
 
 
 def test_dropout_still_drops() -> None:

@@ -110,6 +110,18 @@ def test_torchs_layers(kind: type[nn.Module]) -> None:
     assert_compiles(layer(kind), training=True, gradients=False)
 
 
+def test_a_projection_that_is_wrapped_later_is_an_error_as_before() -> None:
+    """torch's own forward reads the weight of its output projection, and so does what takes its place."""
+    x = torch.randn(B, Lk, E)
+    for replaced in (False, True):
+        model = multihead()
+        if replaced:
+            replace_attention(model)
+        model.out_proj = nn.Sequential(model.out_proj, nn.Tanh())
+        with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'weight'"):
+            model(x, x, x, need_weights=False)
+
+
 def test_dropout_still_drops() -> None:
     model, x = multihead(dropout=0.5).train(), torch.randn(B, Lk, E)
     replace_attention(model)

@@ -13,6 +13,7 @@ from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
     Case,
     assert_agree,
+    assert_later_parts_run,
     assert_replaced,
     results,
 )
@@ -94,6 +95,11 @@ def test_readers(name: str) -> None:
     model = case.model()
     replace_attention(model).undo()
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["Q-Former, masked", "Idefics 2"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 def test_other_models_are_told_how() -> None:

@@ -17,6 +17,7 @@ from tests.integrations.replaced import (
     Case,
     assert_agree,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
     dropout_seen,
     leaves_of,
@@ -83,6 +84,11 @@ def test_every_class(name: str) -> None:
 def test_compiled(name: str) -> None:
     # The original computes the number of an image's tokens with numpy, which breaks the graph.
     assert_compiles(CASES[name], fullgraph=name != "fourier", gradients=name != "fourier", **ONE_LAYER)
+
+
+@pytest.mark.parametrize("name", ["fourier", "masked language", "flow"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name], **ONE_LAYER)
 
 
 def tokens_of(name: str) -> int:
