@@ -18,6 +18,9 @@ from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations import Entry, Report
 from perceiver_kernels.testing.accuracy import assert_as_accurate, compare
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Where accuracy in 16 bits is asked for: the same test, the kernels on a GPU, PyTorch's operations elsewhere."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -266,6 +269,15 @@ def assert_accurate(
 
 def _joined(found: dict[str, Tensor], scale: dict[str, Tensor]) -> Tensor:
     return torch.cat([(found[name] / norm.to(found[name].dtype)).flatten() for name, norm in scale.items()])
+
+
+def assert_accurate_in_bfloat16(case: Case, device: str) -> None:
+    """Or in fp32, where the original has only that; with little noise: a steep model makes luck of every rounding."""
+    dtype = torch.bfloat16 if case.bfloat16 else torch.float32
+    if not case.bfloat16:
+        with pytest.raises(RuntimeError):
+            outputs_of(case, case.model(torch.bfloat16, device))
+    assert_accurate(case, dtype, device, noise=0.05)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_later_parts_run,
     assert_replaced,
@@ -85,6 +87,10 @@ def cases(queries: int, images: int, q_former_sizes: dict[str, int], resampler_s
 
 
 CASES = cases(5, 11, {}, {})
+LARGE = cases(
+    64, 300, {"hidden_size": 128},
+    {"hidden_size": 128, "resampler_n_latents": 64, "resampler_n_heads": 4, "resampler_head_dim": 32},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,6 +101,12 @@ def test_readers(name: str) -> None:
     model = case.model()
     replace_attention(model).undo()
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
 
 
 @pytest.mark.parametrize("name", ["Q-Former, masked", "Idefics 2"])

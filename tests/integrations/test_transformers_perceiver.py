@@ -14,7 +14,9 @@ from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
 from tests.convert.test_transformers import PAIRS, SIZES, TEXT
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_compiles,
     assert_later_parts_run,
@@ -70,6 +72,22 @@ def case_of(name: str, shape: tuple[int, ...] = (), masks: dict[str, Tensor] | N
 
 
 CASES = {name: case_of(name) for name in PAIRS}
+LATENTS = {"num_latents": 64, "d_latents": 64, "num_labels": 32}
+WORDS: dict[str, int] = {
+    "max_position_embeddings": 256, "d_model": 64, "qk_channels": 64, "v_channels": 64, "num_cross_attention_heads": 4,
+    "num_self_attention_heads": 4, **LATENTS,
+}  # fmt: skip
+PADDING = torch.arange(256) < torch.tensor([[256], [150]])
+LARGE = {
+    "fourier": case_of("fourier", (2, 3, 16, 16), **LATENTS),
+    "learned": case_of("learned", (2, 3, 16, 16), image_size=16, **LATENTS),
+    "conv": case_of("conv", (2, 3, 64, 64), **LATENTS),
+    "flow": case_of("flow", (2, 2, 27, 16, 16), train_size=[16, 16], **LATENTS),
+    "masked language": case_of("masked language", (2, 256), **WORDS),
+    "padded language": case_of("masked language", (2, 256), {"attention_mask": PADDING}, **WORDS),
+    "text classes": case_of("text classes", (2, 200), **WORDS),
+    "multimodal": case_of("multimodal", num_latents=64, d_latents=64),
+}
 
 
 ONE_LAYER = {"num_blocks": 1, "num_self_attends_per_block": 1}
@@ -84,6 +102,12 @@ def test_every_class(name: str) -> None:
 def test_compiled(name: str) -> None:
     # The original computes the number of an image's tokens with numpy, which breaks the graph.
     assert_compiles(CASES[name], fullgraph=name != "fourier", gradients=name != "fourier", **ONE_LAYER)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
 
 
 @pytest.mark.parametrize("name", ["fourier", "masked language", "flow"])
