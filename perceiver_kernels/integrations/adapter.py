@@ -48,6 +48,11 @@ def shadow_of(module: nn.Module, layer: Any = None) -> Any:
     return layer
 
 
+def is_still_of(layer: Any, **parts: nn.Module) -> bool:
+    """Whether a layer of ours has these submodules, by its names: an adapter's may have taken the place of a module's since."""
+    return all(getattr(layer, name) is part for name, part in parts.items())
+
+
 def dropping(layer: Any, p: float) -> Any:
     """A layer of ours that drops attention weights with probability ``p``, whatever its mode."""
     layer.training, layer.dropout = True, p

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention
 from torch import Tensor, nn
 
-from perceiver_kernels.integrations.adapter import SHADOW, Adapter, dropout_of, dropping, unlike
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, dropout_of, dropping, is_still_of, unlike
 from perceiver_kernels.nn import JointAttention, Rotary, SelfAttention
 
 
@@ -33,7 +33,10 @@ class FusedCausalAttention(CausalAttention):
         """As the original's."""
         layer, dropout_p, length = self.__dict__[SHADOW], dropout_of(self.dropout), x.shape[1]
         short = rotary_pos_emb is not None and rotary_pos_emb.shape[0] < length
-        if dropout_p == 1.0 or short or not _is_table(rotary_pos_emb, layer.qk_channels // layer.num_heads):
+        if (
+            dropout_p == 1.0 or short or not _is_table(rotary_pos_emb, layer.qk_channels // layer.num_heads)
+            or not is_still_of(layer, norm=self.norm, qkv_proj=self.to_qkv, out_proj=self.to_out)
+        ):  # fmt: skip
             return super().forward(x, rotary_pos_emb)
         # The sequence is the last of all that the positions are of.
         angles = None if rotary_pos_emb is None else rotary_pos_emb[rotary_pos_emb.shape[0] - length :]
@@ -52,7 +55,7 @@ class FusedCausalPrefixAttention(CausalPrefixAttention):
         length = None if rotary_pos_emb is None else rotary_pos_emb.shape[0]
         if (
             dropout_p == 1.0 or not _is_table(rotary_pos_emb, layer.head_dim) or length not in (None, M + x.shape[1])
-            or not self._serves(context_mask, M, leaves_out)
+            or not self._serves(context_mask, M, leaves_out) or not is_still_of(layer, **_parts_of(self))
         ):  # fmt: skip
             return super().forward(x, context, context_mask, rotary_pos_emb)
         if context_mask is not None and context_mask.shape[1] < M:
@@ -92,9 +95,16 @@ def _self_attention(own: Any) -> SelfAttention:
 def _joint_attention(own: Any) -> JointAttention:
     head_dim = own.to_q.out_features // own.heads
     layer = JointAttention(own.to_q.in_features, own.heads, head_dim=head_dim, causal=True, residual=False, device="meta")
-    layer.norm, layer.norm_context = own.norm, own.context_norm
-    layer.q_proj, layer.kv_proj, layer.out_proj = own.to_q, own.to_kv, own.to_out
+    for name, part in _parts_of(own).items():
+        setattr(layer, name, part)
     return layer
+
+
+def _parts_of(own: Any) -> dict[str, nn.Module]:
+    """Of attention to a prefix, by our layer's names."""
+    return {
+        "norm": own.norm, "norm_context": own.context_norm, "q_proj": own.to_q, "kv_proj": own.to_kv, "out_proj": own.to_out,
+    }  # fmt: skip
 
 
 def _refuses(own: nn.Module) -> str | None:

@@ -46,7 +46,9 @@ class FusedAttentionPoolLatent(AttentionPoolLatent):
     def _read(self, queries: Tensor, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """[B, H, N, d] of queries [1, H, N, d] and tokens [B, M, C]."""
         masks = _masks(attn_mask, x, self.fused_attn)
-        if "attn_mask" in masks or type(self.k_norm) is not nn.Identity or x.shape[-1] > MAX_CHANNELS:
+        # What has taken kv's place since may have no weight, or more than one.
+        computed = type(self.k_norm) is not nn.Identity or type(self.kv) is not nn.Linear
+        if "attn_mask" in masks or computed or x.shape[-1] > MAX_CHANNELS:
             key, value = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, -1))
             # torch's fused attention takes no queries of batch 1 beside more keys.
             queries = queries.expand(x.shape[0], -1, -1, -1)

@@ -16,6 +16,8 @@ from transformers.models.perceiver.modeling_perceiver import (
 from perceiver_kernels import functional
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
 from perceiver_kernels.integrations.assembly import Readers
+from perceiver_kernels.integrations.filled import attend_filled, blind_entries
+from perceiver_kernels.nn import CrossAttention
 from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 MOST_TABLES = 8
@@ -50,20 +52,19 @@ class FusedPerceiverLayer(PerceiverLayer):
         if output_attentions or not _hides_keys_alone(mask) or not self.__dict__[SHADOW].are_of(*parts):
             return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
         seen = _seen(mask)
-        attended = self._attend(hidden_states, seen) if inputs is None else self._read(hidden_states, inputs, seen)
+        attended = self._attend(hidden_states, None, seen) if inputs is None else self._read(hidden_states, inputs, seen)
         fed = apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, attended
         )
         return (fed + attended,)
 
-    def _attend(self, hidden_states: Tensor, seen: Tensor | None) -> Tensor:
+    def _attend(self, hidden_states: Tensor, inputs: Tensor | None, seen: Tensor | None) -> Tensor:
+        """With keys and values of the inputs, or of the latents themselves."""
         own, heads = self.attention.self, self.attention.self.num_heads
         normed = own.layernorm1(hidden_states)
-        query, key, value = (split_heads(project(normed), heads) for project in (own.query, own.key, own.value))
-        dropout_p = own.dropout.p if self.training else 0.0
-        attended = functional.attention(query, key, value, key_mask=seen, dropout_p=dropout_p)
-        out = self.attention.output.dense(merge_heads(attended))
-        return out + hidden_states if self.attention.use_query_residual else out
+        read = normed if inputs is None else own.layernorm2(inputs)
+        query, key, value = (split_heads(part, heads) for part in (own.query(normed), own.key(read), own.value(read)))
+        return self._result(attend_filled(query, key, value, seen, dropout_p=self._dropout_p()), hidden_states)
 
     def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:
         layers: Readers = self.__dict__[SHADOW]
@@ -71,7 +72,30 @@ class FusedPerceiverLayer(PerceiverLayer):
         # One set of latents for the whole batch is projected once.
         shared = hidden_states.stride(0) == 0 and not (hidden_states.is_leaf and hidden_states.requires_grad)
         latents = hidden_states[:1] if B == 1 or shared else hidden_states
-        return shadow_of(self, layers.of(N, inputs.shape[1]))(latents, inputs, seen)
+        layer = layers.of(N, inputs.shape[1])
+        if seen is None:
+            return shadow_of(self, layer)(latents, inputs)
+        if not isinstance(layer, CrossAttention):
+            return self._attend(hidden_states, inputs, seen)
+        own = self.attention.self
+        blind = blind_entries(seen)
+        query = split_heads(own.query(own.layernorm1(latents)), own.num_heads)
+        # An entry that sees nothing reads all of it evenly: the lowest number, added to every score, leaves no difference.
+        query = torch.where(blind[:, None, None, None], 0.0, query)
+        attended = functional.input_cross_attention(
+            query, inputs, own.key.weight, own.value.weight, b_k=own.key.bias, b_v=own.value.bias,
+            norm_weight=own.layernorm2.weight, norm_bias=own.layernorm2.bias, eps=own.layernorm2.eps,
+            key_mask=seen | blind[:, None], dropout_p=self._dropout_p(),
+        )  # fmt: skip
+        return self._result(attended, hidden_states)
+
+    def _dropout_p(self) -> float:
+        return self.attention.self.dropout.p if self.training else 0.0
+
+    def _result(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """Of values that were read [B, H, N, d]: projected, with the residual."""
+        out = self.attention.output.dense(merge_heads(attended))
+        return out + hidden_states if self.attention.use_query_residual else out
 
 
 def _readers(layer: Any) -> Readers:

@@ -71,6 +71,19 @@ def reading(build: Any, count: int, where: str | None, stretch: int = 1, **optio
     return Case(build, on_arrays, shapes, READING, arrays=lambda: arrays)
 
 
+def large(library: Any, resampled: dict[str, Case], dim_visual: dict[str, int]) -> dict[str, Case]:
+    """Cases of some hundred tokens and heads of 32 channels: of resamplers, and of text with every kind of locations."""
+    found = dict(resampled)
+    for name in LOCATIONS:
+        for which, immediate in WHICH.items():
+            build = functools.partial(
+                library.GatedCrossAttentionBlock, dim=64, dim_head=32, heads=4, only_attend_immediate_media=immediate,
+                **dim_visual,
+            )  # fmt: skip
+            found[f"{name}, {which}"] = reading(build, T, name, 32)
+    return found
+
+
 @contextmanager
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """Calls of attention inside the block, as their keys and their masks."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations import Entry, Report
 from perceiver_kernels.testing.accuracy import assert_as_accurate, compare
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Where accuracy in 16 bits is asked for: the same test, the kernels on a GPU, PyTorch's operations elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +269,50 @@ def assert_accurate(
 
 def _joined(found: dict[str, Tensor], scale: dict[str, Tensor]) -> Tensor:
     return torch.cat([(found[name] / norm.to(found[name].dtype)).flatten() for name, norm in scale.items()])
+
+
+def assert_accurate_in_bfloat16(case: Case, device: str) -> None:
+    """Or in fp32, where the original has only that; with little noise: a steep model makes luck of every rounding."""
+    dtype = torch.bfloat16 if case.bfloat16 else torch.float32
+    if not case.bfloat16:
+        with pytest.raises(RuntimeError):
+            outputs_of(case, case.model(torch.bfloat16, device))
+    assert_accurate(case, dtype, device, noise=0.05)
+
+
+@contextlib.contextmanager
+def _wrapped(model: nn.Module, path: str) -> Iterator[None]:
+    """Inside the block, another layer is run after a part of the model, as adapters that take its place do."""
+    parent, _, name = path.rpartition(".")
+    part = model.get_submodule(path)
+    setattr(model.get_submodule(parent), name, nn.Sequential(part, nn.Tanh()))
+    try:
+        yield
+    finally:
+        setattr(model.get_submodule(parent), name, part)
+
+
+def assert_later_parts_run(case: Case, **changes: Any) -> None:
+    """What takes the place of a projection or a norm after a replacement is what runs, as in the original; one at a time."""
+    original, model = case.model(**changes), case.model(**changes)
+    names = [entry.name for entry in replace_attention(model).converted]
+    paths = [
+        path for path, part in original.named_modules()
+        if isinstance(part, (nn.Linear, nn.LayerNorm)) and any(path.startswith(f"{name}." if name else "") for name in names)
+    ]  # fmt: skip
+    unwrapped, differing = results(case, original), 0
+    for path in paths:
+        with _wrapped(original, path), _wrapped(model, path):
+            try:
+                expected = results(case, original)
+            except (AssertionError, AttributeError, RuntimeError) as error:
+                # It asks for the part's class, weight or dtype, or writes to what Tanh keeps.
+                with pytest.raises(type(error)):
+                    results(case, model)
+                continue
+            assert_agree(results(case, model), expected)
+        differing += not torch.equal(expected["out 0"], unwrapped["out 0"])
+    assert differing
 
 
 def dropout_seen(monkeypatch: Any) -> list[float]:

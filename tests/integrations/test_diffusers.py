@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -156,6 +159,24 @@ def test_masks(name: str, processor: str) -> None:
         assert_compiles(case, training=True, gradients=name == "heads" and processor == "AttnProcessor2_0")
 
 
+LARGE = {
+    "IP-Adapter": projecting(257, hidden_dims=128, num_queries=64, heads=4, dim_head=32),
+    **{name: of_self(name, 256, 128, heads=4, dim_head=32) for name in SELF},
+    **{f"mask: {name}": of_cross(name, (128, 64), 200, heads=4, dim_head=16) for name in masks()},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+def test_parts_that_are_replaced_later_run() -> None:
+    assert_later_parts_run(projecting(depth=1))
+    for name in ("norms of queries and keys", "old processor"):
+        assert_later_parts_run(of_self(name))
+    assert_later_parts_run(of_cross("bool", cross_attention_norm="layer_norm"))
 
 
 def test_masks_are_not_repeated_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:

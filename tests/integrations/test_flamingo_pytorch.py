@@ -13,9 +13,12 @@ from perceiver_kernels import replace_attention
 from tests.integrations import flamingo_cases as cases
 from tests.integrations.flamingo_cases import HEADS, LOCATIONS, B, D, M, N, T, locations_of
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
     assert_accurate,
+    assert_accurate_in_bfloat16,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -30,6 +33,7 @@ def gated(immediate: bool) -> Any:
     return functools.partial(library.GatedCrossAttentionBlock, dim=D, only_attend_immediate_media=immediate, **HEADS)
 
 
+LARGE = cases.large(library, {"resampler": resampling((B, T, 150, 64), num_latents=64, dim_head=32)}, {})
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -58,6 +62,17 @@ def test_text_reads_media(locations: str | None, count: int, immediate: bool) ->
 
 def test_compiled() -> None:
     assert_compiles(resampling((B, T, M, D), depth=1), training=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+def test_parts_that_are_replaced_later_run() -> None:
+    assert_later_parts_run(resampling((B, T, M, D)))
+    assert_later_parts_run(cases.reading(gated(True), T, "usual"))
 
 
 def test_text_before_all_media_reads_nothing() -> None:

@@ -14,10 +14,13 @@ import torch
 from perceiver_kernels import replace_attention
 from tests.convert.test_resamplers import open_flamingo
 from tests.integrations import flamingo_cases as cases
-from tests.integrations.flamingo_cases import D_MEDIA, HEADS, LOCATIONS, B, D, L, M, N, T
+from tests.integrations.flamingo_cases import D_MEDIA, HEADS, LOCATIONS, WHICH, B, D, L, M, N, T
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -65,6 +68,18 @@ def test_text_after_cached_media(library: ModuleType, locations: str | None, imm
     assert_replaced(case, training=True)
     if locations == "usual":
         assert_compiles(case, training=True, gradients=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["resampler", *(f"{where}, {which}" for where in LOCATIONS for which in WHICH)])
+def test_bfloat16(library: ModuleType, name: str, device: str) -> None:
+    resampler = resampling(library, (B, T, 2, 75, 64), num_latents=64, dim_head=32)
+    assert_accurate_in_bfloat16(cases.large(library, {"resampler": resampler}, {"dim_visual": 48})[name], device)
+
+
+def test_parts_that_are_replaced_later_run(library: ModuleType) -> None:
+    assert_later_parts_run(resampling(library, (B, T, 2, M, D)))
+    assert_later_parts_run(cases.reading(of(library.GatedCrossAttentionBlock, True), T, "usual"))
 
 
 @pytest.mark.parametrize("immediate", [True, False], ids=["last medium", "all media"])

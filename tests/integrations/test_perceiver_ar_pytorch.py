@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
     LoRALinear,
     assert_accurate,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     dropout_seen,
     kept_reasons,
@@ -108,6 +111,7 @@ def cases(N: int, M: int, **sizes: int) -> dict[str, Case]:
 
 
 CASES = cases(N, M)
+LARGE = cases(200, 256, dim=64, dim_head=32, heads=4)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -124,6 +128,18 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize("name", ["model", "loss"])
 def test_fp32(name: str) -> None:
     assert_accurate(CASES[name])
+
+
+# A loss is one number, and one number is right by luck.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name for name in LARGE if name != "loss"])
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["loss", "rotated", "self, rotated"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 def test_autocast() -> None:

@@ -13,12 +13,15 @@ from perceiver_kernels import functional, replace_attention
 from tests.convert.krasserm import needs_perceiver_io
 from tests.convert.krasserm import theirs as library
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
     LoRALinear,
     assert_accurate,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     kept_reasons,
     results,
@@ -196,6 +199,10 @@ def cases(
 
 
 CASES = cases(N, M)
+LARGE = cases(
+    64, 300, qk=48, v=32, channels=64, side=16, length=256, tail=64, classes=32,
+    sizes={"num_latents": 64, "num_latent_channels": 64},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -216,6 +223,17 @@ def test_fp32(name: str) -> None:
 
 def test_autocast() -> None:
     assert_accurate(CASES["image"], autocast=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["image", "cross, one set", "cross, many queries", "cross, padded", "self, rotated"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["image", "causal"])

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
     LoRALinear,
     assert_accurate,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_compiles,
     assert_drops,
+    assert_later_parts_run,
     assert_replaced,
     kept_reasons,
     results,
@@ -133,6 +136,9 @@ def cases(side: int, length: int, queries: int, classes: int, **sizes: int) -> d
 
 
 CASES = cases(SIDE, LENGTH, queries=10, classes=5)
+LARGE = cases(
+    16, 300, queries=200, classes=32, num_latents=64, latent_dim=64, cross_dim_head=32, latent_heads=4, latent_dim_head=16
+)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -154,6 +160,17 @@ def test_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", ["image", "masked"])
 def test_autocast(name: str) -> None:
     assert_accurate(CASES[name], autocast=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["heads, tied", "gated", "io, one set of queries"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name], depth=1)
 
 
 def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
 )
 
@@ -100,6 +103,10 @@ def case_of(options: dict[str, Any], mask: str | None = None, length: int = M, *
     return Case(functools.partial(pool, **{**options, **sizes}), call, shapes, ONE, arrays=lambda: arrays)
 
 
+LARGE = {
+    name: case_of(options, length=257, width=128, **({"feat_size": 257} if "feat_size" in options else {}))
+    for name, options in OPTIONS.items()
+} | {f"mask: {name}": case_of({"latent_len": 2}, name, 257, width=128) for name in masks()}
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -126,6 +133,17 @@ def test_masks(options: str, name: str) -> None:
 def test_masks_of_the_form_that_is_not_fused(name: str) -> None:
     """A boolean mask is added to the scores there, True as 1."""
     assert_replaced(case_of({}, name, fused=False), training=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["plain", "norms"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(case_of(OPTIONS[name]))
 
 
 def test_dropout_still_drops() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import perceiver_kernels
 from perceiver_kernels import replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
-from tests.integrations.replaced import Case, assert_compiles, assert_replaced
+from tests.integrations.replaced import DEVICES, Case, assert_accurate_in_bfloat16, assert_compiles, assert_replaced
 
 B, Lq, Lk, E, H = 2, 5, 9, 16, 4
 ONE = {"MultiheadAttention": 1}
@@ -69,6 +69,14 @@ def layer(kind: type[nn.Module], width: int = E, lengths: tuple[int, int] = (Lq,
     return Case(build, lambda model, **data: model(**data), shapes, {"MultiheadAttention": len(shapes)})
 
 
+LARGE = {
+    **{name: attending(False, 64, 300, embed_dim=64, **options) for name, options in OPTIONS.items()},
+    "weights": attending(True, 64, 300, embed_dim=64),
+    **{f"reads, {'masked' if masked else 'all'}": reading(masked, 64, 300, embed_dim=64, kdim=32, vdim=32)
+       for masked in (False, True)},
+    "encoder layer": layer(nn.TransformerEncoderLayer, 128, (300, 300)),
+    "decoder layer": layer(nn.TransformerDecoderLayer, 128, (300, 200)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -108,6 +116,24 @@ def test_inputs_too_wide_to_be_read_are_projected() -> None:
 def test_torchs_layers(kind: type[nn.Module]) -> None:
     assert_replaced(layer(kind), training=True)
     assert_compiles(layer(kind), training=True, gradients=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+def test_a_projection_that_is_wrapped_later_is_an_error_as_before() -> None:
+    """torch's own forward reads the weight of its output projection, and so does what takes its place."""
+    x = torch.randn(B, Lk, E)
+    for replaced in (False, True):
+        model = multihead()
+        if replaced:
+            replace_attention(model)
+        model.out_proj = nn.Sequential(model.out_proj, nn.Tanh())
+        with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'weight'"):
+            model(x, x, x, need_weights=False)
 
 
 def test_dropout_still_drops() -> None:

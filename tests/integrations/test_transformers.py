@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from perceiver_kernels import replace_attention
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_agree,
+    assert_later_parts_run,
     assert_replaced,
     results,
 )
@@ -84,6 +87,10 @@ def cases(queries: int, images: int, q_former_sizes: dict[str, int], resampler_s
 
 
 CASES = cases(5, 11, {}, {})
+LARGE = cases(
+    64, 300, {"hidden_size": 128},
+    {"hidden_size": 128, "resampler_n_latents": 64, "resampler_n_heads": 4, "resampler_head_dim": 32},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +101,17 @@ def test_readers(name: str) -> None:
     model = case.model()
     replace_attention(model).undo()
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["Q-Former, masked", "Idefics 2"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name])
 
 
 def test_other_models_are_told_how() -> None:

@@ -14,12 +14,16 @@ from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
 from tests.convert.test_transformers import PAIRS, SIZES, TEXT
 from tests.integrations.replaced import (
+    DEVICES,
     Case,
+    assert_accurate_in_bfloat16,
     assert_agree,
     assert_compiles,
+    assert_later_parts_run,
     assert_replaced,
     dropout_seen,
     leaves_of,
+    outputs_of,
     results,
 )
 
@@ -69,6 +73,22 @@ def case_of(name: str, shape: tuple[int, ...] = (), masks: dict[str, Tensor] | N
 
 
 CASES = {name: case_of(name) for name in PAIRS}
+LATENTS = {"num_latents": 64, "d_latents": 64, "num_labels": 32}
+WORDS: dict[str, int] = {
+    "max_position_embeddings": 256, "d_model": 64, "qk_channels": 64, "v_channels": 64, "num_cross_attention_heads": 4,
+    "num_self_attention_heads": 4, **LATENTS,
+}  # fmt: skip
+PADDING = torch.arange(256) < torch.tensor([[256], [150]])
+LARGE = {
+    "fourier": case_of("fourier", (2, 3, 16, 16), **LATENTS),
+    "learned": case_of("learned", (2, 3, 16, 16), image_size=16, **LATENTS),
+    "conv": case_of("conv", (2, 3, 64, 64), **LATENTS),
+    "flow": case_of("flow", (2, 2, 27, 16, 16), train_size=[16, 16], **LATENTS),
+    "masked language": case_of("masked language", (2, 256), **WORDS),
+    "padded language": case_of("masked language", (2, 256), {"attention_mask": PADDING}, **WORDS),
+    "text classes": case_of("text classes", (2, 200), **WORDS),
+    "multimodal": case_of("multimodal", num_latents=64, d_latents=64),
+}
 
 
 ONE_LAYER = {"num_blocks": 1, "num_self_attends_per_block": 1}
@@ -83,6 +103,17 @@ def test_every_class(name: str) -> None:
 def test_compiled(name: str) -> None:
     # The original computes the number of an image's tokens with numpy, which breaks the graph.
     assert_compiles(CASES[name], fullgraph=name != "fourier", gradients=name != "fourier", **ONE_LAYER)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LARGE)
+def test_bfloat16(name: str, device: str) -> None:
+    assert_accurate_in_bfloat16(LARGE[name], device)
+
+
+@pytest.mark.parametrize("name", ["fourier", "masked language", "flow"])
+def test_parts_that_are_replaced_later_run(name: str) -> None:
+    assert_later_parts_run(CASES[name], **ONE_LAYER)
 
 
 def tokens_of(name: str) -> int:
@@ -102,6 +133,55 @@ def test_masks(name: str, kind: str) -> None:
     elif kind == "scores":
         mask = torch.randn(2, 1, SIZES["num_latents"], tokens, generator=generator, dtype=torch.float64)
     assert_replaced(case_of(name, masks={"attention_mask": mask}))
+
+
+@pytest.mark.parametrize("name", ["masked language", "fourier"])
+def test_an_entry_that_sees_nothing_reads_all_evenly(name: str) -> None:
+    """As in the original, whose lowest number, added to scores, leaves nothing of them."""
+    mask = torch.ones(2, tokens_of(name), dtype=torch.bool)
+    mask[0, 3:] = mask[1] = False
+    case = case_of(name, masks={"attention_mask": mask})
+    model = case.model()
+    (expected,) = outputs_of(case, model)
+    replace_attention(model)
+    (found,) = outputs_of(case, model)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert found[1].any()
+
+
+def layer_of(N: int, M: int | None, channels: int = 24) -> Case:
+    """One layer of N latents, which read M inputs, or themselves."""
+    sizes = {"q_dim": 16, "num_heads": 2, "qk_channels": 16, "v_channels": 16}
+    shapes = {"x": (2, N, 16)} | ({} if M is None else {"read": (2, M, channels)})
+
+    def build() -> nn.Module:
+        config = transformers.PerceiverConfig(**SIZES)
+        return modeling.PerceiverLayer(config, M is not None, kv_dim=16 if M is None else channels, **sizes)
+
+    def call(model: nn.Module, x: Tensor, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        return model(x, mask, read, mask)[0]
+
+    return Case(build, call, shapes, {"PerceiverLayer": 1})
+
+
+@pytest.mark.parametrize("sizes", [(4, 7), (7, 4), (2, 3, 1032), (5, None)], ids=["few", "many", "wide", "self"])
+def test_layers_that_see_nothing(sizes: Any) -> None:
+    """Gradients are those of the mean: the original's own, of scores that were rounded away, are of another function."""
+    hidden = torch.zeros(2, 1, 1, sizes[1] or sizes[0], dtype=torch.float64)
+    hidden[0, ..., 2:] = hidden[1] = torch.finfo(torch.float64).min
+    case = layer_of(*sizes)
+    assert_replaced(case)
+    case = dataclasses.replace(case, arrays=lambda: {"mask": hidden})
+    model, data = case.model(), case.data()
+    expected = case.on(model)
+    replace_attention(model)
+    torch.testing.assert_close(case.on(model), expected, rtol=1e-10, atol=1e-10)
+
+    def of_inputs(*floats: Tensor) -> Tensor:
+        return case.call(model, **{**data, **dict(zip(case.shapes, floats, strict=True))})
+
+    leaves = [data[name].requires_grad_() for name in case.shapes]
+    assert torch.autograd.gradcheck(of_inputs, leaves, fast_mode=True)
 
 
 def test_weights_of_attention_are_the_originals() -> None:
