@@ -46,8 +46,8 @@ def workload(case: ModelCase | GridCase, device: torch.device, dtype: torch.dtyp
     return ModelWorkload(case, device, dtype) if isinstance(case, ModelCase) else GridWorkload(case, device, dtype)
 
 
-class _Workload:
-    """What the two kinds share: a `Subject` of regime "models"."""
+class WholeModel:
+    """What all kinds share: a `Subject` whose calls are those of whole models, beside one original."""
 
     regime, norms = "models", 1
     case: Any
@@ -79,8 +79,12 @@ class _Workload:
 
         return call
 
+    def _with_graph(self, name: str, call: Call, model: nn.Module) -> dict[str, Call]:
+        graph = {name + GRAPHED: captured(call, model)} if self.device.type == "cuda" else {}
+        return {name: call, **graph}
 
-class ModelWorkload(_Workload):
+
+class ModelWorkload(WholeModel):
     """A published model of ours and transformers', with one set of random weights; neither drops anything.
 
     Args:
@@ -126,10 +130,6 @@ class ModelWorkload(_Workload):
             else:
                 calls |= self._with_graph(ORIGINAL, self._stock(which, self.theirs), self.theirs)
         return calls
-
-    def _with_graph(self, name: str, call: Call, model: nn.Module) -> dict[str, Call]:
-        graph = {name + GRAPHED: captured(call, model)} if self.device.type == "cuda" else {}
-        return {name: call, **graph}
 
     # ------ what a result is held against
 
@@ -189,7 +189,7 @@ class ModelWorkload(_Workload):
         return passes * min(self._forward_flops("projected"), self._forward_flops(None)), moved
 
 
-class GridWorkload(_Workload):
+class GridWorkload(WholeModel):
     """Our shape decoder with random weights, and latents of one shape.
 
     Args:

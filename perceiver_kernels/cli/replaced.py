@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels import replace_attention
 from perceiver_kernels.cli.measure import Call, seeded
-from perceiver_kernels.cli.model_workload import bytes_of, captured, moved_to
+from perceiver_kernels.cli.model_workload import WholeModel, bytes_of, moved_to
 from perceiver_kernels.cli.models import IMAGENET, ONE_HEAD
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import COMPILED, GRAPHED, OURS, quiet
+from perceiver_kernels.cli.subject import COMPILED, OURS, quiet
 
 ORIGINAL = "original"
 """The peer: the model as its library has it."""
@@ -31,7 +31,7 @@ class ReplacedCase:
 
     Args:
         name: of the case.
-        library: as packages are named.
+        package: that it is of, as it is installed.
         build: makes the model; keyword arguments change its sizes.
         inputs: float tensors that the call takes, on a CPU.
         call: runs the model on them.
@@ -41,7 +41,7 @@ class ReplacedCase:
     """
 
     name: str
-    library: str
+    package: str
     build: Callable[..., nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     shape: dict[str, int]
@@ -53,7 +53,7 @@ class ReplacedCase:
     @property
     def title(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{self.name}: {self.library}, {sizes}"
+        return f"{self.name}: {self.package}, {sizes}"
 
     def scaled(self, max_inputs: int | None = None) -> ReplacedCase:
         """The same model at sizes for a CPU, whatever the limit."""
@@ -156,18 +156,18 @@ REPLACED = {
 }  # fmt: skip
 
 
-class ReplacedWorkload:
+class ReplacedWorkload(WholeModel):
     """A model as its library has it and a copy after `replace_attention`: a `Subject` of regime "replaced".
 
     Args:
         case, device, dtype: as in `Subject`.
 
     Raises:
-        ImportError: the library is not installed.
+        ImportError: the package is not installed.
         ValueError: nothing in the model was replaced.
     """
 
-    regime, norms = "replaced", 1
+    regime, original = "replaced", ORIGINAL
 
     def __init__(self, case: ReplacedCase, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.device, self.dtype = case, device, dtype
@@ -176,9 +176,9 @@ class ReplacedWorkload:
             self.exact = case.build().to(device, wider).eval()
         with seeded(1):
             self.exact_inputs = tuple(moved_to(tensor, device, wider) for tensor in case.inputs())
-        self.original = copy.deepcopy(self.exact).to(dtype)
+        self.stock = copy.deepcopy(self.exact).to(dtype)
         self.inputs = tuple(tensor.to(dtype) for tensor in self.exact_inputs)
-        self.replaced = copy.deepcopy(self.original)
+        self.replaced = copy.deepcopy(self.stock)
         self.report = replace_attention(self.replaced)
         if not self.report.converted:
             raise ValueError(f"{case.name}: {self.report}")
@@ -187,32 +187,22 @@ class ReplacedWorkload:
     def title(self) -> str:
         return f"{self.case.title}; {len(self.report.converted)} modules replaced, {len(self.report.kept)} left alone"
 
-    def peers(self, names: Iterable[str] | None, *, compiled: bool) -> list[Peer]:
-        """Return the original, and compiled where that is asked for."""
-        if names is not None:
-            return [Peer.parse(name) for name in names]
-        return [Peer(ORIGINAL), *([Peer(ORIGINAL, compiled=True)] if compiled and self.case.compiles else [])]
-
     def ours(self, which: str) -> Call:
         """Return the callable of the replaced model."""
         return self._call(self.replaced, self.inputs, which)
 
     def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
         """Return the replaced model and the original, on a GPU as graphs too; a compiled original comes with ours compiled."""
-        calls = self._with_graph(OURS, self.replaced, which)
+        calls = self._with_graph(OURS, self.ours(which), self.replaced)
         for peer in peers:
             if peer.attention != ORIGINAL:
-                calls[peer.name] = _refused(peer, self.case)
+                calls[peer.name] = self._refused(peer)
             elif peer.compiled:
                 calls[OURS + COMPILED] = self._call(torch.compile(self.replaced), self.inputs, which)
-                calls[ORIGINAL + COMPILED] = self._call(torch.compile(self.original), self.inputs, which)
+                calls[ORIGINAL + COMPILED] = self._call(torch.compile(self.stock), self.inputs, which)
             else:
-                calls |= self._with_graph(ORIGINAL, self.original, which)
+                calls |= self._with_graph(ORIGINAL, self._call(self.stock, self.inputs, which), self.stock)
         return calls
-
-    def _with_graph(self, name: str, model: nn.Module, which: str) -> dict[str, Call]:
-        call = self._call(model, self.inputs, which)
-        return {name: call} | ({name + GRAPHED: captured(call, model)} if self.device.type == "cuda" else {})
 
     def _call(self, model: Any, inputs: tuple[Tensor, ...], which: str) -> Call:
         def forward() -> list[Tensor]:
@@ -234,7 +224,7 @@ class ReplacedWorkload:
     def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
         """Return calls that give outputs and gradients as vectors."""
         return {
-            name: functools.partial(_vectors, self.replaced if name.startswith(OURS) else self.original, call)
+            name: functools.partial(_vectors, self.replaced if name.startswith(OURS) else self.stock, call)
             for name, call in calls.items()
         }
 
@@ -244,15 +234,11 @@ class ReplacedWorkload:
             exact = _vectors(self.exact, self._call(self.exact, self.exact_inputs, which))
             self._oracle = [tensor.double() for tensor in exact]
             return self._oracle
-        return _vectors(self.original, self._call(self.original, self.inputs, which))
+        return _vectors(self.stock, self._call(self.stock, self.inputs, which))
 
     def terms(self, which: str) -> Mapping[str, Tensor]:
         """Return what lets a result differ by what fp32 makes of positions."""
         return {name: POSITIONS * tensor.abs() for name, tensor in zip(self.names(which), self._oracle, strict=True)}
-
-    def labels(self, which: str, implementation: str) -> dict[str, str]:
-        """Return whose model it is; ours takes several backends."""
-        return {} if implementation.startswith(OURS) else {"backend": "stock"}
 
     def flops(self, which: str, implementation: str) -> int:
         """Return the FLOPs of the original's matrix products; a backward is two forwards."""
@@ -262,20 +248,13 @@ class ReplacedWorkload:
     def _forward_flops(self) -> int:
         with FlopCounterMode(display=False) as counter:
             # With gradients: torch's counter fails at views without them.
-            self.case.call(self.original, *self.inputs)
+            self.case.call(self.stock, *self.inputs)
         return counter.get_total_flops()
 
     def least(self, which: str) -> tuple[int, int]:
         """Return the original's FLOPs, and the fewest bytes: inputs, weights and gradients once."""
         passes = 2 if which == "training" else 1
         return self.flops(which, OURS), bytes_of(self.inputs) + passes * bytes_of(list(self.replaced.parameters()))
-
-
-def _refused(peer: Peer, case: ReplacedCase) -> Call:
-    def call() -> None:
-        raise ValueError(f"{peer.name} has no such model: {case.name} is measured beside {ORIGINAL}")
-
-    return call
 
 
 def _vectors(model: nn.Module, call: Call) -> list[Tensor]:

@@ -47,38 +47,36 @@ def _norm(module: nn.Module | None) -> nn.LayerNorm | None:
     return module if isinstance(module, nn.LayerNorm) else None
 
 
-def cross_attention_of(
-    *, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection,
-    out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
-) -> CrossAttention:  # fmt: skip
-    """Few latents that read many inputs; see ``nn.CrossAttention`` for the parts. What is no LayerNorm is no norm."""
-    norm = _norm(norm_inputs)
-    layer = CrossAttention(
-        q_proj.in_features, k_proj.in_features, num_heads=num_heads, qk_channels=q_proj.out_features,
-        v_channels=v_proj.out_features, out_channels=out_proj.out_features, residual=residual, dropout=dropout,
-        eps=1e-5 if norm is None else norm.eps, device="meta",
-    )  # fmt: skip
-    layer.norm_latents, layer.norm_inputs = _norm(norm_latents), norm
-    return _with_projections(layer, q_proj, k_proj, v_proj, out_proj)
+def cross_attention_of(*, norm_latents: nn.Module | None, norm_inputs: nn.Module | None, **parts: Any) -> CrossAttention:
+    """Few latents that read many inputs, of q_proj, k_proj, v_proj, out_proj, num_heads and residual.
+
+    See ``nn.CrossAttention`` for the parts. What is no LayerNorm is no norm.
+    """
+    norms: dict[str, Any] = {"norm_latents": _norm(norm_latents), "norm_inputs": _norm(norm_inputs)}
+    return _assembled(CrossAttention, norms["norm_inputs"], **norms, **parts)
 
 
 def output_attention_of(
-    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, q_proj: nn.Linear, k_proj: Projection,
-    v_proj: Projection, out_proj: nn.Linear, num_heads: int, residual: bool, dropout: float = 0.0,
-) -> OutputCrossAttention:  # fmt: skip
-    """Many queries that read few latents; see ``nn.OutputCrossAttention`` for the parts. What is no LayerNorm is no norm."""
-    norm = _norm(norm_queries)
-    layer = OutputCrossAttention(
+    *, norm_queries: nn.Module | None, norm_latents: nn.Module | None, **parts: Any
+) -> OutputCrossAttention:
+    """Many queries that read few latents, of the same parts; see ``nn.OutputCrossAttention``."""
+    norms: dict[str, Any] = {"norm_queries": _norm(norm_queries), "norm_latents": _norm(norm_latents)}
+    return _assembled(OutputCrossAttention, norms["norm_queries"], **norms, **parts)
+
+
+def _assembled(
+    kind: Any, many: nn.LayerNorm | None, *, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear,
+    num_heads: int, residual: bool, dropout: float = 0.0, **norms: nn.LayerNorm | None,
+) -> Any:  # fmt: skip
+    """A layer of a class of ours; ``many`` is the norm on the longer side, which its kernels apply themselves."""
+    layer = kind(
         q_proj.in_features, k_proj.in_features, num_heads=num_heads, qk_channels=q_proj.out_features,
         v_channels=v_proj.out_features, out_channels=out_proj.out_features, residual=residual, dropout=dropout,
-        eps=1e-5 if norm is None else norm.eps, device="meta",
+        eps=1e-5 if many is None else many.eps, device="meta",
     )  # fmt: skip
-    layer.norm_queries, layer.norm_latents = norm, _norm(norm_latents)
-    return _with_projections(layer, q_proj, k_proj, v_proj, out_proj)
-
-
-def _with_projections(layer: Any, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear) -> Any:
     layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj = q_proj, k_proj, v_proj, out_proj
+    for name, norm in norms.items():
+        setattr(layer, name, norm)
     return layer
 
 
