@@ -245,5 +245,5 @@ def test_toml_blocks_are_toml(document: str) -> None:
 def test_gpu_blocks_are_few_and_named() -> None:
     """What only a GPU machine runs is known: a block that says "cuda" by accident would go untested elsewhere."""
     assert {block.document for block in BLOCKS if block.language == "python" and "cuda" in block.code} == {
-        "docs/models.md", "docs/memory.md"
+        "docs/models.md", "docs/memory.md", "docs/integrations/transformers.md"
     }  # fmt: skip

@@ -240,6 +240,28 @@ def test_features_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tables) == 8
 
 
+def test_features_are_a_constant_of_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made, traced = CASES["fourier"], [], []
+    model, inputs = case.model(**ONE_LAYER), case.data()["inputs"]
+    expected = model(inputs).logits
+    original = modeling.generate_fourier_features
+    monkeypatch.setattr(modeling, "generate_fourier_features", lambda *a, **k: made.append(1) or original(*a, **k))
+    replace_attention(model)
+
+    def recording(graph: torch.fx.GraphModule, _: Any) -> Any:
+        traced.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=recording)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(inputs).logits, expected)
+    assert len(made) == 1 and not {torch.sin, torch.linspace} & set(traced)
+    other = torch.randn(1, 3, 5, 7, dtype=inputs.dtype)
+    torch.testing.assert_close(compiled(other).logits, model(other).logits)
+    torch.compiler.reset()
+
+
 class Reads(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what makes the host wait for a GPU: values that are read back."""
 
@@ -313,3 +335,29 @@ def test_a_replaced_model_is_captured() -> None:
         found = model(images).logits
     graph.replay()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_replaced_model_trains_as_graphs() -> None:
+    config = transformers.PerceiverConfig(**SIZES | {"d_latents": 64, "num_latents": 64})
+    torch.manual_seed(0)
+    model = transformers.PerceiverForImageClassificationFourier(config).cuda().bfloat16().eval()
+    images = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+    replace_attention(model)
+    before = _gradients(model, model, images)
+    graphed = torch.cuda.make_graphed_callables(model, (torch.randn_like(images),))
+    after = _gradients(model, graphed, images)
+    assert set(after) == set(before) and before
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, msg=name)
+
+
+def _gradients(model: torch.nn.Module, call: Any, images: Tensor) -> dict[str, Tensor]:
+    """Of one step, on a stream of its own, as captures want it."""
+    model.zero_grad(set_to_none=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(images).logits.square().sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
