@@ -34,6 +34,19 @@ class _ZeroGradient(Function):
     """Identity in ``value``; ``parameter`` takes part with a gradient that is exactly zero."""
 
     @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros_like(ctx.saved_tensors[0])
+
+
+class _ZeroGradientFunctorch(Function):
+    """The same under functorch's transforms, which a ``forward`` with a context does not know."""
+
+    @staticmethod
     def forward(value: Tensor, parameter: Tensor) -> Tensor:
         return value.view_as(value)
 
@@ -41,9 +54,7 @@ class _ZeroGradient(Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.zeros_like(ctx.saved_tensors[0])
+    backward = staticmethod(_ZeroGradient.backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, parameter: Tensor) -> tuple[Tensor, Any]:
@@ -54,7 +65,7 @@ def with_zero_gradient(value: Tensor, parameter: Tensor | None) -> Tensor:
     """``value``, with an exactly zero gradient to ``parameter`` where it wants one."""
     if parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
         return value
-    return _ZeroGradient.apply(value, parameter)
+    return (_ZeroGradientFunctorch if transforms_active() else _ZeroGradient).apply(value, parameter)
 
 
 def _unfused() -> bool:
@@ -69,15 +80,12 @@ class _ScaledProduct(Function):
     """
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+        ctx.save_for_backward(a, b, g)
         product = torch.mm(a, b, out_dtype=torch.float32)
         if g is None or _unfused():
             return (product if g is None else product * g).to(a.dtype)
         return torch.mul(product, g, out=torch.empty_like(product, dtype=a.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -99,22 +107,18 @@ class _NormedProduct(Function):
     """
 
     @staticmethod
-    def forward(z: Tensor, g: Tensor, b: Tensor, w: Tensor, c: Tensor | None, H: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, g: Tensor, b: Tensor, w: Tensor, c: Tensor | None, H: int) -> Tensor:
         rows = _by_head(torch.addcmul(b, z, g, out=torch.empty_like(z, dtype=w.dtype)), H)
         if H == 1:
             out = F.linear(rows, w, c)
         else:
             out = torch.bmm(rows, w.view(H, -1, w.shape[-1]).mT)
             out = out if c is None else out.add_(c.view(H, 1, -1))
-        return _by_batch(out, z.shape[0]), rows
+        ctx.save_for_backward(z, g, b, w, rows)
+        return _by_batch(out, z.shape[0])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:4], output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, g, b, w, rows = ctx.saved_tensors
         H, differentiable = rows.shape[0], torch.is_grad_enabled()
         if differentiable:
@@ -241,7 +245,7 @@ def project_values(
     weight, scale, shift = (pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
     b_v = None if b_v is None else b_v.to(w_v.dtype)
     if scale is not None and shift is not None and rho is None and not _unfused():
-        return _NormedProduct.apply(z, scale, shift, weight, b_v, H)[0]
+        return _NormedProduct.apply(z, scale, shift, weight, b_v, H)
     z = z if scale is None else z * scale
     if shift is not None:
         z = z + (shift if rho is None else shift * rho[..., None])

@@ -23,7 +23,9 @@ class _ZeroPadded(Function):
     """Copies of tensors in the corner of larger zero tensors that lie in one buffer: few kernels for many parameters."""
 
     @staticmethod
-    def forward(shapes: tuple[Shape, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shapes: tuple[Shape, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [t.shape for t in tensors]
+        ctx.set_materialize_grads(False)
         # Every output starts on 128 bytes.
         sizes = [math.ceil(math.prod(shape) / 64) * 64 for shape in shapes]
         buffer = tensors[0].new_zeros(sum(sizes))
@@ -36,11 +38,6 @@ class _ZeroPadded(Function):
             if i not in contiguous:
                 corner.copy_(tensors[i])
         return tuple(outputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.shapes = [t.shape for t in inputs[1:]]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -17,12 +17,9 @@ class _BiasGradient(Function):
     """Identity in ``out`` [..., D]; ``bias`` [D], already added to it, gets the sum of the gradient's rows."""
 
     @staticmethod
-    def forward(out: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
         return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
