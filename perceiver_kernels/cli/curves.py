@@ -17,6 +17,8 @@ STOCK_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#000000", "#7f7f7f")
 MARKERS = ("s", "^", "v", "D", "P", "X", "h")
 LABEL_POINTS = 9.5
 LINE_HEIGHT = 1.25
+LEAST_SPAN = 4.0
+"""An axis spans this factor at least: what hardly differs shall look so."""
 WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 """Behind a name, where it stands on other lines."""
 QUANTITY_TITLES = {
@@ -58,7 +60,7 @@ def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]]) -> Callable[
         _draw_line(axes, line, look[line.name])
     what, unit = QUANTITY_TITLES[chart.quantity]
     axes.set(xscale="log", yscale="log", xlabel=chart.axis, ylabel=unit)
-    told = [what] if chart.quantity == "saved_bytes" else [what, chart.pass_title]
+    told = [what] if chart.quantity == "saved_bytes" else [what, chart.title]
     axes.set_title(", ".join([*told, *(["predicted"] if chart.predicted else [])]), fontsize=11, loc="left")
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
@@ -91,6 +93,8 @@ def _ticks(axes: Any, chart: Chart, lines: Sequence[Line]) -> None:
     axes.set_xticks(sizes, [short_count(size) for size in sizes], minor=False)
     axes.set_xticks([], minor=True)
     low, high = axes.get_ylim()
+    widened = max(LEAST_SPAN * low / high, 1.0) ** 0.5
+    low, high = low / widened, high * widened
     # Times by tens, bytes by powers that have a unit of their own.
     if chart.quantity == "p50_ms":
         values = _powers(low, high, 10)

@@ -70,7 +70,8 @@ def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
     charts = series.charts(reports)
     if not charts:
         return f"{SKIPPED}: fewer than two sizes"
-    look = curves.looks(name for chart in charts for name in chart.lines)
+    # What ran at no size has no line, and shall not use up a colour.
+    look = curves.looks(name for chart in charts for name, line in chart.lines.items() if line.points)
     cases = list(dict.fromkeys(chart.case for chart in charts))
     devices = list(dict.fromkeys(device for chart in charts for device in chart.devices))
     title = f"{' and '.join(devices)}; {'; '.join(cases)}"
@@ -152,7 +153,7 @@ def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], look: dict[str, tuple
         for place, row in enumerate((row for row in timed if row["pass"] == which), start):
             spread = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
             axes.barh(place, row["p50_ms"], xerr=spread, color=look[row["implementation"]][0])
-            ticks[place] = f"{row['implementation']}, {series.PASSES.get(which, which)}: {format_ms(row['p50_ms'])} ms"
+            ticks[place] = f"{row['implementation']}, {series.pass_title(row)}: {format_ms(row['p50_ms'])} ms"
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)

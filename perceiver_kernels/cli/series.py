@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perceiver_kernels.cli.regimes import REGIMES
 from perceiver_kernels.cli.report import CommandError
 
 AXES = {"M": "inputs M", "O": "output queries O", "Lk": "keys", "Lq": "queries"}
@@ -17,6 +18,7 @@ KINDS = {"bench": ("p50_ms", "peak_extra_bytes"), "memory": ("peak_extra_bytes",
 QUANTITIES = {"p50_ms": None, "peak_extra_bytes": "predicted_bytes", "saved_bytes": "predicted_saved_bytes"}
 """What is drawn, in this order -> the closed form beside it."""
 PASSES = {"forward": "forward", "backward": "forward + backward"}
+"""Titles of a layer's passes, in rows that name no regime."""
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Chart:
     Args:
         quantity: of QUANTITIES.
         which: name of the pass.
+        title: of the pass, as words.
         axis: what is swept, as words.
         case: the case and the sizes that stay.
         devices: where its lines were measured.
@@ -53,15 +56,11 @@ class Chart:
 
     quantity: str
     which: str
+    title: str
     axis: str
     case: str
     devices: list[str] = field(default_factory=list)
     lines: dict[str, Line] = field(default_factory=dict)
-
-    @property
-    def pass_title(self) -> str:
-        # A bench's pass may have a level of its own; its name says enough.
-        return PASSES.get(self.which, self.which)
 
     @property
     def predicted(self) -> bool:
@@ -143,6 +142,13 @@ def _case_title(case: str, row: dict[str, Any]) -> str:
     return f"{case}: {sizes}{dtype}"
 
 
+def pass_title(row: dict[str, Any]) -> str:
+    """Return what a row's pass is, in the words of its regime."""
+    regime, which = REGIMES.get(row.get("regime", "")), row["pass"]
+    known = regime.passes if regime else {}
+    return known[which].title.removeprefix("layer, ") if which in known else PASSES.get(which, which)
+
+
 def _add(
     found: dict[tuple[str, ...], Chart], row: dict[str, Any], quantity: str, axis: str, case: tuple[str, str], device: str,
     several: bool,
@@ -151,7 +157,7 @@ def _add(
     if size is None:
         return
     key = (case[0], axis, quantity, row["pass"])
-    chart = found.setdefault(key, Chart(quantity, row["pass"], AXES[axis], case[1]))
+    chart = found.setdefault(key, Chart(quantity, row["pass"], pass_title(row), AXES[axis], case[1]))
     name = f"{row['implementation']}, {device}" if several else row["implementation"]
     line = chart.lines.setdefault(name, Line(name))
     line.predicted |= bool(row.get("predicted"))

@@ -23,10 +23,11 @@ def memory_row(name: str, M: int, peak: int | None, **more: Any) -> dict[str, An
     }  # fmt: skip
 
 
-def bench_row(name: str, ms: float, *, which: str = "forward", **sizes: int) -> dict[str, Any]:
+def bench_row(name: str, ms: float | None, *, which: str = "forward", **sizes: int) -> dict[str, Any]:
+    spread = {} if ms is None else {"p20_ms": 0.9 * ms, "p80_ms": 3 * ms}
     return {
         "kind": "bench", "case": "small", "implementation": name, "pass": which, "shape": {**SHAPE, **sizes}, "p50_ms": ms,
-        "p20_ms": 0.9 * ms, "p80_ms": 3 * ms, "peak_extra_bytes": 100, "failure": None,
+        **spread, "peak_extra_bytes": 100, "failure": None,
     }  # fmt: skip
 
 
@@ -163,6 +164,32 @@ class TestCommand:
     def test_axes(self, sizes: dict[str, int], axis: str) -> None:
         rows = [bench_row("ours", 1.0, **{name: factor * size for name, size in sizes.items()}) for factor in (1, 2)]
         assert series.charts([report(*rows)])[0].axis == axis
+
+    @pytest.mark.parametrize(
+        ("regime", "which", "title"),
+        [
+            ("layers", "backward-inputs", "forward + backward, inputs too"),
+            ("decode", "backward", "attention over given keys and values, backward from a saved forward"),
+            ("of tomorrow", "backward", "forward + backward"),
+        ],
+    )
+    def test_passes_are_told_in_the_words_of_their_regime(self, regime: str, which: str, title: str) -> None:
+        rows = [bench_row("ours", 1, which=which, M=M) | {"regime": regime} for M in (8, 32)]
+        assert {chart.title for chart in series.charts([report(*rows)])} == {title}
+
+    def test_what_has_no_line_takes_no_colour(self, tmp_path: Path, figures: list[Any]) -> None:
+        stock = [f"stock-{i}" for i in range(5)]
+        rows = [bench_row(name, 1 + i, M=M) for M in (8, 32) for i, name in enumerate(stock)]
+        rows += [bench_row(f"cannot-{i}", None, M=8) | {"peak_extra_bytes": None} for i in range(5)]
+        plot.draw(tmp_path / "p.png", [report(*rows)])
+        colours = {line_of(figures[0].axes[0], name).get_color() for name in stock}
+        assert len(colours) == 5
+
+    def test_what_hardly_differs_looks_so(self, tmp_path: Path, figures: list[Any]) -> None:
+        rows = [bench_row("ours", 10 + 0.01 * (M == 8), M=M) for M in (8, 32)]
+        plot.draw(tmp_path / "p.png", [report(*rows)])
+        low, high = figures[0].axes[0].get_ylim()
+        assert low < 10 < high and high / low >= 4
 
     def test_json_lists_what_was_drawn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = written(tmp_path / "0.json", report(*(memory_row("ours", M, M) for M in (10, 100))))
