@@ -5,7 +5,8 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - correctness: the self-test of every backend; then every gradient of full-size cases against fp64
 - kernels: pack, shared-KV attention forward, backward to queries and to inputs, beside stock attention
 - layers: LayerNorm, projections, attention, output projection, beside every stock implementation
-- memory: extra peak bytes against M, until stock PyTorch runs out of memory
+- memory: bytes at the peak and kept for the backward against M, until stock PyTorch runs out of memory
+- sizes: whole layers against M, one element of the batch, up to 8 million inputs
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
 - models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
@@ -39,7 +40,7 @@ from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa
 from perceiver_kernels.cli.console import Console  # noqa: E402
 from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
-from perceiver_kernels.cli.stock import ATTENTION_PEERS, Peer  # noqa: E402
+from perceiver_kernels.cli.stock import ATTENTION_PEERS  # noqa: E402
 from perceiver_kernels.cli.subject import Pass  # noqa: E402
 from perceiver_kernels.cli.workload import PASSES, Workload  # noqa: E402
 
@@ -52,7 +53,11 @@ WHOLE_REGIMES = ("models", "replaced", "decode", "process", "encode-kv")
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
-MEMORY_SIZES = tuple(4**power for power in range(5, 13))
+LAYER_SIZES = (*(4**power for power in range(5, 12)), 2**23)
+"""Up to what a GPU also holds in fp64, which results are compared with."""
+SIZES_PASSES = ("forward", "backward", "backward-inputs")
+SIZES_PEERS = ["eager", "math", "efficient-pad8", "transformers", "perceiver-pytorch"]
+"""What runs at 261 channels."""
 
 
 @dataclasses.dataclass
@@ -201,9 +206,7 @@ def _timed(
     context: Context, part: str, regime: str, names: tuple[str, ...], passes: list[Pass],
     peers: list[str] | None, compiled: tuple[str, ...],
 ) -> None:  # fmt: skip
-    report = context.report(part)
-    judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
-    judge.measure_ceilings()
+    judge = _judge(context, part)
     for case in context.chosen(names, regime):
         if context.out_of_time(f"{part} of {case.name}"):
             break
@@ -213,22 +216,37 @@ def _timed(
     context.failures += judge.failures
 
 
+def _judge(context: Context, part: str) -> bench.Bench:
+    """What measures into the report of a part; the GPU's ceilings are measured first."""
+    judge = bench.Bench(context.report(part), context.console, context.device, context.dtype, seconds=context.seconds)
+    judge.measure_ceilings()
+    return judge
+
+
 def memory_against_inputs(context: Context) -> None:
-    """Extra peak bytes against M at ImageNet's channels and latents."""
+    """Bytes against M at ImageNet's channels and latents."""
     report = context.report("memory")
-    report.set(memory_method=measure.MEMORY_METHOD[context.device.type])
     sweep = memory.Sweep(report, context.console, context.device, context.dtype)
-    case = dataclasses.replace(REGIMES["encode"].cases["imagenet"], B=1)
-    peers = [Peer.parse(name) for name in ("eager", "efficient-pad8")]
-    sweep.run(case, MEMORY_SIZES, ["forward", "backward"], peers)
-    sweep.show()
+    sizes = memory.default_sizes(memory.GPU_CASE, context.device, context.dtype, predict=False)
+    memory.run(sweep, memory.GPU_CASE, sizes, names=context.peers)
+
+
+def layers_against_inputs(context: Context) -> None:
+    """Layers against M at ImageNet's channels and latents."""
+    judge = _judge(context, "sizes")
+    regime, peers = REGIMES["layers"], SIZES_PEERS if context.peers is None else context.peers
+    passes = [regime.passes[name] for name in SIZES_PASSES]
+    for M in LAYER_SIZES:
+        if context.out_of_time(f"layers at {M} inputs"):
+            break
+        case = regime.sizes(memory.GPU_CASE.name, context.device, None, M)
+        judge.case(regime, case, passes, peers, compiled=False, size=M)
+    context.failures += judge.failures
 
 
 def ten_million(context: Context) -> None:
     """10,485,760 inputs x 261 channels, resident on the GPU."""
-    report = context.report("ten-million")
-    judge = bench.Bench(report, context.console, context.device, context.dtype, seconds=context.seconds)
-    judge.measure_ceilings()
+    judge = _judge(context, "ten-million")
     case = dataclasses.replace(REGIMES["encode"].cases["imagenet"], name="ten-million", B=1, M=TEN_MILLION)
     passes = [PASSES[name] for name in ("forward", "backward", "backward-inputs")]
     work = Workload(case, context.device, context.dtype)
@@ -251,6 +269,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "kernels": kernels,
     "layers": layers,
     "memory": memory_against_inputs,
+    "sizes": layers_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
     **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},

@@ -87,7 +87,8 @@ def memory(results: Results) -> list[str]:
     rows = [row for row in _rows(results, "memory") if row["pass"] == "backward"]
     if not rows:
         return []
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    # What runs at no size has no column.
+    names = list(dict.fromkeys(row["implementation"] for row in rows if row["peak_extra_bytes"] is not None))
     cells = {(row["M"], row["implementation"]): row for row in rows}
     table = [
         [f"{M:,}", *(_memory_cell(cells.get((M, name))) for name in names)]
@@ -147,14 +148,15 @@ def replaced(results: Results) -> list[str]:
         before, after = (rows.get((case, which, name), {}) for name in ("original", "ours"))
         times = [row.get("p50_ms") for row in (before, after)]
         speedup = f"{times[0] / times[1]:.1f}" if all(times) else "-"
-        others = [rows.get((case, which, name)) for name in ("original-graphed", "ours-graphed", "original-compiled")]
+        names = "original-graphed", "ours-graphed", "original-compiled", "ours-compiled"
+        others = [rows.get((case, which, name)) for name in names]
         cells = ["-" if row is None else "cannot" if row["failure"] else _ms(row["p50_ms"]) for row in others]
         memory = [_bytes(row.get("peak_extra_bytes")) for row in (before, after)]
         told = ["-" if time is None else _ms(time) for time in times]
         table.append([case, MODEL_TITLES[which], *told, speedup, *cells, *memory])
     header = [
         "case", "pass", "before, ms", "after", "times faster", "graph before", "graph after", "compiled before",
-        "memory before", "after",
+        "compiled after", "memory before", "after",
     ]  # fmt: skip
     return [_where(results["replaced"]), "", *_markdown(header, table)] if table else []
 

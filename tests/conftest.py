@@ -12,7 +12,9 @@ from zlib import crc32
 import pytest
 import torch
 
+from perceiver_kernels import dispatch
 from perceiver_kernels.cli import measure
+from perceiver_kernels.functional.attention import _served
 from perceiver_kernels.plan import attention as attention_planning
 from perceiver_kernels.plan import shared_kv as shared_kv_planning
 from perceiver_kernels.plan import splits
@@ -111,6 +113,20 @@ def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN (the largest integer) until it is written."""
     with poisoned_memory():
         yield
+
+
+def _forget_choices() -> None:
+    dispatch._choose_once.cache_clear()
+    dispatch._choose_passes_once.cache_clear()
+    _served.clear()
+
+
+@pytest.fixture
+def forgotten_choices() -> Iterator[None]:
+    """No choice of a backend is remembered, from before or afterwards: for tests that change what can be chosen."""
+    _forget_choices()
+    yield
+    _forget_choices()
 
 
 def _forget_plans() -> None:

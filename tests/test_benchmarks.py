@@ -89,11 +89,13 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     others = {"decode": "flow", "process": "imagenet", "encode-kv": "kv-256x1m-d256"}
     for name, case in {"encode": "imagenet", "layers": "imagenet", **others}.items():
         regime = gpu_bench.REGIMES[name]
-        small = dataclasses.replace(regime, cases={case: regime.cases[case].scaled(128)}, default_cases=(case,))
+        cases = {each: regime.cases[each].scaled(128) for each in (case, *(["imagenet-b1"] if name == "layers" else []))}
+        small = dataclasses.replace(regime, cases=cases, default_cases=(case,))
         monkeypatch.setitem(gpu_bench.REGIMES, name, small)
     for name in ("KERNEL_CASES", "JUDGED_CASES"):
         monkeypatch.setattr(gpu_bench, name, ("imagenet",))
-    monkeypatch.setattr(gpu_bench, "MEMORY_SIZES", (256, 512))
+    monkeypatch.setattr(gpu_bench, "LAYER_SIZES", (256, 512))
+    monkeypatch.setattr(gpu_bench.memory, "default_sizes", lambda *_, **__: [256, 512])
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
     monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
     models = gpu_bench.REGIMES["models"]

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -256,20 +255,13 @@ class TestPasses:
     """The forward and the backward are chosen apart: here cuda has no gradient, triton serves everything."""
 
     @pytest.fixture(autouse=True)
-    def two_kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def two_kernels(self, monkeypatch: pytest.MonkeyPatch, forgotten_choices: None) -> None:
         def refusals(problem: Any, name: str) -> list[str]:
             return ["no gradient"] if name == "cuda" and problem.needs_grad else []
 
         kernels = {"cuda", "triton"}
         monkeypatch.setattr(dispatch, "refusals", refusals)
         monkeypatch.setattr(dispatch, "load", lambda op, name: SimpleNamespace(COMPOSITE=name not in kernels))
-        self.forget()
-        yield
-        self.forget()
-
-    def forget(self) -> None:
-        dispatch._choose_once.cache_clear()
-        dispatch._choose_passes_once.cache_clear()
 
     def test_sizes_decide_between_two_forwards(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the automatic choice, or the caller's list, has another kernel backend for the calls that are left to it."""

@@ -8,7 +8,6 @@ is a data point, after which an implementation is not tried again.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ FAKE = "fake"
 LARGEST = {"cuda": 2**26, FAKE: 2**24}
 """Where sizes that nobody named end: on a GPU if its memory does not end before; a fake chunk takes milliseconds."""
 FAKE_METHOD = "live storages of fake tensors; nothing was allocated, and scratch inside an operator is not in it"
-GPU_CASE = dataclasses.replace(ENCODE["imagenet"], B=1)
+GPU_CASE = ENCODE["imagenet-b1"]
 CPU_CASE = EncodeCase("small", B=1, M=4096, C=69, N=64, D=128, H=1, d_qk=69, d_v=69)
 """What is swept on a CPU unless a case is named: small enough that a million inputs take seconds."""
 
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", type=options.name_of("case", ENCODE), metavar="NAME",
         help="case whose sizes but M are used (default: "
-        f"{GPU_CASE.name} with B={GPU_CASE.B} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
+        f"{GPU_CASE.name} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--sizes", type=options.sizes, metavar="M,...",
@@ -100,24 +99,40 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
         check_snapshot(Path(arguments.snapshot), device)
     if arguments.plot:
         plot.check_picture(Path(arguments.plot))
-    names = arguments.peers
-    if names is None:
-        names = [*DEFAULT_PEERS[device.type], *originals.installed()]
-    method = FAKE_METHOD if predict else measure.MEMORY_METHOD[device.type]
     with bench.backend_scope(arguments.backend), Report("memory", arguments.json) as report:
-        report.set(memory_method=method, saved_method=SAVED_METHOD, predicted=predict)
-        where = "fake tensors, predicted" if predict else info.device_line(report.content["environment"])
-        console.line(f"{where}; {method}")
         sweep = Sweep(report, console, device, dtype, predict=predict)
-        peers = [Peer.parse(name) for name in names if name not in originals.PACKAGES]
-        libraries = [name for name in names if name in originals.PACKAGES]
-        sweep.run(case, sizes, arguments.passes, peers, libraries)
-        sweep.show()
+        run(sweep, case, sizes, arguments.passes, arguments.peers)
         if arguments.plot:
             console.line(plot.draw(Path(arguments.plot), [report.content]))
         if arguments.snapshot:
             console.line(snapshot(Path(arguments.snapshot), case, sweep.rows, device, dtype))
     return 0
+
+
+def run(
+    sweep: Sweep, case: EncodeCase, sizes: Sequence[int], passes: Sequence[str] = tuple(PASSES),
+    names: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Run and show a sweep, and say in its report what was counted.
+
+    Args:
+        sweep: where, and into which report.
+        case: whose M is replaced.
+        sizes: numbers of inputs.
+        passes: of PASSES.
+        names: of stock implementations and libraries; None for all that the device has.
+    """
+    device, report, predict = sweep.device, sweep.report, sweep.predict
+    if names is None:
+        names = [*DEFAULT_PEERS[device.type], *originals.installed()]
+    method = FAKE_METHOD if predict else measure.MEMORY_METHOD[device.type]
+    report.set(memory_method=method, saved_method=SAVED_METHOD, predicted=predict)
+    where = "fake tensors, predicted" if predict else info.device_line(report.content["environment"])
+    sweep.console.line(f"{where}; {method}")
+    peers = [Peer.parse(name) for name in names if name not in originals.PACKAGES]
+    libraries = [name for name in names if name in originals.PACKAGES]
+    sweep.run(case, sizes, passes, peers, libraries)
+    sweep.show()
 
 
 def _fake_device(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -141,6 +141,8 @@ ENCODE = _encode(
     ("shape2vecset", 16, 2_048, 512, 512, 512, 1, 512, 512),
     ("pointcloud", 4, 81_920, 1024, 3_072, 1024, 16, 64, 64),
     ("triposg", 1, 204_800, 512, 4_096, 512, 8, 64, 64),
+    # One image: what sweeps over M are of.
+    ("imagenet-b1", 1, 50_176, 261, 512, 1024, 1, 261, 261),
 )
 
 # More input channels than absorption takes (1024): projected. IDEFICS2 also shares a key head among four.

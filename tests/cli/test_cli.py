@@ -282,6 +282,7 @@ class TestRun:
         assert captured.err.startswith(f"perceiver-kernels run: cannot read image {path}: ")
         assert captured.err.count("\n") == 1 and captured.out == ""
 
+    @pytest.mark.usefixtures("forgotten_choices")
     def test_a_model_that_no_backend_serves_is_one_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -290,7 +291,6 @@ class TestRun:
         monkeypatch.setattr(
             "perceiver_kernels.dispatch.TABLE", {**dispatch.TABLE, "attention": {"sdpa": "sdpa"}}
         )
-        dispatch._choose_once.cache_clear()
         assert main([*TINY_RUN, "--backend", "reference", "--output", str(tmp_path)]) == 2
         told = capsys.readouterr().err
         assert "the model cannot run here: no backend can serve attention" in told and told.count("\n") == 1

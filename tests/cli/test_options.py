@@ -104,7 +104,7 @@ class TestHelp:
         monkeypatch.setattr(memory, "SIZES", (5, 50))
         monkeypatch.setattr(memory, "DEFAULT_PEERS", {"cuda": ("math",), "cpu": ("flash", "eager")})
         told = self.of("memory", "--case")
-        assert "imagenet with B=1 on a GPU" in told and "B=1, 69 channels, 64 latents x 128" in told
+        assert "imagenet-b1 on a GPU" in told and "B=1, 69 channels, 64 latents x 128" in told
         assert "default: 5,50" in self.of("memory", "--sizes")
         assert "math on cuda; flash,eager on cpu" in self.of("memory", "--peers")
 
