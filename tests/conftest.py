@@ -14,7 +14,9 @@ import torch
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.cli import measure
+from perceiver_kernels.functional import heads
 from perceiver_kernels.functional.attention import _served
+from perceiver_kernels.ops import attention as attention_ops
 from perceiver_kernels.plan import attention as attention_planning
 from perceiver_kernels.plan import shared_kv as shared_kv_planning
 from perceiver_kernels.plan import splits
@@ -127,6 +129,13 @@ def forgotten_choices() -> Iterator[None]:
     _forget_choices()
     yield
     _forget_choices()
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of what one projection gave are joined without a copy whatever their size, and on every device."""
+    for module in (heads, attention_ops):
+        monkeypatch.setattr(module, "worth_joining", lambda tensors: True)
 
 
 def _forget_plans() -> None:

@@ -44,7 +44,7 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "attention_forward": (("query", "keys", "values", "masks"), ("scale", "dropout_p", "dropout_seed")),
         "attention_backward": (
             ("dout", "dlse", "out", "lse", "statistics", "query", "keys", "values", "masks"),
-            ("scale", "dropout_p", "dropout_seed", "needs_dq", "needs_dkv"),
+            ("scale", "dropout_p", "dropout_seed", "needs_dq", "needs_dkv", "into"),
         ),
     },
     # A rotation is differentiated by another one.

@@ -15,6 +15,7 @@ from perceiver_kernels.device import device_facts
 from perceiver_kernels.functional.attention import attend_shared, attention
 from perceiver_kernels.functional.chunked import ChunkSettings, check_source, chunked_attention
 from perceiver_kernels.functional.common import autocast_dtype, visible
+from perceiver_kernels.functional.heads import split_projection
 from perceiver_kernels.functional.packing import pack_inputs
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.plan import plan_cross_attention
@@ -177,10 +178,7 @@ def _projected(
     w_k, b_k = fold_norm(weights.w_k, None, weights.norm_weight, None, channels, problem.dtype)
     w_v, b_v = fold_norm(weights.w_v, weights.b_v, weights.norm_weight, weights.norm_bias, channels, problem.dtype)
     rows = F.linear(packed.data, torch.cat([w_k, w_v]), torch.cat([b_k, b_v]))
-    key, value = (
-        part.unflatten(-1, (problem.H, -1)).transpose(1, 2)  # [B, H, M, d]
-        for part in rows.split([problem.H * problem.d_qk, problem.H * problem.d_v], -1)
-    )
+    key, value = split_projection(rows, (problem.H * problem.d_qk, problem.H * problem.d_v), problem.H)  # [B, H, M, d]
     q = q.to(problem.dtype).expand(problem.B, -1, -1, -1)
     key_mask = visible(packed.key_mask, packed.lengths, problem.M)
     out = attention(q, key, value, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend)

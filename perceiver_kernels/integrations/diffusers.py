@@ -12,9 +12,9 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjectionBlock
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import Adapter, unlike
 from perceiver_kernels.integrations.flamingo import attend_segments
-from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 DEFAULT_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 

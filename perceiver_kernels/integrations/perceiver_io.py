@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from perceiver_kernels import functional
 from perceiver_kernels import nn as ours
 from perceiver_kernels.functional.common import autocast_dtype
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.inputs import PackedInputs
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed, dropout_of, dropping, unlike
-from perceiver_kernels.integrations.assembly import Readers
+from perceiver_kernels.integrations.assembly import Readers, heads_of
 from perceiver_kernels.integrations.filled import attend_filled
 from perceiver_kernels.integrations.sharing import SharedContext, packed_context
-from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 
 def _turned(x: Tensor, rotary: RotaryPositionEmbedding | None) -> Tensor:
@@ -53,10 +53,13 @@ class FusedMultiHeadAttention(MultiHeadAttention):
             or (pad_mask is not None and pad_mask.dtype != torch.bool)
         ):  # fmt: skip
             return super().forward(x_q, x_kv, pad_mask, rot_pos_emb_q, rot_pos_emb_k, kv_cache)
-        query, key, value = self.q_proj(x_q), self.k_proj(x_kv), self.v_proj(x_kv)
-        if kv_cache is not None:
-            kv_cache = key, value = torch.cat((kv_cache[0], key), 1), torch.cat((kv_cache[1], value), 1)
-        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+        if x_q is x_kv and kv_cache is None:
+            query, key, value = heads_of(x_q, self.num_heads, (self.q_proj, 1), (self.k_proj, 1), (self.v_proj, 1))
+        else:
+            query, key, value = self.q_proj(x_q), self.k_proj(x_kv), self.v_proj(x_kv)
+            if kv_cache is not None:
+                kv_cache = key, value = torch.cat((kv_cache[0], key), 1), torch.cat((kv_cache[1], value), 1)
+            query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
         attended = attend_filled(
             _turned(query, rot_pos_emb_q), _turned(key, rot_pos_emb_k), value,
             None if pad_mask is None else (~pad_mask).expand(max(len(query), len(key)), -1),

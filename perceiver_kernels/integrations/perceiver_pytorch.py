@@ -9,12 +9,12 @@ from perceiver_pytorch import gated, mixed_latents, perceiver_io, perceiver_pyto
 from torch import Tensor, nn
 
 from perceiver_kernels.functional.common import autocast_dtype
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed, dropout_of, dropping, unlike
-from perceiver_kernels.integrations.assembly import LinearRows, cross_attention_of, output_attention_of
+from perceiver_kernels.integrations.assembly import LinearRows, cross_attention_of, heads_of, output_attention_of
 from perceiver_kernels.integrations.filled import attend_filled
 from perceiver_kernels.integrations.sharing import SharedContext, packed_context
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
-from perceiver_kernels.nn.attention import merge_heads, split_heads
 from perceiver_kernels.problem import MAX_CHANNELS
 
 
@@ -39,18 +39,19 @@ class _Attention(nn.Module):
         dropout_p = _drops(self)
         if inverted_attention or dropout_p == 1.0 or not _is_plain_mask(mask) or read.shape[0] != x.shape[0]:
             return super().forward(x, context=context, mask=mask, inverted_attention=inverted_attention)
-        query = split_heads(own.to_q(x), own.heads)
-        key, value = self._keys_values(read)
+        key: Any
+        value: Any
+        if read is x:
+            query, key, value = heads_of(x, own.heads, (own.to_q, 1), (own.to_kv, 2))
+        else:
+            query = split_heads(own.to_q(x), own.heads)
+            key, value = heads_of(read, own.heads, (own.to_kv, 2))
         seen = None if mask is None else mask.flatten(1).expand(x.shape[0], -1)
         if getattr(self, "queries_contribute_kv", False) and context is not None:
-            own_key, own_value = self._keys_values(x)
+            own_key, own_value = heads_of(x, own.heads, (own.to_kv, 2))
             key, value = (own_key, key), (own_value, value)
             seen = None if seen is None else torch.cat((seen.new_ones(x.shape[:2]), seen), 1)
         return own.to_out(merge_heads(attend_filled(query, key, value, seen, dropout_p=dropout_p)))
-
-    def _keys_values(self, read: Tensor) -> Any:
-        own: Any = self
-        return tuple(split_heads(part, own.heads) for part in own.to_kv(read).chunk(2, dim=-1))
 
 
 class _PreNorm(nn.Module):

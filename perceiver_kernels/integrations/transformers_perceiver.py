@@ -14,11 +14,11 @@ from transformers.models.perceiver.modeling_perceiver import (
 )
 
 from perceiver_kernels import functional
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
-from perceiver_kernels.integrations.assembly import Readers
+from perceiver_kernels.integrations.assembly import Readers, heads_of
 from perceiver_kernels.integrations.filled import attend_filled, blind_entries
 from perceiver_kernels.nn import CrossAttention
-from perceiver_kernels.nn.attention import merge_heads, split_heads
 
 MOST_TABLES = 8
 """Fourier features that one module keeps: an image size, a dtype and a device each."""
@@ -62,8 +62,11 @@ class FusedPerceiverLayer(PerceiverLayer):
         """With keys and values of the inputs, or of the latents themselves."""
         own, heads = self.attention.self, self.attention.self.num_heads
         normed = own.layernorm1(hidden_states)
-        read = normed if inputs is None else own.layernorm2(inputs)
-        query, key, value = (split_heads(part, heads) for part in (own.query(normed), own.key(read), own.value(read)))
+        if inputs is None:
+            query, key, value = heads_of(normed, heads, (own.query, 1), (own.key, 1), (own.value, 1))
+        else:
+            query = split_heads(own.query(normed), heads)
+            key, value = heads_of(own.layernorm2(inputs), heads, (own.key, 1), (own.value, 1))
         return self._result(attend_filled(query, key, value, seen, dropout_p=self._dropout_p()), hidden_states)
 
     def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:

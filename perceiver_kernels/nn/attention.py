@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perceiver_kernels import functional
 from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
+from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.cache import KeyValueCache
@@ -39,16 +40,6 @@ class Linear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, L, H*d] -> [B, H, L, d], a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, L, d] -> [B, L, H*d]; a view when there is one head or the heads already lie inside the rows."""
-    return x.transpose(1, 2).flatten(2)
 
 
 def attend_normed(layer: Any, queries: Tensor, keys: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
@@ -338,8 +329,8 @@ class SelfAttention(nn.Module):
         """
         check_sequence("x", x, "B, N, D", self.dim, self.qkv_proj.weight)
         qkv = self.qkv_proj(x if self.norm is None else self.norm(x))
-        parts = qkv.split((self.qk_channels, self.qk_channels, self.v_channels), dim=-1)
-        query, key, value = (split_heads(part, self.num_heads) for part in parts)
+        widths = self.qk_channels, self.qk_channels, self.v_channels
+        query, key, value = split_projection(qkv, widths, self.num_heads)
         if self.norm_query is not None and self.norm_key is not None:
             query, key = self.norm_query(query), self.norm_key(key)
         if rotary is not None:

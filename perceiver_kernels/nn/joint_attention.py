@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.checks import check_tensor
-from perceiver_kernels.nn.attention import Linear, merge_heads, split_heads
+from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
+from perceiver_kernels.nn.attention import Linear
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.checks import check_count, check_sequence
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -163,7 +164,7 @@ class JointAttention(nn.Module):
 
     def _keys_values(self, normed: Tensor, start: int, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H_kv, L, d] of tokens whose first is ``start`` of context and sequence together."""
-        key, value = (split_heads(part, self.num_kv_heads) for part in self.kv_proj(normed).chunk(2, dim=-1))
+        key, value = split_projection(self.kv_proj(normed), 2 * [self.num_kv_heads * self.head_dim], self.num_kv_heads)
         if self.norm_key is not None:
             key = self.norm_key(key)
         return key if rotary is None else rotary.turn(key, start), value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
-from perceiver_kernels.nn.attention import merge_heads, split_heads
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.nn.checks import check_count, check_flag, check_sequence, check_widths
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability

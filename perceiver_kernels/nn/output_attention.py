@@ -11,9 +11,10 @@ from perceiver_kernels import functional
 from perceiver_kernels.absorption import with_zero_gradient
 from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
+from perceiver_kernels.functional.heads import split_heads
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.attention import Linear, attend_normed, split_heads
+from perceiver_kernels.nn.attention import Linear, attend_normed
 from perceiver_kernels.nn.checks import check_array, check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm

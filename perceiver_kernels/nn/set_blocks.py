@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.cross_attention import Method, check_reading
-from perceiver_kernels.nn.attention import merge_heads, split_heads
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.problem import check_eps

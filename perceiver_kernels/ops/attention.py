@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from perceiver_kernels.dispatch import load, serving
-from perceiver_kernels.layouts import empty_heads, result_dtype
+from perceiver_kernels.layouts import empty_beside, empty_heads, result_dtype, worth_joining
 from perceiver_kernels.masks import NO_MASKS, Masks
 from perceiver_kernels.ops.boundary import BatchFold, define, is_plain_call, refuse_double_backward, transforms_active
 from perceiver_kernels.problem import needs_gradient
@@ -69,6 +69,19 @@ def _backward(
     )  # fmt: skip
 
 
+def _backward_into(
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor,
+    query: Tensor, keys: list[Tensor], values: list[Tensor], key_mask: Tensor | None, lengths: Tensor | None,
+    query_mask: Tensor | None, attn_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: Any,
+    dropout_seed: Tensor | None, scale: float, dropout_p: float, backend: str,
+) -> None:  # fmt: skip
+    masks = Masks(key_mask, lengths, query_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, causal)
+    load("attention", _serving(query, keys, values, backend, "leaves_backward")).attention_backward(
+        dout, dlse, out, lse, statistics, query, tuple(keys), tuple(values), masks, scale=scale, dropout_p=dropout_p,
+        dropout_seed=dropout_seed, into=(dq, dk, dv),
+    )  # fmt: skip
+
+
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: list[Tensor],
     values: list[Tensor], *options: Any,
@@ -98,6 +111,14 @@ BACKWARD = define(
     _backward,
     _backward_fake,
 )
+# Every gradient, of one segment, written to memory that is there: not one with BACKWARD, whose results the compiler may place.
+BACKWARD_INTO = define(
+    "attention_backward_into",
+    "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor statistics, "
+    f"Tensor query, Tensor[] keys, Tensor[] values, {_OPTIONS}) -> ()",
+    _backward_into,
+    lambda *_: None,
+)
 
 
 @register_flop_formula(torch.ops.perceiver_kernels.attention_forward)
@@ -113,6 +134,11 @@ def _backward_flops(
     needs_dq, needs_dkv = args[-2:]
     # S, dq and dk are products over d_qk; dP and dv over d_v.
     return _flops(query_shape, key_shapes, value_shapes, 1 + needs_dq + needs_dkv, 1 + needs_dkv)
+
+
+@register_flop_formula(torch.ops.perceiver_kernels.attention_backward_into)
+def _backward_into_flops(dq_shape: Any, dk_shape: Any, dv_shape: Any, *shapes: Any, **kwargs: Any) -> int:
+    return _backward_flops(*shapes, True, True)
 
 
 def _flops(query_shape: Any, key_shapes: Any, value_shapes: Any, products_qk: int, products_v: int) -> int:
@@ -137,17 +163,25 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tup
     if dout is None and dlse is None:
         return (*(None,) * len(tensors), *nothing)
     sources = [t for t in (dout, dlse, query, *keys, *values) if t is not None]
-    needs = ctx.needs_input_grad[7:]
+    needs = ctx.needs_input_grad[7 : 8 + 2 * segments]
     dout = torch.zeros_like(out, dtype=query.dtype) if dout is None else dout.to(query.dtype)
-    dq, dk, dv = BACKWARD(
-        dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend,
-        needs[0], any(needs[1 : 1 + 2 * segments]),
+    arguments = (
+        dout, dlse, out, lse, statistics, query, keys, values, *masks, causal, dropout_seed, scale, dropout_p, backend
     )  # fmt: skip
+    # Compiled, results are as the fakes have them; a result of a transform's backward may be mapped.
+    eager = not (torch.compiler.is_compiling() or transforms_active())
+    beside = eager and segments == 1 and all(needs) and worth_joining((query, *keys, *values))
+    into = empty_beside(query, keys[0], values[0]) if beside else None
+    if into is None:
+        dq, dk, dv = BACKWARD(*arguments, needs[0], any(needs[1:]))
+    else:
+        BACKWARD_INTO(*into, *arguments)
+        dq, dk, dv = into
     dq = refuse_double_backward(dq, *sources) if needs[0] else None
     lengths = [key.shape[2] for key in keys]
     parts = [
         refuse_double_backward(part, *sources) if needed else None
-        for gradient, wanted in ((dk, needs[1 : 1 + segments]), (dv, needs[1 + segments : 1 + 2 * segments]))
+        for gradient, wanted in ((dk, needs[1 : 1 + segments]), (dv, needs[1 + segments :]))
         for part, needed in zip(_split(gradient, lengths) if any(wanted) else [None] * segments, wanted, strict=True)
     ]
     return (*(None,) * 7, dq, *parts, *nothing)

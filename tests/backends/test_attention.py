@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import perceiver_kernels as pk
 from perceiver_kernels.device import device_facts
+from perceiver_kernels.functional.heads import merge_heads, split_projection
+from perceiver_kernels.layouts import rows_of_heads
 from perceiver_kernels.masks import Masks
+from perceiver_kernels.nn import CrossAttention, SelfAttention
 from perceiver_kernels.plan import plan_attention
 from perceiver_kernels.testing import DECODE, ENCODE_KV, LAYOUTS, PROCESS, AttentionCase, poisoned_memory, same_bits
 from perceiver_kernels.testing.attention import (
@@ -29,7 +33,7 @@ from perceiver_kernels.testing.attention import (
     generated,
     masks_of,
 )
-from perceiver_kernels.testing.targets import Target, machine, targets
+from perceiver_kernels.testing.targets import Target, machine, only, targets
 
 OP = "attention"
 PARTIAL = True
@@ -167,6 +171,31 @@ def test_layouts(target: Target, case: AttentionCase, layout: str) -> None:
     check(target, replace(call, **{name: LAYOUTS[layout](getattr(call, name)) for name in ("query", "key", "value", "dout")}))
 
 
+def check_one_projection(target: Target, case: AttentionCase, together: int) -> None:
+    """Of operands that one product gave the gradients lie side by side too, and are those of operands that lie apart."""
+    call = attention_call(replace(case, Lq=case.Lk) if together == 3 else case, target)
+    skip_if_refused(target, call)
+    apart = {name: LAYOUTS["permuted"](getattr(call, name)) for name in ("query", "key", "value")}
+    names = list(apart)[3 - together :]
+    rows = torch.cat([merge_heads(apart[name]) for name in names], -1)
+    parts = split_projection(rows, [call.dout.shape[1] * apart[name].shape[3] for name in names], case.H)
+    beside = {**apart, **dict(zip(names, parts, strict=True))}
+    found = check(target, replace(call, **beside))
+    if not target.is_kernel:
+        return
+    expected = attention_results(function_of(target), replace(call, **apart))
+    assert [name for name in expected if not same_bits(expected[name], found[name])] == []
+    gradient = rows_of_heads([found[f"d{name}"] for name in names])
+    assert gradient is not None and gradient.shape == rows.shape and gradient.is_contiguous()
+
+
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize("together", [2, 3], ids=["keys and values", "queries too"])
+@pytest.mark.parametrize("case", [*REGIMES, replace(SMALL, d_qk=16, d_v=16)], ids=lambda case: case.name)
+def test_one_projection(target: Target, case: AttentionCase, together: int) -> None:
+    check_one_projection(target, case, together)
+
+
 def test_result_lies_in_memory_as_the_queries_do(target: Target) -> None:
     """Heads of a [B, L, H d] sequence are split and merged without a copy; compositions over torch promise nothing."""
     call = attention_call(SMALL, target)
@@ -285,3 +314,36 @@ def test_generated(sample: Sample) -> None:
         if target.backend == "sdpa" and options:
             continue
         check(target, attention_call(sample.case, target, H_kv=sample.H_kv, masks=masks, segments=sample.segments, **options))
+
+
+# What serves the rest of a layer where a backend has attention alone.
+BESIDE = () if machine() == "cpu" else ("triton",)
+
+
+class Copies(TorchDispatchMode):
+    """Counts arrays that are laid side by side."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.cat.default
+        return func(*args, **(kwargs or {}))
+
+
+@only(torch.float16, torch.bfloat16)
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_layer_copies_no_gradient(target: Target, joins: bool, request: pytest.FixtureRequest) -> None:
+    """On kernels: neither self-attention's projection of queries, keys and values nor cross-attention's of keys and values."""
+    if joins:
+        request.getfixturevalue("joined")
+    torch.manual_seed(0)
+    where: dict[str, Any] = {"device": target.device, "dtype": target.dtype}
+    x = torch.randn(2, 128, 128, **where)
+    attention = SelfAttention(128, 2, **where)
+    reading = CrossAttention(128, 128, num_heads=2, method="projected", **where)
+    with pk.use_backend(*target.passes, *BESIDE):
+        for layer in (lambda: attention(x), lambda: reading(x[:, :64], x)):
+            out = layer()
+            with Copies() as counted:
+                out.sum().backward()
+            assert counted.count == (0 if joins and target.is_kernel else 1)

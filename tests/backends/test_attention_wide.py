@@ -12,7 +12,7 @@ from perceiver_kernels.masks import Masks
 from perceiver_kernels.testing import LAYOUTS, AttentionCase
 from perceiver_kernels.testing.attention import attention_call, masks_of
 from perceiver_kernels.testing.targets import Target, machine, only
-from tests.backends.test_attention import check
+from tests.backends.test_attention import check, check_one_projection
 
 OP = "attention"
 # Queries are taken in chunks, or keys; rows of whole 16 bytes, or not.
@@ -70,6 +70,13 @@ def test_dropout(target: Target, workspace: None, case: AttentionCase) -> None:
 def test_layouts(target: Target, workspace: None, layout: str) -> None:
     call = attention_call(replace(ENCODE, B=2, H=2, Lk=70), target)
     check(target, replace(call, **{name: LAYOUTS[layout](getattr(call, name)) for name in ("query", "key", "value", "dout")}))
+
+
+@only(torch.float16, torch.bfloat16)
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize("together", [2, 3], ids=["keys and values", "queries too"])
+def test_one_projection(target: Target, workspace: None, together: int) -> None:
+    check_one_projection(target, replace(ENCODE, B=1, Lk=70), together)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 30], ids=["a tile a chunk", "one chunk"], indirect=True)

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference, scaled_dot_product_attention, use_backend
-from perceiver_kernels.nn.attention import merge_heads
+from perceiver_kernels.functional.heads import merge_heads
 from perceiver_kernels.testing import assert_as_accurate, broadcast, column_major, gapped_rows, permuted
 from perceiver_kernels.testing.targets import Target, machine, only
 

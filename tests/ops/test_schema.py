@@ -174,6 +174,16 @@ def attention_backward_cases(target: Target) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+def attention_backward_into_cases(target: Target) -> dict[str, tuple[Any, ...]]:
+    every = attention_backward_cases(target)
+
+    def into(case: str) -> tuple[Any, ...]:
+        *operands, _, _ = every[case]
+        return (*map(torch.empty_like, (operands[5], operands[6][0], operands[7][0])), *operands)
+
+    return {"plain": into("all"), "permuted": into("permuted")}
+
+
 def rotary_cases(target: Target) -> dict[str, tuple[Any, ...]]:
     x, shared, batched = randn(target, B, H, LQ, 10), (LQ, 3), (B, LQ, 5)
     tables = {shape: (randn(target, *shape), randn(target, *shape)) for shape in (shared, batched)}
@@ -190,6 +200,7 @@ OPERATORS = {
         "plain", "permuted", "two segments", "masks", "additive", "packed", "dropout", "no queries", "no keys",
     )),
     "attention_backward": (attention_op.BACKWARD, attention_backward_cases, ("all", "dquery", "dkey, dvalue", "permuted")),
+    "attention_backward_into": (attention_op.BACKWARD_INTO, attention_backward_into_cases, ("plain", "permuted")),
     "shared_kv_attention_forward": (shared_op.FORWARD, shared_cases, (
         "plain", "permuted", "mask", "lengths", "dropout", "state", "no rows", "no keys", "no keys, state",
     )),
@@ -227,7 +238,7 @@ def test_fake_results_are_laid_out_as_real_ones(target: Target, name: str, case:
     real = operator(*arguments)
     with FakeTensorMode() as mode:
         fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
-    for a, b in zip((real,) if isinstance(real, Tensor) else real, (fake,) if isinstance(fake, Tensor) else fake, strict=True):
+    for a, b in zip(*((each,) if isinstance(each, Tensor) else each or () for each in (real, fake)), strict=True):
         described = [(t.shape, t.dtype, t.stride() if t.numel() else None, t.device) for t in (a, b)]
         assert described[0] == described[1]
 

@@ -222,7 +222,7 @@ def _backward_params(
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: tuple[Tensor, ...],
     values: tuple[Tensor, ...], masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None,
-    needs_dq: bool = True, needs_dkv: bool = True,
+    needs_dq: bool = True, needs_dkv: bool = True, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv] of what attention_forward gives; what is not needed is empty.
 
@@ -231,6 +231,7 @@ def attention_backward(
         dlse, lse: fp32 ``[B, H, Lq]``; dlse may be None.
         query, keys, values, scale: as in attention_forward, heads of up to 256 channels.
         statistics, masks, dropout_p, dropout_seed: of what these kernels do not take, as in attention_forward.
+        into: where the gradients go, rows of 16 bytes; fresh memory when None.
 
     Raises:
         RuntimeError: the library refused or the launch failed; the message says why.
@@ -238,7 +239,7 @@ def attention_backward(
     assert dropout_p == 0.0 and len(keys) == 1, "reasons_against refuses dropout and two segments"
     (key,), (value,) = keys, values
     (B, H, Lq, d_qk), (_, H_kv, Lk, d_v) = query.shape, value.shape
-    dq, dk, dv = (empty_heads(like, *like.shape) for like in (query, key, value))
+    dq, dk, dv = into or (empty_heads(like, *like.shape) for like in (query, key, value))
     if out.numel() == 0 or Lk == 0:
         gradients = [dq.zero_(), dk.zero_(), dv.zero_()]
     else:

@@ -121,15 +121,18 @@ def _launch_small_forward(call: Call, tile: SmallTile, out: Tensor, lse: Tensor,
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: Tensors,
     values: Tensors, masks: Masks, *, scale: float, dropout_p: float, dropout_seed: Tensor | None, needs_dq: bool = True,
-    needs_dkv: bool = True, plan: AttentionPlan | None = None,
+    needs_dkv: bool = True, into: tuple[Tensor, Tensor, Tensor] | None = None, plan: AttentionPlan | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """[dq, dk, dv], dk and dv over the keys of all segments; what is not needed may be empty."""
-    tensors = (dout, dlse, out, lse, statistics, query, *keys, *values, *masks.tensors, dropout_seed)
+    """[dq, dk, dv], dk and dv over the keys of all segments; what is not needed may be empty.
+
+    ``into`` is where all of them go; fresh memory when None.
+    """
+    tensors = (dout, dlse, out, lse, statistics, query, *keys, *values, *masks.tensors, dropout_seed, *(into or (None,) * 3))
     return repeated(
         "attention_backward", (len(keys), masks.causal, scale, dropout_p, needs_dq, needs_dkv, plan), tensors,
         lambda: _backward(
             dout, dlse, out, lse, statistics, query, keys, values, masks, scale, dropout_p, dropout_seed, needs_dq, needs_dkv,
-            plan,
+            into, plan,
         ),
     )  # fmt: skip
 
@@ -137,13 +140,15 @@ def attention_backward(
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, statistics: Tensor, query: Tensor, keys: Tensors,
     values: Tensors, masks: Masks, scale: float, dropout_p: float, dropout_seed: Tensor | None, needs_dq: bool,
-    needs_dkv: bool, plan: AttentionPlan | None,
+    needs_dkv: bool, into: tuple[Tensor, Tensor, Tensor] | None, plan: AttentionPlan | None,
 ) -> list[Tensor]:  # fmt: skip
     Lk = sum(key.shape[2] for key in keys)
-    dq = empty_heads(query, *query.shape)
-    dk, dv = (
-        empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) if needs_dkv else query.new_empty(0)
-        for parts in (keys, values)
+    dq, dk, dv = into or (
+        empty_heads(query, *query.shape),
+        *(
+            empty_heads(parts[0], *parts[0].shape[:2], Lk, parts[0].shape[3]) if needs_dkv else query.new_empty(0)
+            for parts in (keys, values)
+        ),
     )
     if out.numel() == 0 or Lk == 0:
         return [dq.zero_(), dk.zero_(), dv.zero_()]
