@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,54 @@ def test_feed_forward_as_written(activation: str, norm: str | None, residual: bo
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == layer.flops(B, N)
+
+
+def layer_and_gradients(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+    leaf = x.detach().requires_grad_()
+    found = layer(leaf)
+    return [found.detach(), *torch.autograd.grad(found, [leaf, *layer.parameters()], out)]
+
+
+ODD = {
+    "all": {"hidden_dim": 7}, "input alone": {"hidden_dim": 16}, "no biases": {"hidden_dim": 7, "bias": False},
+    "result": {"hidden_dim": 24, "out_dim": 5, "residual": False}, "gated": {"hidden_dim": 8, "activation": "swiglu"},
+    "squared": {"hidden_dim": 9, "activation": "squared_relu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_feed_forward_of_packed_rows(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros after odd rows, and the norm's weights in those of the product, change no result."""
+    layer = randomised(FeedForward(C, **ODD[case])).double()
+    x = torch.randn(B, N, C, dtype=torch.float64)
+    out = torch.randn(B, N, layer.out_dim, dtype=torch.float64)
+    expected = layer_and_gradients(layer, x, out)
+    monkeypatch.setattr(FeedForward, "_packs", lambda self, x: True)
+    seen: list[int] = []
+    monkeypatch.setattr(F, "linear", lambda x, w, b, linear=F.linear: seen.append(w.shape[0]) or linear(x, w, b))
+    found = layer_and_gradients(layer, x, out)
+    assert all(width % 8 == 0 for width in seen) and len(seen) == 2
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "packed"),
+    [({}, True), ({"activation": "geglu"}, False), ({"norm": "rms"}, False), ({"hidden_dim": 640}, True)], ids=str,
+)
+def test_long_odd_rows_are_packed_on_a_gpu(changes: dict[str, Any], packed: bool) -> None:
+    layer = randomised(FeedForward(322, **changes)).cuda()
+    x, out = (torch.randn(1, 14_000, 322, device="cuda") for _ in range(2))
+    exact = layer_and_gradients(copy.deepcopy(layer).double(), x.double(), out.double())
+    layer, x, out = layer.bfloat16(), x.bfloat16(), out.bfloat16()
+    assert layer._packs(x) == packed and not layer._packs(x[:, :100]) and not layer._packs(x.float())
+    found = layer_and_gradients(layer, x, out)
+    layer._packs = lambda x: False
+    composed = layer_and_gradients(layer, x, out)
+    for a, b, e in zip(found, composed, exact, strict=True):
+        errors = [((each.double() - e).norm() / e.norm()).item() for each in (a, b)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-4
 
 
 def test_feed_forward_of_another_width() -> None:

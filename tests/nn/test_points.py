@@ -29,6 +29,23 @@ def test_embedding_as_written(feature_dim: int, given: bool) -> None:
     assert_same(actual, result_and_gradients(lambda x, f=None: embed(x, layer, f), layer, *leaves))
 
 
+def test_rows_of_whole_16_bytes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, leaf = randomised(PointEmbedding(16, 5, dtype=torch.float64)), cloud().requires_grad_()
+    expected = result_and_gradients(layer, layer, leaf)
+    monkeypatch.setattr(PointEmbedding, "_missing", lambda self, points: -self.proj.in_features % 8)
+    assert_same(result_and_gradients(layer, layer, leaf), expected)
+    torch.autograd.gradgradcheck(layer, cloud()[:, :2].requires_grad_())
+
+
+@pytest.mark.gpu
+def test_embedding_on_a_gpu_has_rows_of_whole_16_bytes() -> None:
+    layer, points = randomised(PointEmbedding(64)).cuda(), cloud(torch.float32).cuda()
+    assert layer._missing(points) == 5 and layer._missing(points.cpu()) == 0
+    expected = layer.double()(points.double())
+    torch.testing.assert_close(layer.float()(points).double(), expected, rtol=1e-4, atol=1e-4)
+    assert (layer.bfloat16()(points).double() - expected).norm() < 0.01 * expected.norm()
+
+
 def test_embedding_has_the_published_channels() -> None:
     assert PointEmbedding(512).proj.in_features == 48 + 3 and PointEmbedding(1024, feature_dim=4).proj.in_features == 51 + 4
 
