@@ -206,11 +206,14 @@ def test_commands_run(
     if "--image" in arguments:
         image = pytest.importorskip("PIL.Image")
         image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).save(arguments[arguments.index("--image") + 1])
+    if arguments[0] == "plot":
+        # It draws what is committed.
+        (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     small = TINY.get(" ".join(arguments[:2]), TINY.get(arguments[0], {}))
     small = {option: values for option, values in small.items() if option not in CHOICES or option not in arguments}
     added = [word for option, values in small.items() for word in (option, *values)]
     assert main([*arguments, *added]) == 0, capsys.readouterr().err
-    for option in ("--json", "--plot"):
+    for option in ("--json", "--plot", "--output"):
         if option in arguments and (path := arguments[arguments.index(option) + 1]) != "-":
             assert Path(path).stat().st_size
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from perceiver_kernels.cli import plot, series
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PACKAGES = ("functional", "nn", "models")
@@ -26,6 +28,8 @@ REFERENCE = (*PACKAGES, "convert", "counting", "inputs", "positions", "dispatch"
 def is_installed(distribution: str) -> bool:
     return any(importlib.metadata.distributions(name=distribution))
 
+
+IMAGES = sorted((ROOT / "docs" / "images").glob("*.png"))
 
 needs_mkdocs = pytest.mark.skipif(
     not all(map(is_installed, ("mkdocs-material", "mkdocstrings-python"))),
@@ -151,3 +155,14 @@ def test_arguments_are_all_told() -> None:
             expected = {parameter.name for parameter in item.parameters} - {"self", "cls", "device", "dtype"}
             untold += [f"{item.path}: {argument}" for argument in sorted(expected - told)]
     assert untold == []
+
+
+@pytest.mark.parametrize("picture", IMAGES, ids=lambda path: path.name)
+def test_pictures_are_of_the_published_results(picture: Path) -> None:
+    """A page shows each, and beside it the command that draws it from results that are committed; it was drawn from these."""
+    image = pytest.importorskip("PIL.Image")
+    name = picture.relative_to(ROOT)
+    (page,) = (page for page in PAGES if f"(images/{picture.name})" in page.read_text())
+    (command,) = re.findall(rf"^perceiver-kernels plot (.+) --output {name}$", page.read_text(), re.MULTILINE)
+    reports = [series.load(ROOT / path) for path in command.split()]
+    assert image.open(picture).text["Description"] == "; ".join(map(plot.origin, reports))

@@ -85,6 +85,8 @@ class Bench:
                     self._failed(regime.name, case, each, measure.OUT_OF_MEMORY)
                 progress.advance(each.title)
         del work
+        # What is compiled is so as in a process of its own: limits on recompiling count all of a process's models.
+        torch.compiler.reset()
         measure.release()
         if regime.chunks and size is None and any(each.name.startswith("backward") for each in passes):
             self.chunked_memory(case)

@@ -75,7 +75,13 @@ def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
     cases = list(dict.fromkeys(chart.case for chart in charts))
     devices = list(dict.fromkeys(device for chart in charts for device in chart.devices))
     title = f"{' and '.join(devices)}; {'; '.join(cases)}"
-    return _save(path, [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts], title, _notes(charts))
+    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts]
+    return _save(path, panels, title, _notes(charts), "; ".join(map(origin, reports)))
+
+
+def origin(report: dict[str, Any]) -> str:
+    """Return what a picture says in its file of a report that it was drawn from."""
+    return f"{report.get('command')} of {report.get('started')}"
 
 
 def save(
@@ -116,7 +122,7 @@ def _notes(charts: Sequence[Chart]) -> str:
     return "; ".join(notes)
 
 
-def _save(path: Path, panels: Sequence[Panel], title: str, notes: str) -> str:
+def _save(path: Path, panels: Sequence[Panel], title: str, notes: str, source: str = "") -> str:
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,7 +144,8 @@ def _save(path: Path, panels: Sequence[Panel], title: str, notes: str) -> str:
             write()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, format=path.suffix.lower().lstrip("."), dpi=DOTS_PER_INCH)
+            described = {"Description": source} if source else {}
+            figure.savefig(path, format=path.suffix.lower().lstrip("."), dpi=DOTS_PER_INCH, metadata=described)
         except OSError as error:
             raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     return f"plot: {path}"
