@@ -75,9 +75,10 @@ def _even(linear: nn.Linear, parts: int) -> list[int]:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling a module is no more than its product: whoever has hooked it wants the call."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooked and "forward" not in module.__dict__
+    """Whether calling a module is no more than its product: whoever has hooked it, or quantised its weight, wants the call."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 Projection = nn.Linear | LinearRows

@@ -49,6 +49,22 @@ def with_own_forward() -> list[nn.Module]:
     return modules
 
 
+class Quantised(Tensor):
+    """Stands for a weight that knows one product, and no copy."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.cat
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def quantised() -> list[nn.Module]:
+    modules = linears()
+    weight = modules[0].weight.detach().as_subclass(Quantised)
+    modules[0].weight = nn.Parameter(weight, requires_grad=False)
+    return modules
+
+
 def expected_of(modules: list[nn.Module], x: Tensor) -> list[Tensor]:
     q, k, (v, w) = modules[0](x), modules[1](x), modules[2](x).chunk(2, -1)
     return [split_heads(part, H) for part in (q, k, v, w)]
@@ -94,3 +110,10 @@ def test_one_projection_is_not_copied() -> None:
     with Counted() as counted:
         heads_of(torch.randn(3, 5, 6, dtype=torch.float64), H, (linear, 2))
     assert (counted.products, counted.copies) == (1, 0)
+
+
+def test_a_weight_of_another_class_is_left_to_its_module() -> None:
+    modules, x = quantised(), torch.randn(3, 5, 6, dtype=torch.float64)
+    assert type(modules[0].weight) is not nn.Parameter
+    for found, expected in zip(heads_of(x, H, *zip(modules, (1, 1, 2), strict=True)), expected_of(modules, x), strict=True):
+        assert torch.equal(found, expected)
