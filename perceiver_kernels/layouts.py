@@ -30,7 +30,7 @@ def empty_heads(like: Tensor, B: int, H: int, L: int, d: int, dtype: torch.dtype
 
 
 LEAST_JOINED = 32 * 2**20
-"""Bytes that a GPU copies in about 16 us, what it costs the host to have no copy: a node of Python for seven of C++."""
+"""Bytes that an H200 copies in about 16 us, taken for what no copy costs the host: a node of Python for seven of C++."""
 
 
 def worth_joining(tensors: Sequence[Tensor]) -> bool:

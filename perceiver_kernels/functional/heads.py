@@ -47,15 +47,14 @@ class _HeadsOfRows(Function):
         return torch.cat(parts, -1), None
 
 
-def split_projection(rows: Tensor, widths: Sequence[int], num_heads: int | Sequence[int]) -> tuple[Tensor, ...]:
-    """[B, L, E] -> [B, H_i, L, w_i / H_i], views: what one product gives for several projections side by side.
+def split_projection(rows: Tensor, widths: Sequence[int], num_heads: int) -> tuple[Tensor, ...]:
+    """[B, L, E] -> [B, H, L, w_i / H], views: what one product gives for several projections side by side.
 
     Args:
         rows: channels of each projection right behind the last one's.
         widths: w_i, which add up to E.
-        num_heads: H_i, or one for all.
+        num_heads: H, of each projection.
     """
-    counts = [num_heads] * len(widths) if isinstance(num_heads, int) else num_heads
-    heads = [(H, width // H) for H, width in zip(counts, widths, strict=True)]
+    heads = [(num_heads, width // num_heads) for width in widths]
     recorded = rows.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transforms_active())
     return _HeadsOfRows.apply(rows, heads) if recorded and worth_joining((rows,)) else heads_of_rows(rows, heads)

@@ -46,8 +46,8 @@ class LinearRows(nn.Module):
 def heads_of(x: Tensor, num_heads: int, *projections: tuple[nn.Module, int]) -> tuple[Tensor, ...]:
     """What several projections make of one sequence, as heads: of one product, where they are plain linear layers.
 
-    Their weights are copied side by side for it, a few microseconds; each by itself takes the host more, and its backward three
-    products, a sum over the bias's rows and a sum of the sequence's gradients for every one.
+    Their weights are copied side by side for it. Each by itself would take a training step two products, a sum over the bias's
+    rows and one of the sequence's gradients more for every projection after the first.
 
     Args:
         x: [B, L, C].

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
-from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import unlike
+from perceiver_kernels.integrations.assembly import heads_of
 
 RESAMPLES = "fused attention over media and latents as two segments of keys"
 READS_MEDIA = "fused attention of text to media, no scores and no mask for each head"
@@ -74,8 +75,7 @@ def read_media(module: Any, text: Tensor, media: Tensor, text_time: Tensor | Non
     if media.ndim != 4:
         raise ValueError(f"media must be [B, T, M, D], got {tuple(media.shape)}")
     queries = split_heads(module.to_q(module.norm(text)), module.heads)
-    rows = module.to_kv(media.flatten(1, 2))
-    keys, values = split_projection(rows, 2 * [rows.shape[-1] // 2], module.heads)
+    keys, values = heads_of(media.flatten(1, 2), module.heads, (module.to_kv, 2))
     masks: dict[str, Any] = {}
     if text_time is not None:
         immediate = module.only_attend_immediate_media

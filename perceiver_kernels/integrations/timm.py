@@ -9,8 +9,9 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
-from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
+from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import Adapter, unlike
+from perceiver_kernels.integrations.assembly import heads_of
 from perceiver_kernels.problem import MAX_CHANNELS
 
 
@@ -49,8 +50,7 @@ class FusedAttentionPoolLatent(AttentionPoolLatent):
         # What has taken kv's place since may have no weight, or more than one.
         computed = type(self.k_norm) is not nn.Identity or type(self.kv) is not nn.Linear
         if "attn_mask" in masks or computed or x.shape[-1] > MAX_CHANNELS:
-            rows = self.kv(x)
-            key, value = split_projection(rows, 2 * [rows.shape[-1] // 2], self.num_heads)
+            key, value = heads_of(x, self.num_heads, (self.kv, 2))
             # torch's fused attention takes no queries of batch 1 beside more keys.
             queries = queries.expand(x.shape[0], -1, -1, -1)
             return functional.attention(queries, self.k_norm(key), value, scale=self.scale, **masks)

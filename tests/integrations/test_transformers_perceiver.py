@@ -318,13 +318,19 @@ def test_many_queries_read_few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == ["input_cross_attention", "output_cross_attention"]
 
 
-@pytest.mark.gpu
-def test_a_replaced_model_is_captured() -> None:
+@pytest.fixture
+def on_gpu() -> tuple[Any, Tensor]:
+    """A replaced model, and images."""
     config = transformers.PerceiverConfig(**SIZES | {"d_latents": 64, "num_latents": 64})
     torch.manual_seed(0)
     model = transformers.PerceiverForImageClassificationFourier(config).cuda().bfloat16().eval()
-    images = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
     replace_attention(model)
+    return model, torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_replaced_model_is_captured(on_gpu: tuple[Any, Tensor]) -> None:
+    model, images = on_gpu
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
@@ -338,12 +344,8 @@ def test_a_replaced_model_is_captured() -> None:
 
 
 @pytest.mark.gpu
-def test_a_replaced_model_trains_as_graphs() -> None:
-    config = transformers.PerceiverConfig(**SIZES | {"d_latents": 64, "num_latents": 64})
-    torch.manual_seed(0)
-    model = transformers.PerceiverForImageClassificationFourier(config).cuda().bfloat16().eval()
-    images = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
-    replace_attention(model)
+def test_a_replaced_model_trains_as_graphs(on_gpu: tuple[Any, Tensor]) -> None:
+    model, images = on_gpu
     before = _gradients(model, model, images)
     graphed = torch.cuda.make_graphed_callables(model, (torch.randn_like(images),))
     after = _gradients(model, graphed, images)
