@@ -141,21 +141,21 @@ class KeptFourierPositionEncoding(PerceiverFourierPositionEncoding):
         """As the original's."""
         if pos is not None:
             return super().forward(index_dims, batch_size, device, dtype, pos)
-        return _table_of(self, tuple(index_dims), torch.device(device), dtype).expand(batch_size, -1, -1)
+        return self._table(tuple(index_dims), torch.device(device), dtype).expand(batch_size, -1, -1)
 
-
-@torch.compiler.assume_constant_result
-def _table_of(module: Any, index_dims: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Features [1, M, C] that a replaced module keeps. Compiled, they are a constant: the original makes them on the CPU."""
-    tables = module.__dict__[SHADOW]
-    key = (index_dims, device, dtype)
-    if key not in tables:
-        while len(tables) >= MOST_TABLES:
-            tables.pop(next(iter(tables)))
-        # An inference tensor could never be saved for a later backward pass.
-        with torch.inference_mode(False):
-            tables[key] = PerceiverFourierPositionEncoding.forward(module, list(index_dims), 1, device, dtype)
-    return tables[key]
+    # A method, since a function's argument would have to be a constant itself, which a module is not to torch 2.11.
+    @torch.compiler.assume_constant_result
+    def _table(self, index_dims: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Features [1, M, C]. Compiled, they are a constant: the original makes them on the CPU."""
+        tables = self.__dict__[SHADOW]
+        key = (index_dims, device, dtype)
+        if key not in tables:
+            while len(tables) >= MOST_TABLES:
+                tables.pop(next(iter(tables)))
+            # An inference tensor could never be saved for a later backward pass.
+            with torch.inference_mode(False):
+                tables[key] = super().forward(list(index_dims), 1, device, dtype)
+        return tables[key]
 
 
 ADAPTERS = [
