@@ -40,9 +40,12 @@ class ChunkSettings:
         return pad_channels(self.channels)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Run:
-    """One call: its inputs, settings and the backends that pack and attend, each forward and backward."""
+    """One call: its inputs, settings and the backends that pack and attend, each forward and backward.
+
+    Not frozen: torch 2.10 would compile a frozen argument of a Function by building it anew, of what stands for its tensors.
+    """
 
     source: InputArray
     settings: ChunkSettings

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,9 @@ from perceiver_kernels.problem import (
     check_tensor,
     check_vectors,
 )
+
+Kept = dict[tuple[Any, ...], tuple[Tensor, Tensor]]
+"""What calls with the same latents and weights make of them, under what it depends on besides."""
 
 
 @dataclass(frozen=True)
@@ -155,27 +160,51 @@ def _attend(call: OutputCall, query: Tensor, key: Tensor, value: Tensor, backend
     )  # fmt: skip
 
 
-def _absorbed(call: OutputCall, rows: Tensor, backend: str | None) -> Tensor:
+def _absorbed_latents(call: OutputCall, channels: int, full: bool) -> tuple[Tensor, Tensor]:
+    """key' [B, 1, N, channels] and value' [B, 1, N, C_out]."""
     p, w, key, value = call.problem, call.weights, call.key, call.value
     seen = visible(call.key_mask, call.lengths, p.N)
     if seen is not None:
         # The gradients of the weights are products with all keys and values, and 0 * NaN would be NaN.
         key, value = (torch.where(seen[:, None, :, None], tensor, 0.0) for tensor in (key, value))
-    key = absorb_keys(key, w.w_q, w.b_q, w.norm_weight, w.norm_bias, p.C, rows.shape[-1], p.dtype)
-    b_o = None if w.b_o is None else w.b_o.to(p.dtype)
+    key = absorb_keys(key, w.w_q, w.b_q, w.norm_weight, w.norm_bias, p.C, channels, p.dtype)
+    b_o = w.b_o.to(p.dtype) if full and w.b_o is not None else None
+    return key, F.linear(value.to(p.dtype), w.w_o.to(p.dtype), b_o)
+
+
+def _absorbed(call: OutputCall, rows: Tensor, backend: str | None, kept: Kept) -> Tensor:
+    p, b_o, channels = call.problem, call.weights.b_o, rows.shape[-1]
     # Weights that sum to 1 in every row carry b_o with the values: no pass over the result adds it.
-    full = seen is None and call.query_mask is None and call.dropout_p == 0.0 and p.N > 0
-    value = F.linear(value.to(p.dtype), w.w_o.to(p.dtype), b_o if full else None)  # [B, 1, N, C_out]
+    seen = call.key_mask is None and call.lengths is None and call.query_mask is None
+    full = seen and call.dropout_p == 0.0 and p.N > 0
+    key, value = _once(kept, ("absorbed", channels, p.dtype, full), lambda: _absorbed_latents(call, channels, full))
     out = _attend(call, rows[:, None], key, value, backend)[:, 0]
-    return out if full or b_o is None else out + b_o
+    return out if full or b_o is None else out + b_o.to(p.dtype)
 
 
-def _projected(call: OutputCall, rows: Tensor, backend: str | None) -> Tensor:
-    p, w = call.problem, call.weights
-    weight, shift = fold_norm(w.w_q, w.b_q, w.norm_weight, w.norm_bias, rows.shape[-1], p.dtype)
+def _projected(call: OutputCall, rows: Tensor, backend: str | None, kept: Kept) -> Tensor:
+    p, w, channels = call.problem, call.weights, rows.shape[-1]
+    weight, shift = _once(
+        kept, ("projected", channels, p.dtype),
+        lambda: fold_norm(w.w_q, w.b_q, w.norm_weight, w.norm_bias, channels, p.dtype),
+    )  # fmt: skip
     query = F.linear(rows, weight, shift).unflatten(-1, (p.H, -1)).transpose(1, 2)  # [b, H, O, d_qk]
     out = _attend(call, query, call.key.to(p.dtype), call.value.to(p.dtype), backend)
     return F.linear(out.transpose(1, 2).flatten(2), w.w_o.to(p.dtype), None if w.b_o is None else w.b_o.to(p.dtype))
+
+
+def _once(kept: Kept, what: tuple[Any, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    # What was made without gradients must not serve a call that wants them.
+    what = (*what, torch.is_grad_enabled())
+    if what not in kept:
+        kept[what] = make()
+    return kept[what]
+
+
+def compute(call: OutputCall, backend: str | None, kept: Kept) -> Tensor:
+    """The result of ``output_cross_attention``. What does not depend on the queries is made where ``kept`` has it not yet."""
+    run = _absorbed if call.method == "absorbed" else _projected
+    return run(call, _rows(call, backend), backend, kept)
 
 
 def output_cross_attention(
@@ -243,5 +272,4 @@ def output_cross_attention(
         queries, key, value, w_q, w_o, b_q=b_q, b_o=b_o, norm_weight=norm_weight, norm_bias=norm_bias, normalize=normalize,
         eps=eps, scale=scale, key_mask=key_mask, lengths=lengths, query_mask=query_mask, dropout_p=dropout_p, method=method,
     )  # fmt: skip
-    run = _absorbed if call.method == "absorbed" else _projected
-    return run(call, _rows(call, backend), backend)
+    return compute(call, backend, {})

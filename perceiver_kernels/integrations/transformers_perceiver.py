@@ -141,7 +141,9 @@ class KeptFourierPositionEncoding(PerceiverFourierPositionEncoding):
         """As the original's."""
         if pos is not None:
             return super().forward(index_dims, batch_size, device, dtype, pos)
-        return self._table(tuple(index_dims), torch.device(device), dtype).expand(batch_size, -1, -1)
+        # Sizes that compiled code holds as symbols are no constants; a range has none.
+        sizes = tuple(len(range(size)) for size in index_dims)
+        return self._table(sizes, torch.device(device), dtype).expand(batch_size, -1, -1)
 
     # A method, since a function's argument would have to be a constant itself, which a module is not to torch 2.11.
     @torch.compiler.assume_constant_result

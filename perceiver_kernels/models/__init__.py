@@ -6,7 +6,7 @@ from perceiver_kernels.models.linformer import Linformer, LinformerConfig, Linfo
 from perceiver_kernels.models.perceiver import Perceiver, PerceiverConfig
 from perceiver_kernels.models.perceiver_ar import PerceiverAR
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
-from perceiver_kernels.models.perceiver_io import PerceiverIO
+from perceiver_kernels.models.perceiver_io import Encoded, PerceiverIO
 from perceiver_kernels.models.preprocessing import flow_patches
 from perceiver_kernels.models.resampler import PerceiverResampler, PerceiverResamplerConfig
 from perceiver_kernels.models.rin import RIN, RINConfig
@@ -16,6 +16,7 @@ from perceiver_kernels.models.vecset import LatentDistribution, VecSetAutoencode
 
 __all__ = [
     "CachedDecoder",
+    "Encoded",
     "EncoderConfig",
     "LatentDistribution",
     "LatentWindow",

@@ -5,7 +5,7 @@ Source: Perceiver IO: A General Architecture for Structured Inputs & Outputs, ar
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,20 @@ from perceiver_kernels.models.preprocessing import (
 )
 from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
+from perceiver_kernels.nn.output_attention import PreparedLatents
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Inputs that a model has read.
+
+    Args:
+        array: what its preprocessor made of them, of which queries may be made.
+        latents: [B, N, D], or prepared for many queries.
+    """
+
+    array: Tensor | InputArray
+    latents: Tensor | PreparedLatents
 
 
 class PerceiverIO(Model):
@@ -82,12 +96,44 @@ class PerceiverIO(Model):
         query_mask: Tensor | None = None,
         points: Any = None,
     ) -> Any:
-        """Compute outputs.
+        """Compute outputs: ``decode(encode(inputs, key_mask, lengths), query_mask, points)``.
+
+        Returns:
+            What the head gives.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape, dtype or device, named.
+        """
+        return self.decode(self.encode(inputs, key_mask, lengths), query_mask, points)
+
+    def encode(self, inputs: Any, key_mask: Tensor | None = None, lengths: Tensor | None = None) -> Encoded:
+        """Read the inputs, once for outputs that are decoded a part at a time.
 
         Args:
             inputs: what the preprocessor takes.
             key_mask: bool [B, M], True where a token of the input array is visible.
             lengths: int32 [B], visible leading tokens; excludes ``key_mask``.
+        """
+        array = self.preprocessor(inputs)
+        seen = array
+        if isinstance(array, InputArray) and (key_mask is not None or lengths is not None):
+            seen, key_mask, lengths = replace(array, key_mask=key_mask, lengths=lengths), None, None
+        return Encoded(array, self.encoder(seen, key_mask, lengths))
+
+    def prepare(self, encoded: Encoded) -> Encoded:
+        """The same for many calls of ``decode``: what does not depend on the queries is computed once.
+
+        See ``OutputCrossAttention.prepare``.
+        """
+        if isinstance(encoded.latents, PreparedLatents):
+            return encoded
+        return replace(encoded, latents=self.decoder.attention.prepare(encoded.latents))
+
+    def decode(self, encoded: Encoded, query_mask: Tensor | None = None, points: Any = None) -> Any:
+        """Outputs of what ``encode`` read, all of them or some.
+
+        Args:
+            encoded: of ``encode`` or ``prepare``.
             query_mask: bool [B, O], False for outputs whose queries see nothing.
             points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities), None: all; or
                 the queries themselves, float [B, O, C_q] or [O, C_q], where they are ``GivenQueries``.
@@ -98,11 +144,7 @@ class PerceiverIO(Model):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        array = self.preprocessor(inputs)
-        seen = array
-        if isinstance(array, InputArray) and (key_mask is not None or lengths is not None):
-            seen, key_mask, lengths = replace(array, key_mask=key_mask, lengths=lengths), None, None
-        latents = self.encoder(seen, key_mask, lengths)
+        array, latents = encoded.array, encoded.latents
         queries = self.queries(array, points)
         source = Source(array, self.preprocessor)
         if not isinstance(queries, dict):

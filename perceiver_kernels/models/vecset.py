@@ -21,6 +21,7 @@ from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.nn.norms import NormKind
+from perceiver_kernels.nn.output_attention import PreparedLatents
 from perceiver_kernels.nn.points import PointEmbedding, farthest_points
 from perceiver_kernels.positions import grid_coordinates
 from perceiver_kernels.problem import check_eps, check_probability
@@ -282,10 +283,11 @@ class VecSetAutoencoder(Model):
         check_sequence("latents", latents, "B, N, C", channels, self.head.weight)
         return self._layers(self.decoder, latents if self.expand is None else self.expand(latents))
 
-    def query(self, transformed: Tensor, queries: Tensor) -> Tensor:
+    def query(self, transformed: Tensor | PreparedLatents, queries: Tensor) -> Tensor:
         """The field of transformed latents [B, N, D] at queries [B or 1, O, 3]: [B, O, output_dim].
 
-        It is differentiable by the queries, and twice where the attention that runs is: the reference is.
+        Latents that ``answer.prepare`` made ready serve queries that come in many calls. The field is differentiable by the
+        queries, and twice where the attention that runs is: the reference is.
         """
         check_tensor("queries", queries, "[B, O, 3]", (None, None, 3))
         read = self.answer(self.point_embedding(queries), transformed)
@@ -325,7 +327,7 @@ class VecSetAutoencoder(Model):
         """
         shape = _grid_shape(resolution)
         check_count("chunk_size", chunk_size)
-        transformed = self.transform(latents)
+        transformed = self.answer.prepare(self.transform(latents))
         whole = (latents.shape[0], *shape, self.config.output_dim)
         if out is None:
             dtype = autocast_dtype(self.head.weight) or self.head.weight.dtype

@@ -9,7 +9,7 @@ from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.nn.joint_attention import JointAttention
 from perceiver_kernels.nn.linformer import LinformerAttention
 from perceiver_kernels.nn.multihead import MultiheadAttention
-from perceiver_kernels.nn.output_attention import OutputCrossAttention
+from perceiver_kernels.nn.output_attention import OutputCrossAttention, PreparedLatents
 from perceiver_kernels.nn.points import PointEmbedding, farthest_points
 from perceiver_kernels.nn.positions import LearnedPositions
 from perceiver_kernels.nn.rin import RINBlock
@@ -34,6 +34,7 @@ __all__ = [
     "OutputBlock",
     "OutputCrossAttention",
     "PointEmbedding",
+    "PreparedLatents",
     "RINBlock",
     "Rotary",
     "SelfAttention",

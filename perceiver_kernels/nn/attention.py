@@ -42,20 +42,25 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-def attend_normed(layer: Any, queries: Tensor, keys: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
+def normed_heads(layer: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, Lk, d_qk] after their norm and values [B, H, Lk, d_v] that a layer with ``qk_norm`` makes of [B, Lk, ...]."""
+    key = layer.norm_key(split_heads(layer.k_proj(keys), layer.num_heads))
+    return key, split_heads(layer.v_proj(keys), layer.num_heads)
+
+
+def attend_normed(layer: Any, queries: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
     """Attention of a layer with ``qk_norm``: its norms come between projections and scores, which cannot be absorbed then.
 
     Args:
-        layer: has q_proj, k_proj, v_proj, norm_query, norm_key, num_heads, dropout and training.
-        queries, keys: [B or 1, Lq, ...] and [B, Lk, ...], after their norms.
+        layer: has q_proj, norm_query, num_heads, dropout and training.
+        queries: [B or 1, Lq, ...], after their norm.
+        key, value: of ``normed_heads``.
         seen: bool [B, Lk], False for keys that are hidden.
 
     Returns:
         [B, Lq, H*d_v], heads merged.
     """
-    query = layer.norm_query(split_heads(layer.q_proj(queries), layer.num_heads)).expand(keys.shape[0], -1, -1, -1)
-    key = layer.norm_key(split_heads(layer.k_proj(keys), layer.num_heads))
-    value = split_heads(layer.v_proj(keys), layer.num_heads)
+    query = layer.norm_query(split_heads(layer.q_proj(queries), layer.num_heads)).expand(key.shape[0], -1, -1, -1)
     dropout_p = layer.dropout if layer.training else 0.0
     return merge_heads(functional.attention(query, key, value, key_mask=seen, dropout_p=dropout_p, **masks))
 
@@ -203,7 +208,8 @@ class CrossAttention(nn.Module):
         check_key_visibility(key_mask, lengths, inputs.shape[0], inputs.shape[1], inputs.device)
         seen = visible(key_mask, lengths, inputs.shape[1])
         rows = inputs if seen is None else torch.where(seen[..., None], inputs, 0.0)
-        return attend_normed(self, normed, rows if self.norm_inputs is None else self.norm_inputs(rows), seen)
+        heads = normed_heads(self, rows if self.norm_inputs is None else self.norm_inputs(rows))
+        return attend_normed(self, normed, *heads, seen)
 
     def _weights(self, latents: Tensor) -> list[Any]:
         """Weights and biases of q, k and v, the output weight and the affine part of the inputs' LayerNorm.

@@ -12,7 +12,7 @@ from perceiver_kernels.nn.attention import CrossAttention, Method, SelfAttention
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.feed_forward import Activation, FeedForward
 from perceiver_kernels.nn.norms import NormKind
-from perceiver_kernels.nn.output_attention import OutputCrossAttention
+from perceiver_kernels.nn.output_attention import OutputCrossAttention, PreparedLatents
 from perceiver_kernels.nn.rotary import Rotary
 
 
@@ -220,11 +220,14 @@ class OutputBlock(nn.Module):
     def forward(
         self,
         queries: Tensor | InputArray | PackedInputs,
-        latents: Tensor,
+        latents: Tensor | PreparedLatents,
         key_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
     ) -> Tensor:
-        """queries [B or 1, O, C], latents [B, N, D] -> [B, O, C]; see ``OutputCrossAttention.forward``."""
+        """queries [B or 1, O, C], latents [B, N, D] -> [B, O, C]; see ``OutputCrossAttention.forward``.
+
+        For queries in many calls ``attention.prepare`` makes the latents ready.
+        """
         read = self.attention(queries, latents, key_mask, query_mask)
         return read if self.feed_forward is None else self.feed_forward(read)
 

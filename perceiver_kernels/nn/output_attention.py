@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import functional
 from perceiver_kernels.absorption import with_zero_gradient
 from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.functional.heads import split_heads
+from perceiver_kernels.functional.output_attention import Kept, compute, resolve
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.attention import Linear, attend_normed
+from perceiver_kernels.nn.attention import Linear, attend_normed, normed_heads
 from perceiver_kernels.nn.checks import check_array, check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, check_query_mask, pad_channels
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLatents:
+    """Latents as ``OutputCrossAttention.prepare`` gives them, for any number of calls of that layer.
+
+    Args:
+        layer: that prepared them.
+        key: [B, H, N, d_qk], its projections of the latents.
+        value: [B, H, N, d_v].
+        key_mask: bool [B, N], True where a latent is visible.
+        lengths: int32 [B], visible leading latents.
+        weights: of the queries and of the result, widened with zeros where kernels want it.
+        kept: what calls have made of all this.
+    """
+
+    layer: nn.Module
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    lengths: Tensor | None
+    weights: dict[str, Any] = field(default_factory=dict, repr=False)
+    kept: Kept = field(default_factory=dict, repr=False)
 
 
 class OutputCrossAttention(nn.Module):
@@ -109,7 +133,7 @@ class OutputCrossAttention(nn.Module):
     def forward(
         self,
         queries: Tensor | InputArray | PackedInputs,
-        latents: Tensor,
+        latents: Tensor | PreparedLatents,
         key_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -119,8 +143,9 @@ class OutputCrossAttention(nn.Module):
         Args:
             queries: [B, O, C] tensor, InputArray, or PackedInputs shared by several layers; batch 1 serves the whole batch.
                 Packed with ``constants=2`` they can be absorbed where there are biases.
-            latents: [B, N, D].
-            key_mask: bool [B, N], True where a latent is visible. What hidden latents hold is never used.
+            latents: [B, N, D], or what ``prepare`` made of them, for queries that come in many calls.
+            key_mask: bool [B, N], True where a latent is visible. What hidden latents hold is never used. Prepared latents
+                bring their own.
             query_mask: bool [B, O], False for queries that see nothing (b_o and the residual are then their result); not
                 beside a mask of the queries' own.
             lengths: int32 [B], visible leading latents (above N all, below 0 none); excludes ``key_mask``.
@@ -132,50 +157,73 @@ class OutputCrossAttention(nn.Module):
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
         check_array("queries", queries, "B, O, C", "query_dim", self.query_dim)
-        check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
         if isinstance(queries, PackedInputs) and queries.normalized != (self.norm_queries is not None):
             raise ValueError(f"queries must be packed with normalize={self.norm_queries is not None}, as norm_queries says")
-        if self.residual and not isinstance(queries, Tensor):
-            raise TypeError(f"queries must be a torch.Tensor with a residual, got {type(queries).__name__}")
+        if not isinstance(queries, Tensor) and (self.residual or self.norm_query is not None):
+            reason = "a residual" if self.residual else "qk_norm"
+            raise TypeError(f"queries must be a torch.Tensor with {reason}, got {type(queries).__name__}")
+        if not isinstance(latents, PreparedLatents):
+            latents = self.prepare(latents, key_mask, lengths)
+        elif latents.layer is not self:
+            raise ValueError("latents must have been prepared by this layer, got those of another")
+        elif not (key_mask is None and lengths is None):
+            raise ValueError("key_mask and lengths must be given to prepare where latents are prepared, not beside them")
+        if self.norm_query is not None:
+            out = self._attend_normed(queries, latents, query_mask)
+        else:
+            out = self._attend(queries, latents, query_mask)
+        return queries + out if self.residual and isinstance(queries, Tensor) else out
+
+    def prepare(self, latents: Tensor, key_mask: Tensor | None = None, lengths: Tensor | None = None) -> PreparedLatents:
+        """What does not depend on the queries, for queries in many calls: ``forward`` takes it for its latents.
+
+        Keys and values are computed here, and what absorption makes of them and of the weights in the first call that needs
+        it. It has to be prepared again where weights, latents or autocast change; gradients flow as to any tensor that
+        several calls share.
+
+        Args:
+            latents: [B, N, D].
+            key_mask: bool [B, N], True where a latent is visible.
+            lengths: int32 [B], visible leading latents (above N all, below 0 none); excludes ``key_mask``.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape, dtype or device, named.
+        """
+        check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
         check_key_visibility(key_mask, lengths, latents.shape[0], latents.shape[1], latents.device)
         seen = visible(key_mask, lengths, latents.shape[1])
         latents = latents if seen is None else torch.where(seen[..., None], latents, 0.0)
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
         if self.norm_query is not None:
-            return self._attend_normed(queries, normed, seen, query_mask)
+            key, value = normed_heads(self, normed)
+            return PreparedLatents(self, key, value, key_mask, lengths)
         w_q, b_q, w_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
-        out = functional.output_cross_attention(
-            queries,
-            split_heads(linear(normed, w_k, None), self.num_heads),  # [B, H, N, d_qk]
-            split_heads(linear(normed, w_v, b_v), self.num_heads),  # [B, H, N, d_v]
-            w_q,
-            w_o,
-            b_q=b_q,
-            b_o=self.out_proj.bias,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            normalize=self.norm_queries is not None,
-            eps=self.eps,
-            scale=(self.qk_channels // self.num_heads) ** -0.5,
-            key_mask=key_mask,
-            lengths=lengths,
-            query_mask=query_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            method=self.method,
-        )
-        out = with_zero_gradient(out, self.k_proj.bias)
-        return queries + out if self.residual and isinstance(queries, Tensor) else out
+        return PreparedLatents(
+            self,
+            split_heads(linear(normed, w_k, None), self.num_heads),
+            split_heads(linear(normed, w_v, b_v), self.num_heads),
+            key_mask, lengths,
+            {"w_q": w_q, "w_o": w_o, "b_q": b_q, "norm_weight": norm_weight, "norm_bias": norm_bias},
+        )  # fmt: skip
 
-    def _attend_normed(
-        self, queries: Tensor | InputArray | PackedInputs, normed: Tensor, seen: Tensor | None, query_mask: Tensor | None
+    def _attend(
+        self, queries: Tensor | InputArray | PackedInputs, latents: PreparedLatents, query_mask: Tensor | None
     ) -> Tensor:
-        if not isinstance(queries, Tensor):
-            raise TypeError(f"queries must be a torch.Tensor with qk_norm, got {type(queries).__name__}")
-        check_query_mask(query_mask, "B, O", normed.shape[0], queries.shape[1], "queries", queries)
+        call = resolve(
+            queries, latents.key, latents.value, **latents.weights, b_o=self.out_proj.bias,
+            normalize=self.norm_queries is not None, eps=self.eps, scale=(self.qk_channels // self.num_heads) ** -0.5,
+            key_mask=latents.key_mask, lengths=latents.lengths, query_mask=query_mask,
+            dropout_p=self.dropout if self.training else 0.0, method=self.method,
+        )  # fmt: skip
+        return with_zero_gradient(compute(call, None, latents.kept), self.k_proj.bias)
+
+    def _attend_normed(self, queries: Any, latents: PreparedLatents, query_mask: Tensor | None) -> Tensor:
+        key, value = latents.key, latents.value
+        check_query_mask(query_mask, "B, O", key.shape[0], queries.shape[1], "queries", queries)
         rows = queries if query_mask is None else torch.where(query_mask[..., None], queries, 0.0)
         rows = rows if self.norm_queries is None else self.norm_queries(rows)
-        out = self.out_proj(attend_normed(self, rows, normed, seen, query_mask=query_mask))
-        return queries + out if self.residual else out
+        seen = visible(latents.key_mask, latents.lengths, key.shape[2])
+        return self.out_proj(attend_normed(self, rows, key, value, seen, query_mask=query_mask))
 
     def _weights(self, latents: Tensor) -> list[Any]:
         """Weights of q, k and v, biases of q and v, the output weight and the affine part of the queries' LayerNorm.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from perceiver_kernels.checks import FLOAT_DTYPES, check_tensor
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.checks import check_count
+from perceiver_kernels.positions import constant
 
 
 class PointEmbedding(nn.Module):
@@ -58,7 +61,10 @@ class PointEmbedding(nn.Module):
         weight = self.proj.weight
         # An embedding is differentiated by its points, twice where surfaces are trained by their gradients.
         wide = points.to(torch.promote_types(weight.dtype, torch.float32))
-        frequencies = torch.pi * 2.0 ** torch.arange(self.num_bands, device=points.device, dtype=wide.dtype)
+        frequencies = constant(
+            ("octaves", self.num_bands, wide.dtype), points.device,
+            lambda: [math.pi * 2.0**k for k in range(self.num_bands)], wide.dtype,
+        )  # fmt: skip
         angles = (wide[..., None] * frequencies).flatten(2)  # [B, M, 3 bands]
         # Rounded one by one, so that nothing wide is laid side by side.
         parts = [part.to(weight.dtype) for part in (angles.sin(), angles.cos(), wide)]

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations import Entry, Report
+from perceiver_kernels.nn import output_attention
 from perceiver_kernels.testing.accuracy import assert_as_accurate, compare
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -326,8 +327,8 @@ def dropout_seen(monkeypatch: Any) -> list[float]:
 
         return call
 
-    for name in ("attention", "input_cross_attention", "output_cross_attention"):
-        monkeypatch.setattr(functional, name, recorded(getattr(functional, name)))
+    for module, name in ((functional, "attention"), (functional, "input_cross_attention"), (output_attention, "resolve")):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     return seen
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
+from perceiver_kernels.nn import output_attention
 from tests.convert.test_transformers import PAIRS, SIZES, TEXT
 from tests.integrations.replaced import (
     DEVICES,
@@ -307,15 +308,15 @@ def test_layers_whose_parts_were_replaced_are_left_alone() -> None:
 def test_many_queries_read_few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder's layer takes the form for outputs where there are more of them than latents."""
     called: list[str] = []
-    for name in ("input_cross_attention", "output_cross_attention"):
-        function = getattr(functional, name)
+    for module, name in ((functional, "input_cross_attention"), (output_attention, "compute")):
+        function = getattr(module, name)
         monkeypatch.setattr(
-            functional, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k)
+            module, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k)
         )
     model = CASES["flow"].model()
     replace_attention(model)
     CASES["flow"].on(model)
-    assert called == ["input_cross_attention", "output_cross_attention"]
+    assert called == ["input_cross_attention", "compute"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_kernels
+from perceiver_kernels.functional import output_attention
 from perceiver_kernels.models import LatentDistribution, VecSetAutoencoder, VecSetConfig
 from perceiver_kernels.nn import farthest_points
 from perceiver_kernels.testing.accuracy import assert_as_accurate
@@ -158,6 +159,15 @@ def test_grid_is_one_allocation_and_latents_are_transformed_once() -> None:
     assert result is out and out.isfinite().all() and runs == [1] and asked == [30, 30, 4]
     torch.testing.assert_close(out.double(), model.decode_grid(latents, 4), rtol=1e-5, atol=1e-5)
     assert model.decode_grid(latents, (1, 2, 3)).shape == (B, 1, 2, 3, 1)
+
+
+def test_a_grid_makes_of_its_latents_once_what_its_chunks_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = model_of("sampled").eval(), []
+    for name in ("absorb_keys", "fold_norm"):
+        original = getattr(output_attention, name)
+        monkeypatch.setattr(output_attention, name, lambda *a, original=original: calls.append(1) or original(*a))
+    model.decode_grid(model.encode(arrays(model)[0]), 4, 16)
+    assert len(calls) == 1
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
