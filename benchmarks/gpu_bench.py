@@ -10,6 +10,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - ten-million: 10,485,760 inputs x 261 channels forward and backward, packed and chunked
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
 - models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
+- grids: models that are asked at every point of a dense grid
 - replaced: models of other libraries before and after replace_attention
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
@@ -38,6 +39,7 @@ import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
+from perceiver_kernels.cli.models import GridCase  # noqa: E402
 from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
 from perceiver_kernels.cli.stock import ATTENTION_PEERS  # noqa: E402
@@ -48,8 +50,9 @@ KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal",
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
-WHOLE_REGIMES = ("models", "replaced", "decode", "process", "encode-kv")
+WHOLE_REGIMES = ("replaced", "decode", "process", "encode-kv")
 """Each a part of its name."""
+MODEL_PARTS = ("models", "grids")
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -188,18 +191,30 @@ def layers(context: Context) -> None:
 
 
 def whole_regime(context: Context, name: str) -> None:
-    """One regime, attention over given keys and values or whole models: the part has its name."""
+    """One regime, attention over given keys and values or models that are replaced: the part has its name."""
     regime = REGIMES[name]
     # Others than the default cases are measured where they are named.
     cases = regime.default_cases if context.cases is None else tuple(regime.cases)
-    peers = context.peers
+    _whole(context, name, name, cases)
+
+
+def models_or_grids(context: Context, name: str) -> None:
+    """Whole models, those that are asked at dense grids apart: together they take longer than one call may."""
+    regime = REGIMES["models"]
+    named = regime.default_cases if context.cases is None else tuple(regime.cases)
+    cases = tuple(each for each in named if isinstance(regime.cases[each], GridCase) == (name == "grids"))
+    _whole(context, name, "models", cases)
+
+
+def _whole(context: Context, part: str, name: str, cases: tuple[str, ...]) -> None:
+    regime, peers = REGIMES[name], context.peers
     if name in ("models", "replaced"):
         # Its peers are originals of its own: of attention's, only that there are none counts.
         peers = None if peers else peers
     elif peers is None:
         # Compiling softmax(q k^T) v takes long for each case, and wins none.
         peers = [peer for peer in ATTENTION_PEERS if not peer.startswith("compiled") and (context.compiled or peer != "flex")]
-    _timed(context, name, name, cases, list(regime.passes.values()), peers, cases)
+    _timed(context, part, name, cases, list(regime.passes.values()), peers, cases)
 
 
 def _timed(
@@ -272,6 +287,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "sizes": layers_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
+    **{name: functools.partial(models_or_grids, name=name) for name in MODEL_PARTS},
     **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},
 }
 

@@ -124,7 +124,8 @@ def attention(results: Results) -> list[str]:
 
 def models(results: Results) -> list[str]:
     """Whole models beside their originals: milliseconds of every implementation, and memory of the first two."""
-    rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, "models")}
+    parts = [part for part in ("models", "grids") if _rows(results, part)]
+    rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
     # Ours first: as called, as a graph, compiled.
     others = sorted(dict.fromkeys(name for _, _, name in rows if name != "ours"), key=lambda name: not name.startswith("ours"))
 
@@ -137,7 +138,7 @@ def models(results: Results) -> list[str]:
         times = [cell(rows.get((case, which, name)), lambda row: _ms(row["p50_ms"])) for name in ("ours", *others)]
         table.append([case, MODEL_TITLES[which], *times, cell(ours, lambda row: _bytes(row["peak_extra_bytes"]))])
     header = ["case", "pass", "ours, ms", *others, "our extra memory"]
-    return [_where(results["models"]), "", *_markdown(header, table)] if table else []
+    return [*dict.fromkeys(_where(results[part]) for part in parts), "", *_markdown(header, table)] if table else []
 
 
 def replaced(results: Results) -> list[str]:
