@@ -48,6 +48,9 @@ PASSES = {
     )
 }
 
+ROW_SUMS = ("q_proj", "norm_latents")
+"""Parts on the latents' side whose bias gradients add up what all rows give, of either sign."""
+
 
 def chunk_size(batch: int) -> int:
     """Return the tokens per chunk that keep a layer near 60 MiB, forward and backward, at 261 channels and 512 latents.
@@ -76,6 +79,7 @@ class Workload:
     ) -> None:  # fmt: skip
         self.regime, self.case, self.device, self.dtype = regime, case, device, dtype
         self.chunk = chunk or chunk_size(case.B)
+        self._terms: dict[str, Tensor] = {}
         with seeded(0):
             self.layer = self._our_layer()
             self.latents = self._randn(case.B, case.N, case.D)
@@ -268,17 +272,18 @@ class Workload:
             return textbook.shared_kv(which, self.rows, self.packed.data, self.row_gradient, dtype)
         layer = textbook.Textbook(self.stock_layer(Peer("eager"), dtype), dtype)
         if dtype == torch.float64:
-            layer.layer.q_proj.register_full_backward_hook(self._keep_terms)
+            for name in ROW_SUMS:
+                layer.layer.get_submodule(name).register_full_backward_hook(functools.partial(self._keep_terms, name))
         # Inputs that need a gradient become a leaf of this dtype; others are converted part by part.
         inputs = self.inputs.to(dtype) if which == "backward-inputs" else self.inputs
         return layer_pass(which, layer, self.latents.to(dtype), inputs, self.gradient.to(dtype))()
 
     def terms(self, which: str) -> dict[str, Tensor]:
-        """Return those of the query bias, whose gradient adds up what all rows of all heads give, of either sign."""
-        return {"dq_proj.bias": self._query_terms} if which.startswith("backward") else {}
+        """Return those of the biases of ``ROW_SUMS``."""
+        return self._terms if which.startswith("backward") else {}
 
-    def _keep_terms(self, module: Any, gradients: Any, upstream: tuple[Tensor, ...]) -> None:
-        self._query_terms = upstream[0].abs().flatten(0, -2).sum(0)
+    def _keep_terms(self, name: str, module: Any, gradients: Any, upstream: tuple[Tensor, ...]) -> None:
+        self._terms[f"d{name}.bias"] = upstream[0].abs().flatten(0, -2).sum(0)
 
     def method(self, which: str, implementation: str) -> Literal["absorbed", "projected"]:
         """Return how an implementation gets at keys and values; stock PyTorch projects."""

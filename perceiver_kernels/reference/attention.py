@@ -58,17 +58,18 @@ def visible_pairs(
         conditions.append(keys[:, None, None, :])
     if query_mask is not None:
         conditions.append(query_mask[:, None, :, None])
-    i, j = torch.arange(Lq, device=device)[:, None], torch.arange(Lk, device=device)[None, :]
-    shift = torch.tensor(Lk - Lq, device=device)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        # Sequence s holds the tokens from starts[s] on; empty sequences hold none.
-        of_i, of_j = (torch.searchsorted(c[1:], x.int(), right=True) for c, x in ((cu_seqlens_q, i), (cu_seqlens_k, j)))
-        conditions.append(of_i == of_j)
-        start_q, start_k = cu_seqlens_q[of_i], cu_seqlens_k[of_j]
-        shift = (cu_seqlens_k[1:] - cu_seqlens_k[:-1])[of_i] - (cu_seqlens_q[1:] - cu_seqlens_q[:-1])[of_i]
-        i, j = i - start_q, j - start_k
-    if causal != "none":
-        conditions.append(j - i <= (shift if causal == "bottom_right" else 0))
+    if causal != "none" or (cu_seqlens_q is not None and cu_seqlens_k is not None):
+        i, j = torch.arange(Lq, device=device)[:, None], torch.arange(Lk, device=device)[None, :]
+        shift: int | Tensor = Lk - Lq
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            # Sequence s holds the tokens from starts[s] on; empty sequences hold none.
+            of_i, of_j = (torch.searchsorted(c[1:], x.int(), right=True) for c, x in ((cu_seqlens_q, i), (cu_seqlens_k, j)))
+            conditions.append(of_i == of_j)
+            start_q, start_k = cu_seqlens_q[of_i], cu_seqlens_k[of_j]
+            shift = (cu_seqlens_k[1:] - cu_seqlens_k[:-1])[of_i] - (cu_seqlens_q[1:] - cu_seqlens_q[:-1])[of_i]
+            i, j = i - start_q, j - start_k
+        if causal != "none":
+            conditions.append(j - i <= (shift if causal == "bottom_right" else 0))
     visible = None
     for condition in conditions:
         visible = condition if visible is None else visible & condition
