@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from perceiver_kernels.testing.cases import EncodeCase
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNEL_BACKENDS = ("cuda", "triton")
+OFFLINE_TRITON = "3.6."
+"""Registers and spills are limited as this compiler allocates them; its private parts are patched."""
 # Kernels that serve plain calls alone, or lack some gradients. Tests that skip what is refused ask them, and say so: PARTIAL.
 # Gradients that are lacking are Triton's there, which start from what this forward leaves.
 PARTIAL = {("shared_kv_attention", "cuda"), ("attention", "cuda")}
@@ -68,7 +71,12 @@ def machine() -> str:
 def why_not_offline() -> str | None:
     """Why kernels are not compiled for other machines in this process, or None where they are."""
     reasons = {"gpu": "a GPU is here: it compiles and runs the kernels themselves", "interpreter": "nothing is compiled in it"}
-    return reasons.get(machine())
+    if reason := reasons.get(machine()):
+        return reason
+    found = importlib.metadata.version("triton")
+    if found.startswith(OFFLINE_TRITON):
+        return None
+    return f"registers and spills are known of Triton {OFFLINE_TRITON}*, got {found}"
 
 
 def dtypes() -> tuple[torch.dtype, ...]:

