@@ -52,7 +52,8 @@ class EncoderConfig:
         latent_widening_factor: of the feed-forward layers of the latent blocks.
         activation: of the feed-forward layers, see ``nn.FeedForward``.
         attention_dropout: of the attention weights.
-        dropout: of the feed-forward layers.
+        dropout: of the results of attention and feed-forward layers, before their residuals.
+        out_dropout: of the attention's results, where it is not as ``dropout`` says.
         input_dropout: share of the visible input tokens that a forward leaves out in training, others for every array; one
             remains. Not beside ``chunk_size``.
         eps: of every LayerNorm.
@@ -86,6 +87,7 @@ class EncoderConfig:
     activation: Activation = "gelu"
     attention_dropout: float = 0.0
     dropout: float = 0.0
+    out_dropout: float | None = None
     input_dropout: float = 0.0
     eps: float = 1e-5
     chunk_size: int | None = None
@@ -124,11 +126,17 @@ class EncoderConfig:
         check_flag("activation_checkpointing", self.activation_checkpointing)
         check_probability("attention_dropout", self.attention_dropout)
         check_probability("dropout", self.dropout)
+        check_probability("out_dropout", self.attention_result_dropout)
         check_probability("input_dropout", self.input_dropout)
         check_eps(self.eps)
         check_reading(self.chunk_size, self.method)
         if self.input_dropout and self.chunk_size is not None:
             raise ValueError(f"input_dropout must be 0 with chunk_size={self.chunk_size}, got {self.input_dropout}")
+
+    @property
+    def attention_result_dropout(self) -> float:
+        """``out_dropout``, or ``dropout`` where that is None."""
+        return self.dropout if self.out_dropout is None else self.out_dropout
 
     def cross_weights(self) -> tuple[int, ...]:
         """For every cross-attend, which of the distinct cross modules it uses."""
@@ -158,6 +166,7 @@ class EncoderConfig:
 PERCEIVER_PYTORCH: dict[str, Any] = {
     "num_latents": 256, "latent_dim": 512, "qk_channels": 64, "latent_qk_channels": 512, "qkv_bias": False,
     "weight_sharing": "none", "cross_widening_factor": 4, "latent_widening_factor": 4, "activation": "geglu",
+    "out_dropout": 0.0,
 }  # fmt: skip
 
 
@@ -200,7 +209,7 @@ class PerceiverEncoder(Model):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
             "activation": config.activation, "attention_dropout": config.attention_dropout, "dropout": config.dropout,
-            "qkv_bias": config.qkv_bias, "eps": config.eps, **where,
+            "out_dropout": config.attention_result_dropout, "qkv_bias": config.qkv_bias, "eps": config.eps, **where,
         }  # fmt: skip
         self.latents = nn.Parameter(torch.empty(1, config.num_latents, config.latent_dim, **where))
         nn.init.trunc_normal_(self.latents, std=0.02, a=-2.0, b=2.0)

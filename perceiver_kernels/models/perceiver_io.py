@@ -30,6 +30,7 @@ from perceiver_kernels.models.preprocessing import (
 )
 from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
+from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.output_attention import PreparedLatents
 
 
@@ -147,10 +148,12 @@ class PerceiverIO(Model):
         array, latents = encoded.array, encoded.latents
         queries = self.queries(array, points)
         source = Source(array, self.preprocessor)
+        whole = torch.cat(list(queries.values()), 1) if isinstance(queries, dict) else queries
+        checkpointing = self.encoder.config.activation_checkpointing
+        read = run_block(self.decoder, whole, latents, None, query_mask, checkpointing=checkpointing)
         if not isinstance(queries, dict):
-            return self.head(self.decoder(queries, latents, None, query_mask), source)
-        sizes = [part.shape[1] for part in queries.values()]
-        decoded = self.decoder(torch.cat(list(queries.values()), 1), latents, None, query_mask).split(sizes, 1)
+            return self.head(read, source)
+        decoded = read.split([part.shape[1] for part in queries.values()], 1)
         return self.head(dict(zip(queries, decoded, strict=True)), source)
 
     # ------ published models

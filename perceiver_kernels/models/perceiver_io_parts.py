@@ -31,8 +31,13 @@ def encoder_of(preprocessor: Any, like: Like, changes: dict[str, Any], where: di
 
 
 def decoder_of(encoder: PerceiverEncoder, channels: int, where: dict[str, Any], **options: Any) -> OutputBlock:
-    """The published decoders have one head as wide as the latents but where ``options`` say otherwise."""
+    """The published decoders have one head as wide as the latents but where ``options`` say otherwise.
+
+    What is dropped of the attention's result, krasserm/perceiver-io drops before a residual alone.
+    """
     config = encoder.config
+    if options.get("residual"):
+        options["out_dropout"] = config.attention_result_dropout
     return OutputBlock(
         channels, config.latent_dim, activation=config.activation, attention_dropout=config.attention_dropout,
         dropout=config.dropout, eps=config.eps, **options, **where,

@@ -248,7 +248,9 @@ class VecSetAutoencoder(Model):
         """
         check_tensor("points", points, "[B, M, 3]", (None, None, 3))
         latents = self._initial_latents(points, features, sample)
-        latents = self.read_feed_forward(self.read(latents, self.point_embedding(points, features)))
+        checkpointing = self.config.activation_checkpointing
+        read = run_block(self.read, latents, self.point_embedding(points, features), checkpointing=checkpointing)
+        latents = run_block(self.read_feed_forward, read, checkpointing=checkpointing)
         latents = self._layers(self.encoder, latents)
         if self.mean is None or self.log_variance is None:
             return latents
@@ -290,7 +292,8 @@ class VecSetAutoencoder(Model):
         queries, and twice where the attention that runs is: the reference is.
         """
         check_tensor("queries", queries, "[B, O, 3]", (None, None, 3))
-        read = self.answer(self.point_embedding(queries), transformed)
+        checkpointing = self.config.activation_checkpointing
+        read = run_block(self.answer, self.point_embedding(queries), transformed, checkpointing=checkpointing)
         return self.head(read if self.head_norm is None else self.head_norm(read))
 
     def decode(self, latents: Tensor, queries: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class CrossAttention(nn.Module):
             and keys are always computed.
         residual: add the latents, as they came in, to the result.
         dropout: probability of dropping an attention weight, in training.
+        out_dropout: probability of dropping a channel of the result before the residual, in training.
         eps: of both LayerNorms.
         chunk_size: inputs are packed and read this many tokens at a time, so that memory does not grow with M.
         method: "absorbed" or "projected"; None lets the planner compare their predicted times.
@@ -114,6 +115,7 @@ class CrossAttention(nn.Module):
         qk_norm: NormKind | None = None,
         residual: bool = True,
         dropout: float = 0.0,
+        out_dropout: float = 0.0,
         eps: float = 1e-5,
         chunk_size: int | None = None,
         method: Method | None = None,
@@ -129,6 +131,7 @@ class CrossAttention(nn.Module):
         check_input_dim(input_dim)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
+        check_probability("out_dropout", out_dropout)
         if residual and out_channels != latent_dim:
             raise ValueError(f"out_channels must be latent_dim={latent_dim} with a residual, got {out_channels}")
         check_eps(eps)
@@ -137,7 +140,7 @@ class CrossAttention(nn.Module):
             raise ValueError(f"qk_norm must be None with chunk_size or method='absorbed', got {qk_norm!r}")
         self.latent_dim, self.input_dim, self.num_heads = latent_dim, input_dim, num_heads
         self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
-        self.residual, self.dropout, self.eps = residual, dropout, eps
+        self.residual, self.dropout, self.out_dropout, self.eps = residual, dropout, out_dropout, eps
         self.chunk_size, self.method = chunk_size, method
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_latents = nn.LayerNorm(latent_dim, eps, **where) if norm_latents else None
@@ -176,8 +179,7 @@ class CrossAttention(nn.Module):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
         if self.norm_query is not None:
-            out = self.out_proj(self._attend_normed(normed, inputs, key_mask, lengths))
-            return latents + out if self.residual else out
+            return self._result(self.out_proj(self._attend_normed(normed, inputs, key_mask, lengths)), latents)
         w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
         attended = functional.input_cross_attention(
             split_heads(linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
@@ -197,7 +199,11 @@ class CrossAttention(nn.Module):
             chunk_size=self.chunk_size,
             method=self.method,
         )
-        out = linear(merge_heads(attended), w_o, self.out_proj.bias)
+        return self._result(linear(merge_heads(attended), w_o, self.out_proj.bias), latents)
+
+    def _result(self, out: Tensor, latents: Tensor) -> Tensor:
+        if self.out_dropout:
+            out = F.dropout(out, self.out_dropout, self.training)
         return latents + out if self.residual else out
 
     def _attend_normed(

@@ -109,6 +109,7 @@ class CrossBlock(nn.Module):
         norm_inputs: LayerNorm on the inputs.
         residual: add the latents to what they read; the feed-forward always has its residual.
         attention_dropout: probability of dropping an attention weight, in training.
+        out_dropout: dropout of the attention's result.
         dropout: dropout of the feed-forward's result.
         eps: of the LayerNorms.
         chunk_size: see ``CrossAttention``.
@@ -131,6 +132,7 @@ class CrossBlock(nn.Module):
         norm_inputs: bool = True,
         residual: bool = True,
         attention_dropout: float = 0.0,
+        out_dropout: float = 0.0,
         dropout: float = 0.0,
         eps: float = 1e-5,
         chunk_size: int | None = None,
@@ -142,8 +144,8 @@ class CrossBlock(nn.Module):
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = CrossAttention(
             latent_dim, input_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, bias=qkv_bias,
-            norm_inputs=norm_inputs, residual=residual, dropout=attention_dropout, chunk_size=chunk_size, method=method,
-            **where,
+            norm_inputs=norm_inputs, residual=residual, dropout=attention_dropout, out_dropout=out_dropout,
+            chunk_size=chunk_size, method=method, **where,
         )  # fmt: skip
         self.feed_forward = FeedForward(latent_dim, widening_factor, activation=activation, dropout=dropout, **where)
 
@@ -180,6 +182,7 @@ class OutputBlock(nn.Module):
         widening_factor: see ``FeedForward``.
         activation: see ``FeedForward``.
         attention_dropout: probability of dropping an attention weight, in training.
+        out_dropout: dropout of the attention's result.
         dropout: dropout of the feed-forward's result.
         eps: of the LayerNorms.
         method: see ``OutputCrossAttention``.
@@ -201,6 +204,7 @@ class OutputBlock(nn.Module):
         widening_factor: int = 1,
         activation: Activation = "gelu",
         attention_dropout: float = 0.0,
+        out_dropout: float = 0.0,
         dropout: float = 0.0,
         eps: float = 1e-5,
         method: Method | None = None,
@@ -211,7 +215,7 @@ class OutputBlock(nn.Module):
         where: dict[str, Any] = {"eps": eps, "device": device, "dtype": dtype}
         self.attention = OutputCrossAttention(
             query_dim, latent_dim, num_heads=num_heads, qk_channels=qk_channels, v_channels=v_channels, bias=qkv_bias,
-            residual=residual, dropout=attention_dropout, method=method, **where,
+            residual=residual, dropout=attention_dropout, out_dropout=out_dropout, method=method, **where,
         )  # fmt: skip
         self.feed_forward = None
         if feed_forward:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.absorption import with_zero_gradient
@@ -72,6 +73,7 @@ class OutputCrossAttention(nn.Module):
         residual: add the queries, as they came in, to the result. They must then be a tensor. False, as in the authors'
             decoders, whose queries are positions and whose results are not.
         dropout: probability of dropping an attention weight, in training.
+        out_dropout: probability of dropping a channel of the result before the residual, in training.
         eps: of both LayerNorms.
         method: "absorbed" (one head only) or "projected"; None lets the planner compare their predicted times.
 
@@ -95,6 +97,7 @@ class OutputCrossAttention(nn.Module):
         qk_norm: NormKind | None = None,
         residual: bool = False,
         dropout: float = 0.0,
+        out_dropout: float = 0.0,
         eps: float = 1e-5,
         method: Method | None = None,
         device: torch.device | str | None = None,
@@ -109,6 +112,7 @@ class OutputCrossAttention(nn.Module):
         check_count("out_channels", out_channels)
         check_widths(num_heads, qk_channels=qk_channels, v_channels=v_channels)
         check_probability("dropout", dropout)
+        check_probability("out_dropout", out_dropout)
         if residual and out_channels != query_dim:
             raise ValueError(f"out_channels must be query_dim={query_dim} with a residual, got {out_channels}")
         check_eps(eps)
@@ -119,7 +123,8 @@ class OutputCrossAttention(nn.Module):
             raise ValueError(f"qk_norm must be None with method='absorbed', got {qk_norm!r}")
         self.query_dim, self.latent_dim, self.num_heads = query_dim, latent_dim, num_heads
         self.qk_channels, self.v_channels, self.out_channels = qk_channels, v_channels, out_channels
-        self.residual, self.dropout, self.eps, self.method = residual, dropout, eps, method
+        self.residual, self.dropout, self.out_dropout = residual, dropout, out_dropout
+        self.eps, self.method = eps, method
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_queries = nn.LayerNorm(query_dim, eps, **where) if norm_queries else None
         self.norm_latents = nn.LayerNorm(latent_dim, eps, **where) if norm_latents else None
@@ -172,6 +177,8 @@ class OutputCrossAttention(nn.Module):
             out = self._attend_normed(queries, latents, query_mask)
         else:
             out = self._attend(queries, latents, query_mask)
+        if self.out_dropout:
+            out = F.dropout(out, self.out_dropout, self.training)
         return queries + out if self.residual and isinstance(queries, Tensor) else out
 
     def prepare(self, latents: Tensor, key_mask: Tensor | None = None, lengths: Tensor | None = None) -> PreparedLatents:

@@ -112,8 +112,11 @@ class TestEveryModel:
         model, raw = build(), inputs()
         kept = build(activation_checkpointing=True)
         kept.load_state_dict(model.state_dict())
+        runs: list[int] = []
+        kept.decoder.register_forward_pre_hook(lambda *_: runs.append(1))
         for each in (model, kept):
             sum(tensor.square().mean() for tensor in tensors(each(raw))).backward()
+        assert len(runs) == 2
         for (key, p), q in zip(model.named_parameters(), kept.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda text, key=key: f"{key}: {text}")
 
