@@ -34,6 +34,20 @@ def check_tensor(
         raise ValueError(f"{name} must be {layout}, got {got}")
 
 
+def check_indices(name: str, values: Tensor, rule: str, count: int) -> None:
+    """Raise where integers on a CPU are not in 0..count-1; a GPU is not asked, which would have to be waited for.
+
+    Args:
+        rule: the upper end as it is told, for example "vocab_size-1".
+    """
+    # Tensors that stand for others (fake, traced, vmapped) have no values to look at.
+    if type(values) is not Tensor or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    least, most = values.aminmax()
+    if least < 0 or most >= count:
+        raise ValueError(f"{name} must be in 0..{rule}={count - 1}, got {least.item()}..{most.item()}")
+
+
 def _check_number(name: str, value: object, rule: str, given: object, *, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {rule}, got {given!r}")

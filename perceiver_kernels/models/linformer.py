@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.checks import check_indices, check_tensor
 from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_widths
@@ -197,5 +197,6 @@ class LinformerLM(Model):
         check_tensor("tokens", tokens, "[B, N]", (None, None), dtypes=(torch.int64, torch.int32))
         if tokens.shape[1] > self.config.length:
             raise ValueError(f"tokens must have at most length={self.config.length} places, got {tokens.shape[1]}")
+        check_indices("tokens", tokens, "vocab_size-1", self.config.vocab_size)
         x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         return self.head(self.linformer(x, key_mask))

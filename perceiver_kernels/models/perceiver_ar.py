@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.checks import check_indices, check_tensor
 from perceiver_kernels.models import perceiver_ar_config as published
 from perceiver_kernels.models.generation import generate
 from perceiver_kernels.models.model import Model
@@ -272,6 +272,7 @@ class PerceiverAR(Model):
             raise ValueError(f"{name} must be [B, M] with M from 1 to max_length={config.max_length}, got {shape}")
         if tokens.device != self.token_embedding.weight.device:
             raise ValueError(f"{name} must be on {self.token_embedding.weight.device} as the model, got {tokens.device}")
+        check_indices(name, tokens, "vocab_size-1", config.vocab_size)
         if prefix_length is None:
             return max(M - N, 0)
         check_count("prefix_length", prefix_length, 0)

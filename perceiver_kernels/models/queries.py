@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.checks import check_indices, check_tensor
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models.multimodal import CommonWidth, check_modalities, written_out
 from perceiver_kernels.nn import LearnedPositions
 from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.positions import picked_coordinates
+
+
+def _check_points(points: object, count: int) -> None:
+    check_tensor("points", points, "[n]", (None,), dtypes=(torch.int64,))
+    assert isinstance(points, Tensor)
+    check_indices("points", points, "O-1", count)
 
 
 class LearnedQueries(nn.Module):
@@ -46,7 +52,10 @@ class LearnedQueries(nn.Module):
         queries = self.positions()[None]
         if self.like_inputs:
             queries = queries[:, : array.shape[1] if isinstance(array, Tensor) else array.length]
-        return queries if points is None else queries[:, points]
+        if points is None:
+            return queries
+        _check_points(points, queries.shape[1])
+        return queries[:, points]
 
 
 class FourierQueries(nn.Module):
@@ -72,12 +81,13 @@ class FourierQueries(nn.Module):
     def forward(self, array: Tensor | InputArray, points: Tensor | None = None) -> InputArray:
         """The input array, for its device and dtype, and int64 [n] places of the grid or None for all -> [1, n, C]."""
         content = array if isinstance(array, Tensor) else array.content
+        if points is not None:
+            _check_points(points, math.prod(self.grid))
         nothing = content.new_empty(1, math.prod(self.grid) if points is None else len(points), 0)
         if not nothing.is_floating_point():
             nothing = nothing.float()
         if points is None:
             return InputArray(nothing, self.positions, grid=self.grid)
-        check_tensor("points", points, "[n]", (None,), dtypes=(torch.int64,))
         return InputArray(nothing, self.positions, picked_coordinates(self.grid, points.to(array.device)))
 
 

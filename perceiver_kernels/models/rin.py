@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import FLOAT_DTYPES, check_tensor
+from perceiver_kernels.checks import FLOAT_DTYPES, check_indices, check_tensor
 from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
@@ -269,8 +269,9 @@ class RIN(Model):
                 f"labels must be given if num_classes={config.num_classes} is not None, and only then, got "
                 f"{None if labels is None else tuple(labels.shape)}"
             )
-        if labels is not None:
+        if labels is not None and config.num_classes is not None:
             check_tensor("labels", labels, f"[B] with B={B}", (B,), dtypes=(torch.int64,))
+            check_indices("labels", labels, "num_classes-1", config.num_classes)
 
     def _initial_tape(self, images: Tensor) -> Tensor:
         """Patches as tokens, rows of patches one after the other, channels last in each."""
