@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.models.encoder import PERCEIVER_PYTORCH, EncoderConfig, PerceiverEncoder
+from perceiver_kernels.models.model import changed
 from perceiver_kernels.nn import Linear
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.checks import check_count, check_flag
@@ -83,7 +84,7 @@ class Perceiver(PerceiverEncoder):
         Source: arXiv 2103.03206, section 4.1.
         """
         published: dict[str, Any] = {"input_dim": 261, "num_classes": 1000}
-        return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def audioset(
@@ -101,7 +102,7 @@ class Perceiver(PerceiverEncoder):
             "input_dim": 487, "num_classes": 527, "num_cross_attends": 2, "num_blocks": 2, "layers_per_block": 8,
             "weight_sharing": "none",
         }  # fmt: skip
-        return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def modelnet40(
@@ -115,7 +116,7 @@ class Perceiver(PerceiverEncoder):
         Source: arXiv 2103.03206, section 4.3.
         """
         published: dict[str, Any] = {"input_dim": 387, "num_classes": 40, "num_cross_attends": 2, "num_blocks": 2}
-        return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def perceiver_pytorch(
@@ -135,7 +136,7 @@ class Perceiver(PerceiverEncoder):
             **PERCEIVER_PYTORCH, "input_dim": 29, "num_classes": 1000, "num_cross_attends": 6, "num_blocks": 6,
             "layers_per_block": 2, "head_norm": True,
         }  # fmt: skip
-        return cls(PerceiverConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverConfig, published, changes), device=device, dtype=dtype)
 
     def forward(
         self,

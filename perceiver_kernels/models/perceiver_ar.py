@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perceiver_kernels.checks import check_indices, check_tensor
 from perceiver_kernels.models import perceiver_ar_config as published
 from perceiver_kernels.models.generation import generate
-from perceiver_kernels.models.model import Model
+from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.models.perceiver_ar_config import PerceiverARConfig
 from perceiver_kernels.models.sequence_positions import SequencePositions, mask_of_padding
 from perceiver_kernels.nn import FeedForward, JointAttention, KeyValueCache, LatentBlock, Linear, Rotary
@@ -297,7 +297,7 @@ class PerceiverAR(Model):
 
     @classmethod
     def _published(cls, sizes: dict[str, Any], changes: dict[str, Any], **where: Any) -> PerceiverAR:
-        return cls(PerceiverARConfig(**{**sizes, **changes}), **where)
+        return cls(changed(PerceiverARConfig, sizes, changes), **where)
 
     @classmethod
     def paper(

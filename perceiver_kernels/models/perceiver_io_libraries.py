@@ -10,6 +10,7 @@ from torch import nn
 from perceiver_kernels.inputs import FourierPositions
 from perceiver_kernels.models.encoder import PERCEIVER_PYTORCH, EncoderConfig, PerceiverEncoder
 from perceiver_kernels.models.heads import ClassHead, PatchHead, PlainHead
+from perceiver_kernels.models.model import changed
 from perceiver_kernels.models.perceiver_io_parts import LANGUAGE, Where, decoder_of, encoder_of
 from perceiver_kernels.models.preprocessing import ArrayPreprocessor, PixelPreprocessor, TextPreprocessor
 from perceiver_kernels.models.queries import GivenQueries, InputQueries, LearnedQueries
@@ -65,7 +66,7 @@ def _lucidrains(
     where: dict[str, Any],
 ) -> PerceiverIO:  # fmt: skip
     published = {**PERCEIVER_PYTORCH, "num_cross_attends": 1, "num_blocks": 6, "layers_per_block": 1}
-    config = EncoderConfig(**{"input_dim": preprocessor.channels, **published, **changes})
+    config = changed(EncoderConfig, {"input_dim": preprocessor.channels, **published}, changes)
     encoder = PerceiverEncoder(config, **where)
     decoder = decoder_of(
         encoder, queries.channels, where, num_heads=config.cross_heads, qk_channels=config.qk_channels,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from perceiver_kernels.models.encoder import EncoderConfig, PerceiverEncoder
+from perceiver_kernels.models.model import changed
 from perceiver_kernels.nn import OutputBlock
 from perceiver_kernels.nn.checks import check_choice
 
@@ -27,7 +28,7 @@ def encoder_of(preprocessor: Any, like: Like, changes: dict[str, Any], where: di
         "input_dim": preprocessor.channels, "num_cross_attends": 1,
         "activation": "gelu_tanh" if like == "deepmind" else "gelu",
     }  # fmt: skip
-    return PerceiverEncoder(EncoderConfig(**{**fields, **changes}), **where)
+    return PerceiverEncoder(changed(EncoderConfig, fields, changes), **where)
 
 
 def decoder_of(encoder: PerceiverEncoder, channels: int, where: dict[str, Any], **options: Any) -> OutputBlock:

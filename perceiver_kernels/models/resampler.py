@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import check_positive
 from perceiver_kernels.checks import check_tensor as check_layout
-from perceiver_kernels.models.model import Model
+from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn import FeedForward, JointAttention, Linear
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_sequence
@@ -210,7 +210,7 @@ class PerceiverResampler(Model):
         Source: lucidrains/flamingo-pytorch, README.
         """
         published: dict[str, Any] = {"dim": 1024, "depth": 2, "max_media": 4}
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def open_flamingo(
@@ -221,7 +221,7 @@ class PerceiverResampler(Model):
         Source: mlfoundations/open_flamingo, ``PerceiverResampler(dim=1024)``.
         """
         published: dict[str, Any] = {"dim": 1024}
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def idefics(
@@ -234,7 +234,7 @@ class PerceiverResampler(Model):
         Source: transformers, ``IdeficsPerceiverResampler`` and the defaults of ``IdeficsPerceiverConfig``.
         """
         published: dict[str, Any] = {"dim": 1280, "num_heads": 16, "head_dim": 96, "activation": "relu", "linear_std": 0.02}
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def idefics2(
@@ -251,7 +251,7 @@ class PerceiverResampler(Model):
             "dim": 4096, "depth": 3, "num_heads": 16, "head_dim": 96, "num_kv_heads": 4, "activation": "swiglu", "norm": "rms",
             "eps": 1e-6, "latent_init": "ones", "linear_std": 0.02,
         }  # fmt: skip
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def ip_adapter_plus(
@@ -262,7 +262,7 @@ class PerceiverResampler(Model):
         Source: IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter.
         """
         published: dict[str, Any] = {**_IP_ADAPTER, "dim": 768, "num_heads": 12, "output_dim": 768}
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def ip_adapter_plus_sdxl(
@@ -273,7 +273,7 @@ class PerceiverResampler(Model):
         Source: IP-Adapter, arXiv 2308.06721; tencent-ailab/IP-Adapter.
         """
         published: dict[str, Any] = {**_IP_ADAPTER, "dim": 1280, "num_heads": 20, "output_dim": 2048}
-        return cls(PerceiverResamplerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(PerceiverResamplerConfig, published, changes), device=device, dtype=dtype)
 
     def forward(self, media: Tensor, mask: Tensor | None = None) -> Tensor:
         """Resample every medium to N tokens.

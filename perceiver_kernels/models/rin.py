@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.checks import FLOAT_DTYPES, check_indices, check_tensor
-from perceiver_kernels.models.model import Model
+from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
@@ -212,7 +212,7 @@ class RIN(Model):
             "image_size": 64, "patch_size": 8, "num_classes": 1000, "latent_dim": 768, "tape_dim": 512,
             "layers": (4, 4, 4, 4), "tape_heads": 16, "tape_widening_factor": 4,
         }  # fmt: skip
-        return cls(RINConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(RINConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def cifar10(
@@ -232,7 +232,7 @@ class RIN(Model):
             "image_size": 32, "patch_size": 2, "num_classes": 10, "latent_dim": 512, "tape_dim": 256, "layers": (2, 2, 2),
             "tape_heads": 8, "tape_widening_factor": 2, "hidden_dropout": 0.1, "drop_path": 0.1,
         }  # fmt: skip
-        return cls(RINConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(RINConfig, published, changes), device=device, dtype=dtype)
 
     def forward(
         self, images: Tensor, time: Tensor, labels: Tensor | None = None, previous: Tensor | None = None

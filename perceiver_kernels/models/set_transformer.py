@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.functional.cross_attention import check_reading
-from perceiver_kernels.models.model import Model
+from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn.attention import Method
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
@@ -130,7 +130,7 @@ class SetTransformer(Model):
         Source: arXiv 1810.00825, section 5.3; sizes as in the authors' code.
         """
         published: dict[str, Any] = {"input_dim": 2, "output_dim": 4, "num_outputs": 4}
-        return cls(SetTransformerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(SetTransformerConfig, published, changes), device=device, dtype=dtype)
 
     @classmethod
     def modelnet40(
@@ -146,7 +146,7 @@ class SetTransformer(Model):
         published: dict[str, Any] = {
             "input_dim": 3, "output_dim": 40, "dim": 256, "num_inducing": 16, "decoder_blocks": 0, "pooling_dropout": 0.5,
         }  # fmt: skip
-        return cls(SetTransformerConfig(**{**published, **changes}), device=device, dtype=dtype)
+        return cls(changed(SetTransformerConfig, published, changes), device=device, dtype=dtype)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Outputs of every set of the batch.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import check_tensor, is_integer
 from perceiver_kernels.functional.common import autocast_dtype
-from perceiver_kernels.models.model import Model
+from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.models.progress import Progress, reporting
 from perceiver_kernels.nn import CrossAttention, FeedForward, OutputCrossAttention, SelfAttention
 from perceiver_kernels.nn.checkpointing import run_block
@@ -188,7 +188,7 @@ class VecSetAutoencoder(Model):
 
         Source: arXiv 2301.11445, section 5; sizes as in the authors' code.
         """
-        return cls(VecSetConfig(**changes), device=device, dtype=dtype)
+        return cls(changed(VecSetConfig, {}, changes), device=device, dtype=dtype)
 
     @classmethod
     def large(
@@ -206,7 +206,7 @@ class VecSetAutoencoder(Model):
             "num_latents": 4096, "dim": 1024, "encoder_layers": 8, "decoder_layers": 16, "cross_heads": 16, "latent_heads": 16,
             "feature_dim": 4, "activation": "gelu", "qk_norm": "layer", "head_norm": True, "drop_path": 0.0, "eps": 1e-6,
         }  # fmt: skip
-        return cls(VecSetConfig(**{**sizes, **changes}), device=device, dtype=dtype)
+        return cls(changed(VecSetConfig, sizes, changes), device=device, dtype=dtype)
 
     def forward(
         self, points: Tensor, queries: Tensor, features: Tensor | None = None, sample: Tensor | None = None
