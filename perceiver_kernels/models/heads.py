@@ -21,10 +21,12 @@ class Source:
     Args:
         array: the input array.
         preprocessor: that made it.
+        whole: whether all outputs were asked for.
     """
 
     array: Tensor | InputArray
     preprocessor: nn.Module
+    whole: bool = True
 
 
 class PlainHead(nn.Module):
@@ -99,11 +101,14 @@ class FlowHead(nn.Module):
         self.proj = Linear(channels, 2, device=device, dtype=dtype)
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
-        """[B, H * W, C] -> [B, H, W, 2], in pixels."""
+        """[B, H * W, C] -> [B, H, W, 2], in pixels; [B, n, C] of n pixels -> [B, n, 2]."""
+        flow = self.proj(decoded) / self.scale
+        if not source.whole:
+            return flow
         grid = grid_of(source.array)
         if grid is None:
             raise ValueError("inputs must fill a grid, whose pixels have a flow, got tokens without one")
-        return (self.proj(decoded) / self.scale).unflatten(1, tuple(grid))
+        return flow.unflatten(1, tuple(grid))
 
 
 class PatchHead(nn.Module):

@@ -99,6 +99,10 @@ class PerceiverIO(Model):
     ) -> Any:
         """Compute outputs: ``decode(encode(inputs, key_mask, lengths), query_mask, points)``.
 
+        Args:
+            inputs, key_mask, lengths: see ``encode``.
+            query_mask, points: see ``decode``.
+
         Returns:
             What the head gives.
 
@@ -136,8 +140,10 @@ class PerceiverIO(Model):
         Args:
             encoded: of ``encode`` or ``prepare``.
             query_mask: bool [B, O], False for outputs whose queries see nothing.
-            points: which outputs are wanted, int64 [n] among O (a mapping of such where there are modalities), None: all; or
-                the queries themselves, float [B, O, C_q] or [O, C_q], where they are ``GivenQueries``.
+            points: which outputs are wanted, int64 [n] among O or a slice of consecutive ones (a mapping of such where there
+                are modalities), None: all; or the queries themselves, float [B, O, C_q] or [O, C_q], where they are
+                ``GivenQueries``. A slice gives what it is of all outputs; picked places of a grid lie elsewhere, as in
+                the originals, see ``FourierQueries``.
 
         Returns:
             What the head gives.
@@ -147,7 +153,7 @@ class PerceiverIO(Model):
         """
         array, latents = encoded.array, encoded.latents
         queries = self.queries(array, points)
-        source = Source(array, self.preprocessor)
+        source = Source(array, self.preprocessor, points is None)
         whole = torch.cat(list(queries.values()), 1) if isinstance(queries, dict) else queries
         checkpointing = self.encoder.config.activation_checkpointing
         read = run_block(self.decoder, whole, latents, None, query_mask, checkpointing=checkpointing)

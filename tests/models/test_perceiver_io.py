@@ -172,24 +172,6 @@ def test_queries_that_are_given() -> None:
     torch.testing.assert_close(raw(x, points=queries), raw.decoder(queries[None], raw.encoder(x)))
 
 
-def test_outputs_in_parts_read_the_inputs_once() -> None:
-    """A video's pixels a part at a time, as they are decoded at full size; what is not asked for is empty."""
-    build, inputs = MODELS["multimodal"]
-    torch.manual_seed(0)
-    model, raw, ran = build().eval(), inputs(), []
-    pixels, none = torch.arange(128), torch.arange(0)
-    expected = model(raw, points={"image": pixels, "audio": torch.arange(4), "label": None})
-    for module in (model.encoder, model.decoder.attention.norm_latents):
-        module.register_forward_hook(lambda module, *_: ran.append(module))
-    encoded = model.prepare(model.encode(raw))
-    assert model.prepare(encoded) is encoded
-    parts = [model.decode(encoded, points={"image": part, "audio": none, "label": None}) for part in pixels.split(50)]
-    torch.testing.assert_close(torch.cat([part["image"] for part in parts], 1), expected["image"])
-    assert {name: tuple(t.shape) for name, t in parts[0].items()} == {"audio": (2, 0), "image": (2, 50, 3), "label": (2, 5)}
-    assert ran == [model.encoder, model.decoder.attention.norm_latents]
-    torch.testing.assert_close(parts[0]["label"], expected["label"])
-
-
 def test_encode_decode_by_hand() -> None:
     """A model is its parts, one after the other; masks reach the encoder and the decoder."""
     torch.manual_seed(0)
@@ -345,8 +327,8 @@ def encoder(channels: int) -> PerceiverEncoder:
         ),
         (lambda: MODELS["multimodal"][0]()(torch.zeros(1)), TypeError, "inputs must map 'audio', 'image', 'label' to tensors"),
         (
-            lambda: MODELS["flow"][0]()(MODELS["flow"][1](), points=torch.tensor([1])), ValueError,
-            "points must be None where the inputs are the queries",
+            lambda: MODELS["flow"][0]()(MODELS["flow"][1](), points=torch.tensor([1])), TypeError,
+            "points must be a slice or None where the inputs are the queries",
         ),
         (lambda: given()(torch.zeros(2, 4, 9)), TypeError, r"points must be a tensor \[B, O, C\] or .* C=7, got NoneType"),
         (lambda: given()(torch.zeros(2, 4, 9), points=torch.zeros(3, 6)), ValueError, r"points must be .* C=7, got \(3, 6\)"),
