@@ -167,7 +167,7 @@ class ModelWorkload(WholeModel):
             shared = {id(p): gradients[name] for name, p in model.named_parameters()}
             kept = model.state_dict(keep_vars=True)
             state = {name: shared.get(id(p), torch.zeros_like(p)) for name, p in kept.items()}
-            gradients = convert.to_ours(convert.rules_of(self.ours_model, ORIGINAL), state)
+            gradients = convert.to_ours(convert.rules_of(self.ours_model, ORIGINAL), state, self.ours_model.state_dict())
         vector = torch.cat([gradients[name].flatten() for name, _ in self.ours_model.named_parameters()])
         model.zero_grad(set_to_none=True)
         return [out, vector]

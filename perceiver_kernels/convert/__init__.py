@@ -61,12 +61,14 @@ def load(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, library: 
         library: whose names they have; None: ours.
 
     Raises:
-        ValueError: missing or additional names or wrong shapes, all of them listed; the model is then as it was.
+        ValueError: missing or additional names or wrong shapes, all of them listed as ``weights`` names them; the model is then
+            as it was.
     """
-    state = _read(weights) if isinstance(weights, (str, Path)) else weights
-    if library is not None:
-        state = to_ours(rules_of(model, library), state)
-    check_shapes(state, model.state_dict())
+    state, ours = _read(weights) if isinstance(weights, (str, Path)) else weights, model.state_dict()
+    if library is None:
+        check_shapes(state, ours)
+    else:
+        state = to_ours(rules_of(model, library), state, ours)
     model.load_state_dict(state)
 
 

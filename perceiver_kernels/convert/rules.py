@@ -1,7 +1,7 @@
 """State dicts of other libraries' models as ours and back, by rules that say which of their tensors one of ours is.
 
-A rule works in both directions, so a model that was read can be written: ``to_ours(rules, theirs)`` and
-``to_theirs(rules, ours)`` are each other's inverse.
+A rule works in both directions, so a model that was read can be written: ``to_ours(rules, theirs, ours)`` and
+``to_theirs(rules, ours)`` are each other's inverse. What is read must have the shapes that would be written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 
+_MISFIT = "the state dict does not fit the model"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -24,7 +26,8 @@ class Rule:
         theirs: names in their state dict, in the order in which their rows follow each other in ours.
         sizes: rows of each, where there are several.
         read, write: their tensors as they stand in ours, and back: inverse functions, the same for all of ``theirs``.
-        value: gives what we do not keep, when it is written (a buffer that follows from the sizes).
+        value: gives what we do not keep, when it is written (a buffer that follows from the sizes). What is read may lack it;
+            its values are ignored, but not its shape.
         rows: first row and row past the last, where ours is a part of one of theirs; the rules of its parts follow their order.
         same_as: for a tensor of theirs that we do not keep: the name of the one whose weights it shares.
     """
@@ -85,33 +88,32 @@ def under_each(ours: str, theirs: Sequence[str], rules: Sequence[Rule]) -> list[
 
 
 def _complain(
-    what: str, lacking: Iterable[str], besides: Iterable[str], wrong: Iterable[str] = (), unlike: Iterable[str] = ()
+    title: str, lacking: Iterable[str], besides: Iterable[str], wrong: Iterable[str] = (), unlike: Iterable[str] = ()
 ) -> None:
-    lines = [f"  {title}: {', '.join(names)}" for title, names in (
+    lines = [f"  {kind}: {', '.join(names)}" for kind, names in (
         ("it lacks", sorted(lacking)), ("it has besides", sorted(besides)), ("of wrong shape", sorted(wrong)),
         ("of shared weights that differ", sorted(unlike)),
     ) if names]  # fmt: skip
     if lines:
-        raise ValueError("\n".join((f"{what} does not fit the model", *lines)))
+        raise ValueError("\n".join((title, *lines)))
 
 
-def to_ours(rules: Sequence[Rule], theirs: State) -> dict[str, Tensor]:
+def to_ours(rules: Sequence[Rule], theirs: State, ours: State) -> dict[str, Tensor]:
     """Their state dict as ours; a tensor of one of theirs is theirs, not a copy.
 
     What shares its weights may be missing, as files leave it out.
 
+    Args:
+        ours: the model's state dict, of which only names and shapes matter.
+
     Raises:
-        ValueError: it lacks names, has others, or rows that do not follow each other, or weights that ours shares differ;
-            the message lists all of them.
+        ValueError: it lacks names, has others, or wrong shapes, or weights that ours shares differ; the message lists all of
+            them under their names.
     """
     known = {name for rule in rules for name in rule.theirs}
     needed = {name for rule in rules if rule.ours for name in rule.theirs}
-    wrong = [
-        f"{name} {tuple(theirs[name].shape)} instead of {size} rows"
-        for name, size in _row_counts(rules)
-        if name in theirs and theirs[name].shape[:1] != (size,)
-    ]
-    _complain("the state dict", needed - theirs.keys(), theirs.keys() - known, wrong, _unlike(rules, theirs))
+    wrong = _misshapen(theirs, _their_shapes(rules, ours))
+    _complain(_MISFIT, needed - theirs.keys(), theirs.keys() - known, wrong, _unlike(rules, theirs))
     result: dict[str, Tensor] = {}
     for rule in rules:
         if not rule.ours:
@@ -122,13 +124,20 @@ def to_ours(rules: Sequence[Rule], theirs: State) -> dict[str, Tensor]:
     return result
 
 
-def _row_counts(rules: Sequence[Rule]) -> Iterable[tuple[str, int]]:
-    """Names of theirs and the rows that they must have."""
-    counts = {name: size for rule in rules for name, size in zip(rule.theirs, rule.sizes, strict=False)}
-    for rule in rules:
-        if rule.rows is not None:
-            counts[rule.theirs[0]] = max(counts.get(rule.theirs[0], 0), rule.rows[1])
-    return counts.items()
+def _their_shapes(rules: Sequence[Rule], ours: State) -> dict[str, torch.Size]:
+    """Shapes of what is written; on meta, where neither copies nor buffers cost anything."""
+    with torch.device("meta"):
+        written = to_theirs(rules, {name: tensor.to("meta") for name, tensor in ours.items()})
+    return {name: tensor.shape for name, tensor in written.items()}
+
+
+def _misshapen(state: State, shapes: Mapping[str, torch.Size]) -> list[str]:
+    """Names whose tensors have other shapes, with both."""
+    return [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
+    ]
 
 
 def _unlike(rules: Sequence[Rule], theirs: State) -> list[str]:
@@ -148,7 +157,7 @@ def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
         ValueError: it lacks names, or has others; the message lists all of them.
     """
     known = {rule.ours for rule in rules if rule.ours}
-    _complain("the state dict", known - ours.keys(), ours.keys() - known)
+    _complain("our state dict does not fit theirs", known - ours.keys(), ours.keys() - known)
     result: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours:
@@ -167,9 +176,5 @@ def to_theirs(rules: Sequence[Rule], ours: State) -> dict[str, Tensor]:
 
 def check_shapes(state: State, model_state: State) -> None:
     """Raise unless ``state`` has the names and shapes of ``model_state``; the message lists all that differ."""
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in model_state.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    _complain("the state dict", model_state.keys() - state.keys(), state.keys() - model_state.keys(), wrong)
+    wrong = _misshapen(state, {name: tensor.shape for name, tensor in model_state.items()})
+    _complain(_MISFIT, model_state.keys() - state.keys(), state.keys() - model_state.keys(), wrong)

@@ -78,7 +78,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, data: Tensor) -
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], model: nn.Module) -> None:
     """Relative to the largest element of each; a key bias' gradient is rounding of what its weight's gradient sums."""
     given = {name: expected.pop(name) for name in ("out", "data") if name in expected}
-    expected = given | convert.to_ours(convert.rules_of(model, "perceiver_io"), expected)
+    expected = given | convert.to_ours(convert.rules_of(model, "perceiver_io"), expected, model.state_dict())
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         assert wanted.any(), name

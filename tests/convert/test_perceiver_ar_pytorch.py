@@ -68,11 +68,11 @@ def in_double(theirs: nn.Module, model: PerceiverAR, monkeypatch: pytest.MonkeyP
     return theirs.double(), model.double()
 
 
-def named_gradients(loss: Tensor, model: nn.Module, rules: Any) -> dict[str, Tensor]:
-    """Gradients under our names."""
+def named_gradients(loss: Tensor, model: nn.Module, ours: PerceiverAR | None = None) -> dict[str, Tensor]:
+    """Gradients under the names of ``ours``; None: under the model's."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     state = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    return state if rules is None else convert.rules.to_ours(rules, state)
+    return state if ours is None else convert.to_ours(perceiver_ar(ours), state, ours.state_dict())
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -97,8 +97,8 @@ def test_same_logits_and_gradients(case: str, mode: str, monkeypatch: pytest.Mon
     actual = model(x, P, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
-    gradients = named_gradients((actual * upstream).sum(), model, None)
-    others = named_gradients((expected * upstream).sum(), theirs, perceiver_ar(model))
+    gradients = named_gradients((actual * upstream).sum(), model)
+    others = named_gradients((expected * upstream).sum(), theirs, model)
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")

@@ -206,7 +206,7 @@ def assert_same(case: Case, theirs: nn.Module, model: nn.Module, mask: Tensor | 
 
     actual, expected = seeded(run_ours, model), seeded(run_theirs, theirs)
     given = {name: expected.pop(name) for name in ("out", "data", "queries") if name in expected}
-    expected = given | convert.to_ours(convert.rules_of(model, "perceiver_pytorch"), expected)
+    expected = given | convert.to_ours(convert.rules_of(model, "perceiver_pytorch"), expected, model.state_dict())
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         assert wanted.any(), name

@@ -227,7 +227,7 @@ def result_of_theirs(
     media = media.clone().requires_grad_()
     out, gradients = results(lambda: case.call(theirs, media, mask), media, dict(theirs.named_parameters()))
     read = gradients.pop("media")
-    return out, {"media": read, **to_ours(case.rules(ours), gradients)}
+    return out, {"media": read, **to_ours(case.rules(ours), gradients, ours.state_dict())}
 
 
 def result_of_ours(ours: PerceiverResampler, media: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,7 +240,7 @@ def result_of_ours(ours: PerceiverResampler, media: Tensor, mask: Tensor | None)
 def test_values_and_gradients_are_theirs(name: str) -> None:
     case = CASES[name]
     theirs, ours = randomised(case.theirs()).double(), case.ours(dtype=torch.float64)
-    ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict()))
+    ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict(), ours.state_dict()))
     media, mask = media_of(case)
     out, gradients = result_of_ours(ours, media, mask)
     expected, expected_gradients = result_of_theirs(case, theirs, ours, media, mask)
@@ -261,7 +261,7 @@ def test_is_as_accurate_as_theirs(name: str, dtype: torch.dtype) -> None:
     case, compared = CASES[name], []
     for seed in range(12):
         theirs, ours = randomised(case.theirs(), seed).to(dtype), case.ours(dtype=dtype)
-        ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict()))
+        ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict(), ours.state_dict()))
         media, mask = media_of(case, seed)
         media = media.to(dtype)
         with torch.no_grad():
@@ -275,13 +275,13 @@ def test_weights_go_there_and_back(name: str) -> None:
     case = CASES[name]
     theirs, ours = randomised(case.theirs()), case.ours()
     state, rules = theirs.state_dict(), case.rules(ours)
-    converted = to_ours(rules, state)
+    converted = to_ours(rules, state, ours.state_dict())
     assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in ours.state_dict().items()}
     back = to_theirs(rules, converted)
     assert back.keys() == state.keys() and all(torch.equal(back[n], tensor) for n, tensor in state.items())
     written = to_theirs(rules, randomised(ours, 1).state_dict())
     theirs.load_state_dict(written)
-    again = to_ours(rules, theirs.state_dict())
+    again = to_ours(rules, theirs.state_dict(), ours.state_dict())
     assert all(torch.equal(again[n], tensor) for n, tensor in ours.state_dict().items())
 
 

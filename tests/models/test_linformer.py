@@ -67,7 +67,7 @@ def test_parity(case: str, language: bool, length: int) -> None:
     run = (lambda m: lambda: m(tokens(length))) if language else (lambda m: m)
     expected = result_and_gradients(run(original), original, *leaves)
     gradients = {name: expected[name] for name, _ in original.named_parameters()}
-    home = convert.rules.to_ours(convert.rules_of(model, "linformer"), gradients)
+    home = convert.rules.to_ours(convert.rules_of(model, "linformer"), gradients, model.state_dict())
     actual = result_and_gradients(run(model), model, *leaves)
     assert_same(actual, home | {name: tensor for name, tensor in expected.items() if name not in gradients})
 

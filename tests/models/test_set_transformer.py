@@ -67,7 +67,7 @@ def test_equals_the_equations_written_out(form: str, method: str, masked: bool) 
     actual = result_and_gradients(lambda x: model(x, mask), model, x)
     expected = result_and_gradients(lambda x: oracle(x, mask), oracle, x)
     gradients = {name: expected[name] for name, _ in oracle.named_parameters()}
-    ours = convert.rules.to_ours(convert.rules_of(model, "set_transformer"), gradients)
+    ours = convert.rules.to_ours(convert.rules_of(model, "set_transformer"), gradients, model.state_dict())
     assert_same(actual, ours | {"out": expected["out"], "leaf 0": expected["leaf 0"]})
 
 
