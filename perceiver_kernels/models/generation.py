@@ -130,23 +130,28 @@ def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | No
 
     Source: top-p: The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
     """
+    _check_filters(top_k, top_p)
     if top_k is not None:
-        check_count("top_k", top_k)
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays if those before it do not suffice.
+        dropped = (probabilities.cumsum(-1) - probabilities) >= top_p
+        dropped[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+    return logits
+
+
+def _check_filters(top_k: int | None, top_p: float | None) -> None:
+    if top_k is not None:
+        check_count("top_k", top_k)
     if top_p is not None:
         if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
             raise TypeError(f"top_p must be a number in (0, 1], got {top_p!r}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
-        if top_p < 1:
-            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-            probabilities = ordered.softmax(-1)
-            # A token stays if those before it do not suffice.
-            dropped = (probabilities.cumsum(-1) - probabilities) >= top_p
-            dropped[..., 0] = False
-            logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    return logits
 
 
 def _check_generation(max_new_tokens: int, temperature: float, eos_token: int | None, vocab_size: int) -> None:
@@ -201,6 +206,7 @@ def generate(
     """
     config = model.config
     _check_generation(max_new_tokens, temperature, eos_token, config.vocab_size)
+    _check_filters(top_k, top_p)
     model.check_tokens("prompt", prompt, prefix_length)
     length = prompt.shape[1] + max_new_tokens
     decoder = CachedDecoder(model, prompt, prefix_length=prefix_length, stride=stride, length=length)

@@ -351,7 +351,7 @@ class PerceiverAR(Model):
     def clm_small(
         cls, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **changes: Any
     ) -> PerceiverAR:  # fmt: skip
-        """The small language model of krasserm/perceiver-io: 4,096 bytes, 512 latents of 512 channels, 8 layers, 30.7M.
+        """The small language model of krasserm/perceiver-io: 4,096 bytes, 512 latents of 512 channels, 8 layers, 30.6M.
 
         Source: docs/training-examples.md there, causal language modeling, model 1.
         """

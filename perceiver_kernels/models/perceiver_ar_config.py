@@ -8,7 +8,7 @@ from typing import Any
 
 from perceiver_kernels.checks import check_positive
 from perceiver_kernels.models.sequence_positions import PositionKind, check_positions
-from perceiver_kernels.nn.checks import check_count
+from perceiver_kernels.nn.checks import check_count, check_flag
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.problem import check_eps, check_probability
 
@@ -110,6 +110,7 @@ class PerceiverARConfig:
             raise ValueError("init_std must be given with tied_logits: the authors' zeros would be the embedding's, got None")
         for name in ("prefix_dropout", "cross_attention_dropout", "attention_dropout", "dropout", "hidden_dropout"):
             check_probability(name, getattr(self, name))
+        check_flag("activation_checkpointing", self.activation_checkpointing)
         if self.init_std is not None:
             check_positive("init_std", self.init_std)
         check_eps(self.eps)

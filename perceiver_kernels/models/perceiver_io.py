@@ -151,6 +151,8 @@ class PerceiverIO(Model):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
+        if not isinstance(encoded, Encoded):
+            raise TypeError(f"encoded must be what encode or prepare gave, got {type(encoded).__name__}")
         array, latents = encoded.array, encoded.latents
         queries = self.queries(array, points)
         source = Source(array, self.preprocessor, points is None)
@@ -185,7 +187,9 @@ class PerceiverIO(Model):
         cls, *, image_size: int = 224, num_classes: int = 1000, like: Like = "deepmind", device: Where = None,
         dtype: torch.dtype | None = None, **changes: Any,
     ) -> PerceiverIO:  # fmt: skip
-        """ImageNet with learned positions and no knowledge of two dimensions: 50,176 x 512, 62.3M parameters, 407 GFLOP.
+        """ImageNet with learned positions and no knowledge of two dimensions: 50,176 x 512, 62.3M parameters, 478 GFLOP.
+
+        The paper prints 407, those of its input of 261 channels.
 
         Args:
             image_size: H = W of the images, a learned position for every pixel.
@@ -237,7 +241,9 @@ class PerceiverIO(Model):
         decoder_qk_channels: int = 256, like: Like = "deepmind", device: Where = None, dtype: torch.dtype | None = None,
         **changes: Any,
     ) -> PerceiverIO:  # fmt: skip
-        """Masked language modelling of bytes: 2,048 x 768, 256 latents of 1,280, 26 layers, 201M parameters, 113 GFLOP.
+        """Masked language modelling of bytes: 2,048 x 768, 256 latents of 1,280, 26 layers, 201M parameters, 121 GFLOP.
+
+        The paper prints 113.
 
         As many outputs as the input has tokens; transformers always gives ``max_length``.
 
@@ -266,7 +272,8 @@ class PerceiverIO(Model):
         """Optical flow between two frames: 182,528 x 322 inputs, each an output too, 2,048 latents of 512, 24 layers.
 
         Inputs [B, 2, 27, H, W] of ``flow_patches``. It has 41.1M parameters, as the released weights; the paper prints 27.9M.
-        Larger images are computed in tiles of ``size``.
+        Images of other sizes are read as they are; DeepMind's code cuts larger ones into tiles of ``size``, which is left to
+        the caller.
 
         Args:
             size: (H, W) of training, for which the highest frequency is chosen.
@@ -288,7 +295,7 @@ class PerceiverIO(Model):
         num_classes: int = 700, hidden_channels: int = 512, label_query_channels: int = 1024, like: Like = "deepmind",
         device: Where = None, dtype: torch.dtype | None = None, **changes: Any,
     ) -> PerceiverIO:  # fmt: skip
-        """Video, audio and label in and out, through 784 latents of 512: 52,097 x 704 inputs, 804,737 x 1,026 queries, 20.0M.
+        """Video, audio and label in and out, through 784 latents of 512: 52,097 x 704 inputs, 804,737 x 1,026 queries, 19.9M.
 
         Inputs: "audio" [B, S, 1], "image" [B, T, 3, H, W], "label" [B, num_classes]; outputs: "audio" [B, S], "image"
         [B, T * H * W, 3], "label" [B, num_classes]. The label is hidden (set ``preprocessor.mask_probs["label"]`` to 0.5 to

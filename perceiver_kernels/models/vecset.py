@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_tensor, is_integer
+from perceiver_kernels.checks import check_indices, check_tensor, is_integer
 from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.models.progress import Progress, reporting
@@ -268,6 +268,7 @@ class VecSetAutoencoder(Model):
             first = torch.randint(M, (B,), device=points.device) if self.training else None
             sample = farthest_points(points, N, first)
         check_tensor("sample", sample, f"[B, N] = {(B, N)}", (B, N), dtypes=(torch.int64,))
+        check_indices("sample", sample, "M-1", M)
         places = points.gather(1, sample[..., None].expand(-1, -1, 3))
         if features is not None:
             features = features.gather(1, sample[..., None].expand(-1, -1, features.shape[-1]))

@@ -39,6 +39,9 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "prompt": (
         lambda: perceiver_ar().generate(tokens(1, 9), max_new_tokens=1), r"must be in 0\.\.vocab_size-1=6, got 1\.\.9"
     ),
+    "no candidates": (
+        lambda: perceiver_ar().generate(tokens(1), max_new_tokens=1, temperature=0, top_k=0), "top_k must be at least 1"
+    ),
     "linformer": (lambda: linformer()(tokens(3, 7)), r"tokens must be in 0\.\.vocab_size-1=6, got 3\.\.7"),
     "labels": (lambda: rin(torch.tensor([0, 7])), r"labels must be in 0\.\.num_classes-1=6, got 0\.\.7"),
     "learned queries": (
@@ -69,6 +72,12 @@ def test_points_are_integers(points: Any) -> None:
     )  # fmt: skip
     with pytest.raises(TypeError, match="points must be"):
         model(tokens(0, 1), points=points)
+
+
+def test_what_is_decoded_was_encoded() -> None:
+    model = PerceiverIO.imagenet_fourier(num_latents=2, latent_dim=8, latent_heads=2, num_blocks=1, layers_per_block=1)
+    with pytest.raises(TypeError, match="encoded must be what encode or prepare gave, got Tensor"):
+        model.decode(torch.zeros(1, 2, 8))
 
 
 def test_nothing_may_be_asked_for() -> None:
