@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.inputs import InputArray
+from perceiver_kernels.models.multimodal import check_modalities
 from perceiver_kernels.models.preprocessing import TextPreprocessor, grid_of
 from perceiver_kernels.nn import Linear
+from perceiver_kernels.nn.checks import check_count, check_sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +22,7 @@ class Source:
     """What outputs belong to.
 
     Args:
-        array: the input array.
+        array: the input array, [B, M, C].
         preprocessor: that made it.
         whole: whether all outputs were asked for.
     """
@@ -27,6 +30,11 @@ class Source:
     array: Tensor | InputArray
     preprocessor: nn.Module
     whole: bool = True
+
+
+def _projected(decoded: Tensor, proj: nn.Linear) -> Tensor:
+    check_sequence("decoded", decoded, "B, O, C", proj.in_features, proj.weight)
+    return proj(decoded)
 
 
 class PlainHead(nn.Module):
@@ -49,11 +57,13 @@ class ClassHead(nn.Module):
         self, channels: int, num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_count("channels", channels)
+        check_count("num_classes", num_classes)
         self.proj = Linear(channels, num_classes, device=device, dtype=dtype)
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
-        """[B, 1, C] -> [B, num_classes]."""
-        return self.proj(decoded)[:, 0]
+        """[B, 1, C] -> [B, num_classes]; [B, 0, C], where nothing is asked for, -> [B, 0]."""
+        return _projected(decoded, self.proj)[:, :1].flatten(1)
 
 
 class TokenHead(nn.Module):
@@ -69,13 +79,18 @@ class TokenHead(nn.Module):
         self, vocab_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_count("vocab_size", vocab_size)
         self.bias = nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
         """[B, O, C] -> [B, O, vocab_size]; the source is of a TextPreprocessor."""
         if not isinstance(source.preprocessor, TextPreprocessor):
             raise TypeError(f"preprocessor must be a TextPreprocessor, got {type(source.preprocessor).__name__}")
-        return nn.functional.linear(decoded, source.preprocessor.embedding.weight, self.bias)
+        weight = source.preprocessor.embedding.weight
+        if weight.shape[0] != len(self.bias):
+            raise ValueError(f"preprocessor must have vocab_size={len(self.bias)} as the head, got {weight.shape[0]}")
+        check_sequence("decoded", decoded, "B, O, C", weight.shape[1], weight)
+        return nn.functional.linear(decoded, weight, self.bias)
 
 
 class FlowHead(nn.Module):
@@ -97,17 +112,20 @@ class FlowHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("channels", channels)
         self.scale = scale
         self.proj = Linear(channels, 2, device=device, dtype=dtype)
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
         """[B, H * W, C] -> [B, H, W, 2], in pixels; [B, n, C] of n pixels -> [B, n, 2]."""
-        flow = self.proj(decoded) / self.scale
+        flow = _projected(decoded, self.proj) / self.scale
         if not source.whole:
             return flow
         grid = grid_of(source.array)
         if grid is None:
             raise ValueError("inputs must fill a grid, whose pixels have a flow, got tokens without one")
+        if flow.shape[1] != math.prod(grid):
+            raise ValueError(f"decoded must have an output for every pixel of {tuple(grid)}, got {flow.shape[1]}")
         return flow.unflatten(1, tuple(grid))
 
 
@@ -130,12 +148,14 @@ class PatchHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("channels", channels)
+        check_count("values", values)
         self.flat = flat
         self.proj = Linear(channels, values, device=device, dtype=dtype)
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
         """[B, O, C] -> [B, O, values], or [B, O * values]."""
-        values = self.proj(decoded)
+        values = _projected(decoded, self.proj)
         return values.flatten(1) if self.flat else values
 
 
@@ -143,7 +163,8 @@ class MultimodalHead(nn.Module):
     """A linear layer for all modalities, then each one's head.
 
     Args:
-        channels, hidden_channels: of the decoder's result and of the common layer's.
+        channels: of the decoder's result.
+        hidden_channels: of the common layer's.
         modalities: the head of each modality.
 
     Source: Perceiver IO, arXiv 2107.14795, section 4.3.
@@ -159,9 +180,12 @@ class MultimodalHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("channels", channels)
+        check_count("hidden_channels", hidden_channels)
         self.proj = Linear(channels, hidden_channels, device=device, dtype=dtype)
         self.modalities = nn.ModuleDict({name: modalities[name] for name in sorted(modalities)})
 
     def forward(self, decoded: Mapping[str, Tensor], source: Source) -> dict[str, Any]:
         """[B, O_m, C] of every modality -> what its head gives."""
-        return {name: head(self.proj(decoded[name]), source) for name, head in self.modalities.items()}
+        check_modalities("decoded", decoded, list(self.modalities))
+        return {name: head(_projected(decoded[name], self.proj), source) for name, head in self.modalities.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
+from perceiver_kernels.models.preprocessing import AudioPreprocessor, VideoPreprocessor, grid_of
 from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.problem import check_probability
 
@@ -51,6 +52,8 @@ class CommonWidth(nn.Module):
     ) -> None:
         super().__init__()
         check_count("min_padding", min_padding, 0)
+        if not channels:
+            raise ValueError("modalities must hold at least one, got none")
         self.names = sorted(channels)
         self.channels = max(channels.values()) + min_padding
         self.padding = nn.ParameterDict(
@@ -72,6 +75,8 @@ class MultimodalPreprocessor(nn.Module):
         min_padding: learned channels of the widest modality.
         mask_probs: probability that a token of a modality is replaced by a learned one, in training and out of it, as where a
             label is to be found out; 0 where a modality is not named.
+        grids: of tokens that a modality must fill, since the queries of its outputs have a grid that inputs of another size
+            do not change; {}: any size may be read. None: the ``grid`` of every AudioPreprocessor and VideoPreprocessor.
 
     Source: Perceiver IO, arXiv 2107.14795, section 4.3.
     """
@@ -82,6 +87,7 @@ class MultimodalPreprocessor(nn.Module):
         min_padding: int = 4,
         mask_probs: Mapping[str, float] | None = None,
         *,
+        grids: Mapping[str, Sequence[int]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -92,9 +98,15 @@ class MultimodalPreprocessor(nn.Module):
         self.common = CommonWidth(widths, min_padding, **where)
         self.channels = self.common.channels
         self.mask_probs = dict(mask_probs or {})
+        if grids is None:
+            media = (AudioPreprocessor, VideoPreprocessor)
+            grids = {name: module.grid for name, module in modalities.items() if isinstance(module, media)}
+        self.grids = {name: tuple(grid) for name, grid in grids.items()}
+        for argument, named in (("mask_probs", self.mask_probs), ("grids", self.grids)):
+            for name in named:
+                if name not in self.modalities:
+                    raise ValueError(f"{argument} must name modalities among {', '.join(self.modalities)}, got {name!r}")
         for name, probability in self.mask_probs.items():
-            if name not in self.modalities:
-                raise ValueError(f"mask_probs must name modalities among {', '.join(self.modalities)}, got {name!r}")
             if probability != 1:
                 check_probability(f"mask_probs[{name!r}]", probability)
         self.mask_tokens = nn.ParameterDict(
@@ -102,12 +114,23 @@ class MultimodalPreprocessor(nn.Module):
         )
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Raw inputs of every modality -> [B, M, C], M the tokens of all."""
+        """Raw inputs of every modality, one B for all -> [B, M, C], M the tokens of all."""
         check_modalities("inputs", inputs, list(self.modalities))
         dtype = next(iter(self.common.padding.values())).dtype
-        arrays = {name: written_out(module(inputs[name]), dtype) for name, module in self.modalities.items()}
+        arrays = {name: written_out(self._read(name, inputs[name]), dtype) for name in self.modalities}
+        sizes = [array.shape[0] for array in arrays.values()]
+        if any(size != sizes[0] for size in sizes):
+            batches = ", ".join(f"B={array.shape[0]} of {name!r}" for name, array in arrays.items())
+            raise ValueError(f"inputs must have one batch size B for all modalities, got {batches}")
         padded = self.common(arrays)
         return torch.cat([self._masked(name, padded[name]) for name in self.modalities], 1)
+
+    def _read(self, name: str, raw: Tensor) -> Tensor | InputArray:
+        array = self.modalities[name](raw)
+        found, expected = grid_of(array), self.grids.get(name)
+        if expected is not None and found != expected:
+            raise ValueError(f"inputs[{name!r}] must fill the grid {expected} of tokens, see grids, got {found}")
+        return array
 
     def _masked(self, name: str, array: Tensor) -> Tensor:
         probability = self.mask_probs.get(name, 0.0)

@@ -31,6 +31,7 @@ from perceiver_kernels.models.preprocessing import (
 from perceiver_kernels.models.queries import FourierQueries, InputQueries, LearnedQueries, MultimodalQueries
 from perceiver_kernels.nn import OutputBlock
 from perceiver_kernels.nn.checkpointing import run_block
+from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.nn.output_attention import PreparedLatents
 
 
@@ -315,6 +316,9 @@ class PerceiverIO(Model):
         """
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         samples = frames * samples_per_frame
+        check_count("image_size", image_size)
+        if image_size % 4:
+            raise ValueError(f"image_size must be a multiple of the patches' 4 pixels, got {image_size}")
         audio = FourierPositions(192, (samples,))
         # The highest frequency is that of the patches, for pixels that are asked for too: so it is in the released weights.
         video = FourierPositions(32, (frames, image_size // 4, image_size // 4))

@@ -12,14 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import RAW_DTYPES, check_indices, check_tensor
+from perceiver_kernels.checks import RAW_DTYPES, check_indices, check_tensor, is_integer
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.nn import LearnedPositions, Linear
 from perceiver_kernels.nn.checks import check_choice, check_count
 
 
-def _check_images(images: Tensor, channels: int, dtypes: Any = RAW_DTYPES) -> None:
-    check_tensor("images", images, f"[B, Ch, H, W] with Ch={channels}", (None, channels, None, None), dtypes=dtypes)
+def _check_images(images: Tensor, channels: int) -> None:
+    check_tensor("images", images, f"[B, Ch, H, W] with Ch={channels}", (None, channels, None, None), dtypes=RAW_DTYPES)
+
+
+def _check_sizes(name: str, sizes: object, axes: str) -> None:
+    """A positive integer for each of ``axes``, as "(H, W)"."""
+    if not isinstance(sizes, (tuple, list)) or not all(map(is_integer, sizes)):
+        raise TypeError(f"{name} must be integers {axes}, got {sizes!r}")
+    if len(sizes) != axes.count(",") + 1 or min(sizes) < 1:
+        raise ValueError(f"{name} must be positive integers {axes}, got {tuple(sizes)}")
+
+
+def _fourier(positions: FourierPositions | None, default: FourierPositions) -> FourierPositions:
+    """The default, or others of as many axes."""
+    if positions is None:
+        return default
+    if not isinstance(positions, FourierPositions):
+        raise TypeError(f"positions must be a FourierPositions, got {type(positions).__name__}")
+    if positions.num_axes != default.num_axes:
+        raise ValueError(f"positions must have {default.num_axes} axes, got {positions.num_axes}")
+    return positions
+
+
+def _as_weight(raw: Tensor, weight: Tensor) -> Tensor:
+    """Values as ``InputArray`` reads them, uint8 u as u / 255, in the dtype of a weight; autocast goes on from there."""
+    if raw.dtype == torch.uint8:
+        raw = raw.to(torch.promote_types(weight.dtype, torch.float32)) / 255
+    return raw.to(weight.dtype)
 
 
 class ArrayPreprocessor(nn.Module):
@@ -55,7 +81,7 @@ class PixelPreprocessor(nn.Module):
         super().__init__()
         check_count("in_channels", in_channels)
         self.in_channels = in_channels
-        self.positions = FourierPositions(64, (224, 224)) if positions is None else positions
+        self.positions = _fourier(positions, FourierPositions(64, (224, 224)))
         self.channels = in_channels + self.positions.channels
 
     def forward(self, images: Tensor) -> InputArray:
@@ -93,14 +119,15 @@ class ConvPreprocessor(nn.Module):
         check_choice("padding", padding, ("same", "transformers"))
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.padding = in_channels, padding
-        self.positions = FourierPositions(64, (56, 56)) if positions is None else positions
+        self.positions = _fourier(positions, FourierPositions(64, (56, 56)))
         self.channels = out_channels + self.positions.channels
         self.conv = nn.Conv2d(in_channels, out_channels, 7, stride=2, bias=False, **where)
         self.batch_norm = nn.BatchNorm2d(out_channels, **where)
 
     def forward(self, images: Tensor) -> InputArray:
-        """images float [B, Ch, H, W] -> M = ceil(H/4) * ceil(W/4) tokens with padding "same"."""
-        _check_images(images, self.in_channels, dtypes=(self.conv.weight.dtype,))
+        """images float or uint8 [B, Ch, H, W] -> M = ceil(H/4) * ceil(W/4) tokens with padding "same"."""
+        _check_images(images, self.in_channels)
+        images = _as_weight(images, self.conv.weight)
         same = self.padding == "same"
         features = F.relu(self.batch_norm(self.conv(F.pad(images, _same_padding(images, 7) if same else (3,) * 4))))
         if same:
@@ -141,6 +168,10 @@ class LearnedPreprocessor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes("size", size, "(H, W)")
+        check_count("in_channels", in_channels)
+        check_count("out_channels", out_channels)
+        check_count("position_channels", position_channels)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.size, self.in_channels, self.channels = tuple(size), in_channels, out_channels + position_channels
         self.pixel_proj = Linear(in_channels, out_channels, **where)
@@ -148,11 +179,12 @@ class LearnedPreprocessor(nn.Module):
         self.position_proj = Linear(position_channels, position_channels, **where)
 
     def forward(self, images: Tensor) -> InputArray:
-        """images float [B, Ch, H, W] -> M = H * W tokens."""
-        _check_images(images, self.in_channels, dtypes=(self.pixel_proj.weight.dtype,))
+        """images float or uint8 [B, Ch, H, W] -> M = H * W tokens."""
+        _check_images(images, self.in_channels)
         if tuple(images.shape[2:]) != self.size:
             raise ValueError(f"images must be {self.size} as the learned positions, got {tuple(images.shape[2:])}")
-        return InputArray.tokens(self.pixel_proj(images.flatten(2).mT), self.position_proj(self.positions()))
+        pixels = _as_weight(images, self.pixel_proj.weight).flatten(2).mT  # [B, M, Ch]
+        return InputArray.tokens(self.pixel_proj(pixels), self.position_proj(self.positions()))
 
 
 class FlowPreprocessor(nn.Module):
@@ -176,27 +208,30 @@ class FlowPreprocessor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("patch_channels", patch_channels)
+        check_count("out_channels", out_channels)
         self.patch_channels = patch_channels
-        self.positions = FourierPositions(64, (368, 496)) if positions is None else positions
+        self.positions = _fourier(positions, FourierPositions(64, (368, 496)))
         self.channels = out_channels + self.positions.channels
         self.patch_proj = Linear(2 * patch_channels, out_channels, device=device, dtype=dtype)
 
     def forward(self, frames: Tensor) -> InputArray:
-        """frames float [B, 2, 27, H, W], see ``flow_patches``, -> M = H * W tokens."""
-        shape, dtypes = (None, 2, self.patch_channels, None, None), (self.patch_proj.weight.dtype,)
-        check_tensor("frames", frames, f"[B, 2, Ch, H, W] with Ch={self.patch_channels}", shape, dtypes=dtypes)
-        features = self.patch_proj(frames.flatten(1, 2).flatten(2).mT)  # [B, M, out_channels]
+        """frames float or uint8 [B, 2, 27, H, W], see ``flow_patches``, -> M = H * W tokens."""
+        layout, shape = f"[B, 2, Ch, H, W] with Ch={self.patch_channels}", (None, 2, self.patch_channels, None, None)
+        check_tensor("frames", frames, layout, shape, dtypes=RAW_DTYPES)
+        patches = _as_weight(frames, self.patch_proj.weight).flatten(1, 2).flatten(2).mT  # [B, M, 2 * Ch]
+        features = self.patch_proj(patches)
         return InputArray.image(features.mT.unflatten(2, frames.shape[3:]), self.positions)
 
 
 def flow_patches(frames: Tensor) -> Tensor:
-    """The 3x3 neighbourhood of every pixel, frames [B, 2, 3, H, W] -> [B, 2, 27, H, W], zeros past the border.
+    """The 3x3 neighbourhood of every pixel, frames float or uint8 [B, 2, 3, H, W] -> [B, 2, 27, H, W], zeros past the border.
 
     Channels run over (row, column, colour).
 
     Source: Perceiver IO, arXiv 2107.14795, appendix H.
     """
-    check_tensor("frames", frames, "[B, 2, 3, H, W]", (None, 2, 3, None, None))
+    check_tensor("frames", frames, "[B, 2, 3, H, W]", (None, 2, 3, None, None), dtypes=RAW_DTYPES)
     height, width = frames.shape[3:]
     padded = F.pad(frames, (1, 1, 1, 1))
     shifted = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -225,6 +260,8 @@ class TextPreprocessor(nn.Module):
     ) -> None:
         super().__init__()
         check_count("vocab_size", vocab_size)
+        check_count("channels", channels)
+        check_count("max_length", max_length)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vocab_size, self.channels, self.max_length = vocab_size, channels, max_length
         self.embedding = nn.Embedding(vocab_size, channels, **where)
@@ -245,7 +282,8 @@ class AudioPreprocessor(nn.Module):
 
     Args:
         patch: samples of a token.
-        positions: of one axis; ``FourierPositions(192, (30_720,))``, 16 frames of 1,920 samples, when None.
+        positions: of one axis, whose resolution is S; ``FourierPositions(192, (30_720,))``, 16 frames of 1,920 samples, when
+            None.
 
     Source: Perceiver IO, arXiv 2107.14795, section 4.3; bands as in DeepMind's code.
     """
@@ -254,11 +292,20 @@ class AudioPreprocessor(nn.Module):
         super().__init__()
         check_count("patch", patch)
         self.patch = patch
-        self.positions = FourierPositions(192, (30_720,)) if positions is None else positions
+        self.positions = _fourier(positions, FourierPositions(192, (30_720,)))
         self.channels = patch + self.positions.channels
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens of the samples that ``positions`` are for; others can be read too."""
+        samples = self.positions.max_resolution[0]
+        if samples % self.patch:
+            raise ValueError(f"patch must divide the samples, max_resolution=({samples},) of positions, got {self.patch}")
+        return (int(samples) // self.patch,)
 
     def forward(self, samples: Tensor) -> InputArray:
         """samples float [B, S] or [B, S, 1] -> M = S / patch tokens."""
+        check_tensor("samples", samples, "[B, S] or [B, S, 1]", (None, None), (None, None, 1))
         return InputArray.audio(samples, self.patch, self.positions)
 
 
@@ -268,7 +315,7 @@ class VideoPreprocessor(nn.Module):
     Args:
         in_channels: Ch, channels of a frame.
         patch: (frames, rows, columns) of a token.
-        positions: of three axes; ``FourierPositions(32, (16, 56, 56))`` when None.
+        positions: of three axes, whose resolutions are tokens; ``FourierPositions(32, (16, 56, 56))`` when None.
 
     Source: Perceiver IO, arXiv 2107.14795, section 4.3; bands as in DeepMind's code.
     """
@@ -278,9 +325,15 @@ class VideoPreprocessor(nn.Module):
     ) -> None:
         super().__init__()
         check_count("in_channels", in_channels)
+        _check_sizes("patch", patch, "(frames, rows, columns)")
         self.in_channels, self.patch = in_channels, patch
-        self.positions = FourierPositions(32, (16, 56, 56)) if positions is None else positions
+        self.positions = _fourier(positions, FourierPositions(32, (16, 56, 56)))
         self.channels = in_channels * patch[0] * patch[1] * patch[2] + self.positions.channels
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens of the video that ``positions`` are for; others can be read too."""
+        return tuple(map(int, self.positions.max_resolution))
 
     def forward(self, video: Tensor) -> InputArray:
         """video float or uint8 [B, T, Ch, H, W] -> M = T H W / (frames rows columns) tokens."""
