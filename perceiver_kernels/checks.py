@@ -30,7 +30,7 @@ def check_tensor(
         raise TypeError(f"{name} must be {allowed}{hint}, got {str(value.dtype).removeprefix('torch.')}")
     got = tuple(value.shape)
     ranked = (shape for shape in shapes if len(shape) == len(got))
-    if not any(all(want in (None, size) for want, size in zip(shape, got, strict=True)) for shape in ranked):
+    if not any(all(want is None or want == size for want, size in zip(shape, got, strict=True)) for shape in ranked):
         raise ValueError(f"{name} must be {layout}, got {got}")
 
 
@@ -51,7 +51,8 @@ def check_indices(name: str, values: Tensor, rule: str, count: int) -> None:
 def _check_number(name: str, value: object, rule: str, given: object, *, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {rule}, got {given!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, as a compiler with dynamic sizes has no isfinite of a number.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{name} must be {rule}, got {given!r}")
     return float(value)
 
