@@ -101,8 +101,11 @@ class PerceiverIO(Model):
         """Compute outputs: ``decode(encode(inputs, key_mask, lengths), query_mask, points)``.
 
         Args:
-            inputs, key_mask, lengths: see ``encode``.
-            query_mask, points: see ``decode``.
+            inputs: see ``encode``.
+            key_mask: see ``encode``.
+            lengths: see ``encode``.
+            query_mask: see ``decode``.
+            points: see ``decode``.
 
         Returns:
             What the head gives.
