@@ -33,7 +33,7 @@ from perceiver_kernels.problem import (
 )
 
 Kept = dict[tuple[Any, ...], tuple[Tensor, Tensor]]
-"""What calls with the same latents and weights make of them, under what it depends on besides."""
+"""What calls without gradients make of the same latents and weights, under what it depends on besides."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,9 @@ def _projected(call: OutputCall, rows: Tensor, backend: str | None, kept: Kept) 
 
 
 def _once(kept: Kept, what: tuple[Any, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    # What was made without gradients must not serve a call that wants them.
-    what = (*what, torch.is_grad_enabled())
+    # With gradients it is part of the call's own graph: checkpointing computes that again, from its arguments alone.
+    if torch.is_grad_enabled():
+        return make()
     if what not in kept:
         kept[what] = make()
     return kept[what]

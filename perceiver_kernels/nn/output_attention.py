@@ -34,7 +34,7 @@ class PreparedLatents:
         key_mask: bool [B, N], True where a latent is visible.
         lengths: int32 [B], visible leading latents.
         weights: of the queries and of the result, widened with zeros where kernels want it.
-        kept: what calls have made of all this.
+        kept: what calls without gradients have made of all this.
     """
 
     layer: nn.Module
@@ -184,9 +184,9 @@ class OutputCrossAttention(nn.Module):
     def prepare(self, latents: Tensor, key_mask: Tensor | None = None, lengths: Tensor | None = None) -> PreparedLatents:
         """What does not depend on the queries, for queries in many calls: ``forward`` takes it for its latents.
 
-        Keys and values are computed here, and what absorption makes of them and of the weights in the first call that needs
-        it. It has to be prepared again where weights, latents or autocast change; gradients flow as to any tensor that
-        several calls share.
+        Keys and values are computed here; what absorption makes of them and of the weights, in the first call without
+        gradients, and in every call with them. It has to be prepared again where weights, latents or autocast change;
+        gradients flow as to any tensor that several calls share.
 
         Args:
             latents: [B, N, D].

@@ -11,6 +11,7 @@ from torch import Tensor
 import perceiver_kernels
 from perceiver_kernels.functional import output_attention
 from perceiver_kernels.nn import OutputBlock, OutputCrossAttention
+from perceiver_kernels.nn.checkpointing import run_block
 from tests.nn.test_attention import METHODS, assert_same, randomised, result_and_gradients
 from tests.nn.test_output_attention import ONE_HEAD, SWITCHES, B, C, D, N, O, masks_of, tensors
 
@@ -71,7 +72,7 @@ def test_what_is_prepared_is_made_once(method: Any, made: str, monkeypatch: pyte
         done = len(projected)
         assert torch.equal(module(queries, prepared), first)
     assert len(calls) == 1 and len(projected) == done
-    # What was made without gradients does not serve a call that wants them.
+    # With gradients it is made anew.
     module(queries, prepared).sum().backward()
     assert len(calls) == 2 and module.q_proj.weight.grad.any()
 
@@ -116,6 +117,20 @@ def test_one_gradient_from_many_calls() -> None:
     for part in queries.split(16, 1):
         module(part, prepared).square().sum().backward(retain_graph=True)
     torch.testing.assert_close(latents.grad, expected)
+
+
+def test_parts_may_be_checkpointed() -> None:
+    """Computed again from their arguments, of which the prepared latents are one."""
+    module = randomised(OutputCrossAttention(C, D, method="absorbed", dtype=torch.float64))
+    leaves = tensors(torch.float64)
+
+    def checkpointed(queries: Tensor, latents: Tensor) -> Tensor:
+        prepared = module.prepare(latents)
+        parts = queries.split(16, 1)
+        return torch.cat([run_block(module, part, prepared, checkpointing=True) for part in parts], 1)
+
+    actual = result_and_gradients(checkpointed, module, *leaves)
+    assert_same(actual, result_and_gradients(module, module, *leaves))
 
 
 def test_a_block_takes_them() -> None:
