@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+# Tests are imported without their folder on the path, wherever pytest is called.
+sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = [] if importlib.util.find_spec("pytest_benchmark") else ["test_regimes.py"]
 
 

@@ -42,11 +42,11 @@ def test_pytest_benchmark_runs_every_regime_small(tmp_path: Path) -> None:
         "encode-imagenet-attend-ours", "layers-imagenet-forward-flash", "decode-flow-backward-ours",
         "process-language-forward-flash", "encode-kv-kv-256x1m-d256-forward-ours", "models-shape-decoder-129-forward-sdpa",
     ]  # fmt: skip
-    chosen = [f"test_regimes.py::test_pass[{name}]" for name in names]
-    call = [sys.executable, "-m", "pytest", *options, *chosen, "test_regimes.py::test_pass[layers-language-forward-flash]"]
+    chosen = [f"benchmarks/test_regimes.py::test_pass[{name}]" for name in (*names, "layers-language-forward-flash")]
+    call = [sys.executable, "-m", "pytest", *options, *chosen]
     # pytest-benchmark measures nothing where it takes itself for a worker of xdist.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(call, cwd=BENCHMARKS, env=outer, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, cwd=BENCHMARKS.parent, env=outer, capture_output=True, text=True, timeout=300)
     assert "6 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
     results = json.loads(out.read_text())
     assert "backends" in results["machine_info"]["perceiver_kernels"]
