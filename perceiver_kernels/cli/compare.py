@@ -98,7 +98,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int
 
 
 def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: float | None = None) -> bool:
-    """Print the comparison and return whether a row of ours became worse than tolerated.
+    """Print the comparison and return whether a row of ours became worse than tolerated, or nothing could be compared.
 
     Args:
         old, new: reports.
@@ -112,7 +112,7 @@ def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: 
         console.warn(f"measured on another device: {then} then, {now} now")
     if not found:
         console.warn("no row of this run is in the older report")
-        return False
+        return True
     console.table(COLUMNS, [_cells(change, limit) for change in found], spare=("sizes",))
     worse = [change for change in found if change.is_regression(limit)]
     ours = sum(change.is_ours for change in worse)

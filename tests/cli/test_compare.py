@@ -107,7 +107,7 @@ class TestShow:
 
     def test_nothing_in_common(self, capsys: pytest.CaptureFixture[str]) -> None:
         failed, told = shown(report(), report(row()), capsys)
-        assert not failed and "! no row of this run is in the older report" in told
+        assert failed and "! no row of this run is in the older report" in told
 
     def test_a_row_that_fails_now_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
         failed, told = shown(report(row()), report(row(failure="out of memory")), capsys)
