@@ -75,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"more than this over the old time or memory is a regression (default: {compare.TOLERANCE:g})",
     )  # fmt: skip
     parser.add_argument(
-        "--fail-on-regression", action="store_true", help="exit code 1 where a row of ours is one, or no row could be compared, with --compare",
-    )
+        "--fail-on-regression", action="store_true",
+        help="exit code 1 where a row of ours is one, or no row could be compared, with --compare",
+    )  # fmt: skip
     add_device_arguments(parser)
 
 
