@@ -32,6 +32,7 @@ from perceiver_kernels.cli.subject import (
     under,
 )
 from perceiver_kernels.nn import CrossAttention
+from perceiver_kernels.testing.accuracy import shared_kv_gradient_terms
 
 PASSES = {
     each.name: each
@@ -279,7 +280,9 @@ class Workload:
         return layer_pass(which, layer, self.latents.to(dtype), inputs, self.gradient.to(dtype))()
 
     def terms(self, which: str) -> dict[str, Tensor]:
-        """Return those of the biases of ``ROW_SUMS``."""
+        """Return those of the biases of ``ROW_SUMS``, and of the queries' gradient where one input makes all of it cancel."""
+        if which == "dq" and self.case.M == 1:
+            return {"dq": shared_kv_gradient_terms(self.rows, self.packed.data, self.row_gradient)[0]}
         return self._terms if which.startswith("backward") else {}
 
     def _keep_terms(self, name: str, module: Any, gradients: Any, upstream: tuple[Tensor, ...]) -> None:

@@ -40,7 +40,8 @@ def attention_forward(
     Args:
         module: the layer; its ``is_causal`` counts where the argument is None.
         query: [B, H, Lq, d].
-        key, value: [B, H_kv, Lk, d], H_kv a divisor of H.
+        key: [B, H_kv, Lk, d], H_kv a divisor of H.
+        value: likewise.
         attention_mask: bool, True where a key is visible, or additive, [B, 1 or H, 1 or Lq, Lk or more].
         dropout: probability of dropping a weight.
         scaling: factor on the scores; 1/sqrt(d) when None.

@@ -10,11 +10,11 @@ TILE = 128
 
 
 def _shrink(size: int, limit: int, tile: int) -> int:
-    """The largest number up to limit that leaves the same remainder as size when divided by tile; limit if none does."""
+    """The largest number up to limit that leaves the same remainder as size when divided by tile; limit if none is near."""
     if size <= limit:
         return size
     alike = limit - (limit - size) % tile
-    return alike if alike > 0 else limit
+    return alike if alike > limit // 2 else limit
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -278,6 +279,11 @@ class TestGate:
         work = AttentionWorkload("decode", CASE, CPU, dtype)
         verdict = Gate(work).judge(which, {"ours": work.ours(which)})["ours"]
         assert verdict.failure is None and list(verdict.errors) == work.names(which)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_key_whose_scores_have_no_gradient(self, dtype: torch.dtype) -> None:
+        work = AttentionWorkload("decode", dataclasses.replace(CASE, Lk=1), CPU, dtype)
+        assert Gate(work).judge("backward", {"ours": work.ours("backward")})["ours"].failure is None
 
     @pytest.mark.parametrize("which", ATTENTION_PASSES)
     def test_a_wrong_value_does_not(self, work: AttentionWorkload, which: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -212,6 +213,23 @@ class TestGate:
 
         failure = Gate(work).judge(which, {"ours": wrong})["ours"].failure
         assert failure is not None and failure.startswith(work.names(which)[-1])
+
+    @pytest.mark.parametrize("which", ["dq", "backward", "backward-inputs"])
+    def test_one_input_whose_scores_have_no_gradient(self, which: str) -> None:
+        """What is zero there is what rounding leaves of others that cancel, and is judged by their size."""
+        one = Workload(dataclasses.replace(CASE, M=1), torch.device("cpu"), torch.float32)
+        name = "dq" if which == "dq" else "dlatents"
+        place = one.names(which).index(name)
+        assert one.specification(which, torch.float64)[place].norm() < 1e-9
+
+        def wrong() -> list[torch.Tensor]:
+            tensors = [tensor.clone() for tensor in one.ours(which)()]
+            tensors[place].view(-1)[0] += 1e-3
+            return tensors
+
+        verdicts = Gate(one).judge(which, {"ours": one.ours(which), "wrong": wrong})
+        assert verdicts["ours"].failure is None
+        assert (verdicts["wrong"].failure or "").startswith(name)
 
     def test_a_wrong_shape_does_not(self, work: Workload) -> None:
         verdict = Gate(work).judge("forward", {"ours": lambda: [work.latents[:1]]})["ours"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_kernels
-from perceiver_kernels import replace_attention
+from perceiver_kernels import functional, replace_attention
 from perceiver_kernels.integrations.adapter import SHADOW
 from tests.integrations.replaced import DEVICES, Case, assert_accurate_in_bfloat16, assert_compiles, assert_replaced
 
@@ -66,7 +66,8 @@ def layer(kind: type[nn.Module], width: int = E, lengths: tuple[int, int] = (Lq,
     if kind is nn.TransformerDecoderLayer:
         shapes = {"tgt": (B, lengths[0], width), "memory": (B, lengths[1], width)}
     build = functools.partial(kind, width, H, dim_feedforward=width + 4, dropout=0.0, batch_first=True)
-    return Case(build, lambda model, **data: model(**data), shapes, {"MultiheadAttention": len(shapes)})
+    kept = {"TransformerEncoderLayer": 1} if kind is nn.TransformerEncoderLayer else {}
+    return Case(build, lambda model, **data: model(**data), shapes, {"MultiheadAttention": len(shapes)}, kept)
 
 
 LARGE = {
@@ -96,8 +97,6 @@ def test_few_queries_read_one_long_sequence(
     options: dict[str, Any], batch_first: bool, method: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys and values are one tensor: their projections may be absorbed; one batch entry hides all but a token."""
-    from perceiver_kernels import functional
-
     called, function = [], functional.input_cross_attention
     monkeypatch.setattr(
         functional, "input_cross_attention", lambda *a, **k: called.append(1) or function(*a, method=method, **k)
@@ -116,6 +115,48 @@ def test_inputs_too_wide_to_be_read_are_projected() -> None:
 def test_torchs_layers(kind: type[nn.Module]) -> None:
     assert_replaced(layer(kind), training=True)
     assert_compiles(layer(kind), training=True, gradients=False)
+
+
+def encoder(**options: Any) -> nn.TransformerEncoder:
+    given = {"dim_feedforward": 8, "dropout": 0.0, "batch_first": True} | options
+    layer = nn.TransformerEncoderLayer(E, given.pop("nhead", 2), **given)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def test_torchs_encoder_that_calls_no_attention_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operator for a whole layer in inference: the report says so, and what it names makes torch call ours."""
+    model, x, calls = encoder(), torch.randn(B, Lk, E), []
+    report, attention = replace_attention(model), functional.attention
+    monkeypatch.setattr(functional, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    assert [entry.name for entry in report.converted] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert [entry.name for entry in report.kept] == ["layers.0", "layers.1"]
+    assert all("torch.backends.mha.set_fastpath_enabled(False)" in entry.reason for entry in report.kept)
+    with torch.no_grad():
+        expected = model(x)
+        assert not calls
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            actual = model(x)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert len(calls) == 2
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"nhead": 1}, {"activation": torch.tanh}, {"batch_first": False}, {"bias": False}],
+    ids=["one head", "tanh", "batch last", "no biases"],
+)  # fmt: skip
+def test_torchs_encoder_that_calls_its_attention_is_not_reported(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, attention = encoder(**options), [], functional.attention
+    report = replace_attention(model)
+    monkeypatch.setattr(functional, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    assert len(report.converted) == 2 and not report.kept
+    with torch.no_grad():
+        model(torch.randn(B, Lk, E))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

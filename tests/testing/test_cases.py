@@ -140,12 +140,13 @@ def test_scaling_keeps_the_ragged_tile() -> None:
 
 @pytest.mark.parametrize("limit", [1, 10, 127])
 def test_a_limit_below_the_remainder_is_the_size(limit: int) -> None:
-    """No number up to 10 leaves the remainder 77 when divided by 128; the size was negative then."""
+    """No number up to 10 leaves the remainder 77 when divided by 128; the size was negative then. Nor is one of a few."""
     for case in ENCODE.values():
         M = case.scaled(limit).M
         assert 1 <= M <= limit
         assert M in (limit, case.M) or (M - case.M) % 128 == 0
-    assert (ENCODE["modelnet"].scaled(10).M, ENCODE["multimodal"].scaled(10).M) == (10, 1)
+    assert (ENCODE["modelnet"].scaled(10).M, ENCODE["multimodal"].scaled(10).M) == (10, 10)
+    assert (ENCODE["multimodal"].scaled(128).M, ENCODE_KV["kv-q-former"].scaled(128).Lk) == (128, 128)
 
 
 def test_edges_surround_nothing_one_and_every_tile_size() -> None:
