@@ -17,6 +17,7 @@ from perceiver_kernels.functional import (
 from perceiver_kernels.inputs import FourierPositions, InputArray, PackedInputs
 from perceiver_kernels.integrations import replace_attention, sdpa_override
 from perceiver_kernels.positions import rotary_tables
+from perceiver_kernels.version import __version__ as __version__
 
 __all__ = [
     "Explanation",

@@ -316,6 +316,7 @@ class TestDistributions:
         told = run([str(python.with_name("perceiver-kernels")), "info", "--json", "-"])
         assert told.returncode == 0, told.stderr
         assert json.loads(told.stdout)["environment"]["perceiver_kernels"] == __version__
+        assert run([str(python.with_name("perceiver-kernels")), "--version"]).stdout == f"perceiver-kernels {__version__}\n"
         where = run([str(python), "-c", "import perceiver_kernels; print(perceiver_kernels.__file__)"])
         assert Path(where.stdout).is_relative_to(tmp_path / "environment")
 

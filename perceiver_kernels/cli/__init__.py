@@ -11,11 +11,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from perceiver_kernels.cli import options
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.report import CommandError, emit
+from perceiver_kernels.version import __version__
 
 COMMANDS = ("info", "run", "bench", "memory", "plot", "check")
 
@@ -53,12 +54,21 @@ class Parser(argparse.ArgumentParser):
         emit(self.format_help().rstrip(), file or sys.stdout)
 
 
+class Version(argparse.Action):
+    """Prints the version, the way of all output."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        emit(f"{parser.prog} {__version__}", sys.stdout)
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with one sub-parser per command."""
     parser = Parser(
         prog="perceiver-kernels",
         description="Fused cross-attention for Perceiver: what is here, what it costs, whether it is right",
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name in COMMANDS:
         module = importlib.import_module(f"perceiver_kernels.cli.{name}")

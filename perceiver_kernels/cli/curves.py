@@ -1,4 +1,4 @@
-"""Lines against a size, log-log, each named at its end in its own colour."""
+"""Lines against a size, log-log, each named at the right in its own colour."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ OURS_COLOURS = {"ours": "#0072b2", "ours-chunked": "#009e73", "ours-triton": "#5
 STOCK_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#000000", "#7f7f7f")
 MARKERS = ("s", "^", "v", "D", "P", "X", "h")
 LABEL_POINTS = 9.5
-LINE_HEIGHT = 1.25
-LEAST_SPAN = 4.0
-"""An axis spans this factor at least: what hardly differs shall look so."""
-WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-"""Behind a name, where it stands on other lines."""
+LEADER_POINTS, MARGIN_POINTS = 18.0, 8.0
+"""Widths: between the last size and the names, and before the first size."""
+LEAST_SPAN = 10.0
+"""An axis spans this factor at least: what hardly differs shall look so, and three ticks fit."""
+MOST_TICKS = 9
+LADDERS = {
+    "p50_ms": [(10, (1, 2, 5)), (10, (1,)), (1000, (1,))],
+    "peak_extra_bytes": [(2, (1,)), (4, (1,)), (16, (1,)), (256, (1,))],
+    "saved_bytes": [(2, (1,)), (4, (1,)), (16, (1,)), (256, (1,))],
+}
+"""Quantity -> steps of its ticks, the finest first: multiples of powers of a base."""
 QUANTITY_TITLES = {
     "p50_ms": ("time", "milliseconds (median)"),
     "peak_extra_bytes": ("extra peak memory", "bytes at the peak, beside inputs and weights"),
@@ -52,7 +58,7 @@ def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]]) -> Callable[
         look: of every implementation, as `looks` gives it.
 
     Returns:
-        What writes the names, once the figure has been laid out and places on it are known.
+        What writes the names and sees that all words fit, once the figure has been laid out and places on it are known.
     """
     lines = [line for line in chart.lines.values() if line.points]
     # Ours last, on top.
@@ -61,11 +67,18 @@ def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]]) -> Callable[
     what, unit = QUANTITY_TITLES[chart.quantity]
     axes.set(xscale="log", yscale="log", xlabel=chart.axis, ylabel=unit)
     told = [what] if chart.quantity == "saved_bytes" else [what, chart.title]
-    axes.set_title(", ".join([*told, *(["predicted"] if chart.predicted else [])]), fontsize=11, loc="left")
+    title = axes.set_title(", ".join([*told, *(["predicted"] if chart.predicted else [])]), fontsize=11, loc="left")
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
-    _ticks(axes, chart, lines)
-    return lambda: _name(axes, lines, look)
+    sizes = sorted({size for line in lines for size in line.points})
+    _ticks(axes, chart.quantity, sizes)
+
+    def finish() -> None:
+        _shrink([title], *_extent(axes))
+        _name(axes, lines, look)
+        _thin(axes, sizes)
+
+    return finish
 
 
 def _draw_line(axes: Any, line: Line, look: tuple[str, str]) -> None:
@@ -85,33 +98,47 @@ def _draw_line(axes: Any, line: Line, look: tuple[str, str]) -> None:
         axes.plot([size], [value], "x", color=colour, ms=11, mew=2.6, zorder=6, label=f"{line.name}, out of memory")
 
 
-def _ticks(axes: Any, chart: Chart, lines: Sequence[Line]) -> None:
+def _ticks(axes: Any, quantity: str, sizes: Sequence[int]) -> None:
     """Sizes and values in the units that people say: 64K, 16 MiB."""
-    sizes = sorted({size for line in lines for size in line.points})
-    while len(sizes) > 8:
-        sizes = sizes[::-2][::-1]
-    axes.set_xticks(sizes, [short_count(size) for size in sizes], minor=False)
+    _name_sizes(axes, sizes)
     axes.set_xticks([], minor=True)
     low, high = axes.get_ylim()
     widened = max(LEAST_SPAN * low / high, 1.0) ** 0.5
     low, high = low / widened, high * widened
-    # Times by tens, bytes by powers that have a unit of their own.
-    if chart.quantity == "p50_ms":
-        values = _powers(low, high, 10)
+    values = steps(low, high, quantity)
+    if quantity == "p50_ms":
         labels = [f"{value:g}" for value in values]
     else:
-        values = _powers(low, high, 4)
         labels = [format_bytes(value).replace(".00", "").replace(".0 ", " ") for value in values]
     axes.set_yticks(values, labels)
     axes.set_yticks([], minor=True)
     axes.set_ylim(low, high)
 
 
-def _powers(low: float, high: float, base: int) -> list[float]:
-    first, last = (math.log(value) / math.log(base) for value in (low, high))
-    powers = list(range(math.ceil(first), math.floor(last) + 1))
-    step = max(1, math.ceil(len(powers) / 8))
-    return [float(base) ** power for power in powers if power % step == 0] or [math.sqrt(low * high)]
+def steps(low: float, high: float, quantity: str) -> list[float]:
+    """Return where ticks of a quantity go: as many as there may be; three at least, where an axis spans LEAST_SPAN."""
+    found: list[float] = []
+    for base, parts in LADDERS[quantity]:
+        first, last = (math.floor(math.log(value, base)) for value in (low, high))
+        values = [part * float(base) ** power for power in range(first, last + 1) for part in parts]
+        found = [value for value in values if low <= value <= high]
+        if len(found) <= MOST_TICKS:
+            break
+    return found
+
+
+def _name_sizes(axes: Any, sizes: Sequence[int]) -> None:
+    axes.set_xticks(sizes, [short_count(size) for size in sizes], minor=False)
+
+
+def _thin(axes: Any, sizes: Sequence[int]) -> None:
+    """Name every second size, or every fourth, until the names of sizes do not touch."""
+    while len(sizes) > 2:
+        boxes = [label.get_window_extent().padded(3) for label in axes.get_xticklabels()]
+        if not any(left.overlaps(right) for left, right in itertools.pairwise(boxes)):
+            break
+        sizes = sizes[::-2][::-1]
+        _name_sizes(axes, sizes)
 
 
 def short_count(count: int) -> str:
@@ -122,67 +149,86 @@ def short_count(count: int) -> str:
     return str(count)
 
 
-def _make_room(axes: Any, lines: Sequence[Line]) -> None:
-    """Leave a margin on the right for the longest name, and one above for names that are pushed apart."""
-    sizes = [size for line in lines for size in line.points]
-    longest = max(len(line.name) for line in lines)
-    width = axes.get_position().width * axes.figure.get_figwidth() * 72
-    taken = min(longest * LABEL_POINTS * 0.6 / width, 0.45)
-    low, high = min(sizes), max(sizes)
-    span = max(math.log(high / low), math.log(2))
-    axes.set_xlim(low / math.exp(0.04 * span), high * math.exp(span * (taken + 0.03) / (1 - taken)))
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, top * (top / bottom) ** 0.06)
+def _extent(axes: Any) -> tuple[float, float]:
+    """Width and height, in points."""
+    place, figure = axes.get_position(), axes.figure
+    return place.width * figure.get_figwidth() * 72, place.height * figure.get_figheight() * 72
+
+
+def _measured(text: Any) -> tuple[float, float]:
+    """Width and height of words as they are drawn, in points; without the leader of an annotation."""
+    from matplotlib.text import Text
+
+    box = Text.get_window_extent(text)
+    return box.width * 72 / text.figure.dpi, box.height * 72 / text.figure.dpi
+
+
+def _shrink(texts: Sequence[Any], width: float, height: float) -> tuple[float, float]:
+    """Make words so small that each fits into a width, and all below each other into a height; return the room of one."""
+    while True:
+        found = [_measured(text) for text in texts]
+        widest, tallest = max(each[0] for each in found), max(each[1] for each in found) + 1
+        points = texts[0].get_fontsize()
+        if (widest <= width and tallest * len(texts) <= height) or points <= 4:
+            return widest, tallest
+        for text in texts:
+            text.set_fontsize(points - 0.5)
 
 
 def _name(axes: Any, lines: Sequence[Line], look: dict[str, tuple[str, str]]) -> None:
-    """Write each name behind its line's end, apart from the others."""
-    _make_room(axes, lines)
-    place, figure = axes.get_position(), axes.figure
-    width, height = place.width * figure.get_figwidth() * 72, place.height * figure.get_figheight() * 72
-    placed = spread(
-        [(line.name, *_points(axes, line, width, height), len(line.name) * LABEL_POINTS * 0.6) for line in lines],
-        LABEL_POINTS * LINE_HEIGHT, height,
-    )  # fmt: skip
+    """Write the names below each other, right of all that is drawn, and lead to each from its line's end."""
+    texts = []
     for line in lines:
-        end = line.ordered[-1]
-        ours = _family(line.name) in OURS_COLOURS
-        _, y = _points(axes, line, width, height)
+        colour, ours = look[line.name][0], _family(line.name) in OURS_COLOURS
+        leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
         text = axes.annotate(
-            line.name, end, xytext=(9, placed[line.name] - y), textcoords="offset points", va="center", ha="left",
-            color=look[line.name][0], fontsize=LABEL_POINTS, fontweight="bold" if ours else "normal", annotation_clip=False,
-            zorder=7, bbox=WHITE,
+            line.name, line.ordered[-1], xytext=(0, 0), textcoords="axes points", va="center", ha="left", color=colour,
+            fontsize=LABEL_POINTS, fontweight="bold" if ours else "normal", annotation_clip=False, arrowprops=leader,
+            zorder=1.5,
         )  # fmt: skip
         # The layout is made already, and shall not move for it.
         text.set_in_layout(False)
+        texts.append(text)
+    width, height = _extent(axes)
+    widest, tallest = _shrink(texts, 0.5 * width, height)
+    left = width - widest - 1
+    _make_room(axes, lines, left - LEADER_POINTS, width)
+    bottom, top = axes.get_ylim()
+    ends = [math.log(line.ordered[-1][1] / bottom) / math.log(top / bottom) * height for line in lines]
+    for text, middle in zip(texts, spread(ends, tallest, height), strict=True):
+        text.xyann = (left, middle)
 
 
-def _points(axes: Any, line: Line, width: float, height: float) -> tuple[float, float]:
-    """Where a line ends, in points from the axes' corner."""
-    (x, y), (left, right), (bottom, top) = line.ordered[-1], axes.get_xlim(), axes.get_ylim()
-    return math.log(x / left) / math.log(right / left) * width, math.log(y / bottom) / math.log(top / bottom) * height
+def _make_room(axes: Any, lines: Sequence[Line], right: float, width: float) -> None:
+    """Let the largest size stand at a place, in points of the axes' width."""
+    sizes = [size for line in lines for size in (*line.points, *line.closed)]
+    low, high = min(sizes), max(sizes)
+    scale = max(math.log(high / low), math.log(2)) / (right - MARGIN_POINTS)
+    axes.set_xlim(low * math.exp(-MARGIN_POINTS * scale), low * math.exp((width - MARGIN_POINTS) * scale))
 
 
-def spread(labels: Sequence[tuple[str, float, float, float]], height: float, top: float) -> dict[str, float]:
-    """Return label -> where its middle goes: as near to its own place as labels that share its columns let it.
+def spread(middles: Sequence[float], height: float, top: float) -> list[float]:
+    """Return where labels go that are not to overlap: as near to their own places as a column lets them, in their order.
 
     Args:
-        labels: (name, left, middle, width) in points.
-        height: of a label, in points.
-        top: below which labels stay, in points.
+        middles: their own places.
+        height: of a label.
+        top: of the column, which begins at 0.
     """
-    placed = {name: middle for name, _, middle, _ in labels}
-    for _ in range(500):
-        moved = False
-        for name in placed:
-            placed[name] = min(placed[name], top - height / 2)
-        ordered = sorted(labels, key=lambda label: placed[label[0]])
-        for (lower, left, _, width), (upper, other, _, extent) in itertools.combinations(ordered, 2):
-            overlap = height - (placed[upper] - placed[lower])
-            if overlap > 0.01 and left < other + extent and other < left + width:
-                placed[lower] -= overlap / 2
-                placed[upper] += overlap / 2
-                moved = True
-        if not moved:
-            break
+    order = sorted(range(len(middles)), key=lambda i: middles[i])
+    # Without the labels below it a label's place must not be lower than theirs: neighbours that are share their mean.
+    groups: list[list[float]] = []
+    for rank, i in enumerate(order):
+        groups.append([middles[i] - rank * height])
+        while len(groups) > 1 and _mean(groups[-2]) > _mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    free = [_mean(group) for group in groups for _ in group]
+    placed = [0.0] * len(middles)
+    for rank, (i, place) in enumerate(zip(order, free, strict=True)):
+        placed[i] = max(min(place, top - (len(middles) - 0.5) * height), height / 2) + rank * height
     return placed
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

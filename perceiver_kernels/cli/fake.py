@@ -9,7 +9,6 @@ those of the fused kernels, with the results that they allocate on a GPU.
 from __future__ import annotations
 
 import contextlib
-import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -71,7 +70,6 @@ class LiveStorages(TorchDispatchMode):
 
 def peak_extra_bytes(call: Call) -> int:
     """Return the most bytes that storages allocated during a call took at once; its result is held until the end."""
-    gc.collect()
     with LiveStorages() as storages:
         result = call()
     del result

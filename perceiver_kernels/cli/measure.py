@@ -102,6 +102,17 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def heap_set_aside() -> Iterator[None]:
+    """Leave what there is already out of the body's collections, each of which took a fifth of a second with PyTorch's."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def time_calls(
     calls: Mapping[str, Call],
     device: torch.device,

@@ -28,14 +28,14 @@ DEFAULT_PEERS = {
     "cuda": ("eager", "math", "efficient", "efficient-pad8", "flash", "flash-pad8", "cudnn"),
     "cpu": ("eager", "math", "flash"),
 }
-SIZES = tuple(2**power for power in range(10, 22, 2))
+SMALLEST = 2**10
 FAKE = "fake"
-LARGEST = {"cuda": 2**26, FAKE: 2**24}
-"""Where sizes that nobody named end: on a GPU if its memory does not end before; a fake chunk takes milliseconds."""
+LARGEST = {"cuda": 2**26, "cpu": 2**16, FAKE: 2**26}
+"""Where sizes that nobody named end, if memory does not end before; on two free cores neither takes half a minute."""
 FAKE_METHOD = "live storages of fake tensors; nothing was allocated, and scratch inside an operator is not in it"
 GPU_CASE = ENCODE["imagenet-b1"]
 CPU_CASE = EncodeCase("small", B=1, M=4096, C=69, N=64, D=128, H=1, d_qk=69, d_v=69)
-"""What is swept on a CPU unless a case is named: small enough that a million inputs take seconds."""
+"""What is measured on a CPU unless a case is named: small enough that a million inputs take seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", type=options.name_of("case", ENCODE), metavar="NAME",
         help="case whose sizes but M are used (default: "
-        f"{GPU_CASE.name} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
+        f"{GPU_CASE.name} on a GPU and with fake tensors, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--sizes", type=options.sizes, metavar="M,...",
-        help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))}, by fours up to {LARGEST['cuda']} on "
-        f"a GPU, while inputs take half of its memory at most, and {LARGEST[FAKE]} with fake tensors)",
+        help=f"numbers of inputs; 64K and 1M work (default: by fours from {SMALLEST}, while they take half of the memory "
+        f"at most, up to {LARGEST['cuda']} on a GPU and with fake tensors, {LARGEST['cpu']} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--max-inputs", type=options.count, metavar="M", help="leave out larger sizes (default: no limit)"
@@ -78,8 +78,9 @@ def _add_fake(parser: argparse.ArgumentParser) -> None:
     (device,) = (action for action in parser._actions if action.dest == "device")
     device.choices = [*(device.choices or ()), FAKE]
     device.help = (
-        f"{device.help}, else cpu, measured; {FAKE}: nothing is allocated, so that no size is too large: storages of fake "
-        "tensors are counted while they live. It stands for a GPU (its case and dtype, the operators of our fused kernels), "
+        f"{device.help}, else {FAKE}; cpu: measured, of a small case. {FAKE}: nothing is allocated, so that no size is too "
+        "large: storages of fake tensors are counted while they live. It stands for a GPU (its case and dtype, the operators "
+        "of our fused kernels), "
         "but PyTorch's operators are those of a CPU (the gradient of an eager softmax takes one array of scores less there), "
         "and scratch inside an operator is not seen unless its fake allocates it: partial results of our splits, workspaces "
         "of libraries. Rows, table and plot say 'predicted'"
@@ -88,7 +89,7 @@ def _add_fake(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the sweep; exit code 0 also where implementations ran out of memory."""
-    predict = arguments.device == FAKE
+    predict = (arguments.device or (None if torch.cuda.is_available() else FAKE)) == FAKE
     device, dtype = _fake_device(arguments) if predict else bench.device_and_dtype(arguments)
     case = ENCODE[arguments.case] if arguments.case else GPU_CASE if predict or device.type == "cuda" else CPU_CASE
     sizes = arguments.sizes or default_sizes(case, device, dtype, predict=predict)
@@ -138,17 +139,19 @@ def run(
 def _fake_device(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     if arguments.backend is not None:
         names = ",".join(arguments.backend)
-        raise CommandError(f"--backend must be left out with --device {FAKE}, where none runs, got {names}")
+        raise CommandError(
+            f"--backend must be left out with --device {FAKE}, the default without a GPU, where none runs, or be given with "
+            f"--device cpu, got {names}"
+        )
     return torch.device("cpu"), bench.DTYPES[arguments.dtype or "bf16"]
 
 
 def default_sizes(case: EncodeCase, device: torch.device, dtype: torch.dtype, *, predict: bool) -> list[int]:
     """Return the sizes of a sweep for which none were named."""
-    sizes, free = list(SIZES), None if predict else measure.free_bytes(device)
-    largest = LARGEST.get(FAKE if predict else device.type)
-    if largest is not None:
-        while sizes[-1] < largest and (free is None or case.B * 4 * sizes[-1] * case.C * dtype.itemsize < 0.5 * free):
-            sizes.append(4 * sizes[-1])
+    sizes, free = [SMALLEST], None if predict else measure.free_bytes(device)
+    largest = LARGEST[FAKE if predict else device.type]
+    while sizes[-1] < largest and (free is None or case.B * 4 * sizes[-1] * case.C * dtype.itemsize < 0.5 * free):
+        sizes.append(4 * sizes[-1])
     return sizes
 
 

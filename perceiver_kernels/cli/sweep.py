@@ -58,7 +58,7 @@ class Sweep:
         steps = len(sizes) * len(passes) * (2 + len(peers) + len(libraries))
         # Several chunks at the two largest sizes, between which the slope is taken.
         chunk = min(chunk_size(case.B), max(min(sorted(sizes)[-2:]) // 4, 1))
-        with self.console.progress("memory", steps) as progress, self._tensors():
+        with self.console.progress("memory", steps) as progress, self._place():
             for size in sizes:
                 work = self._workload(dataclasses.replace(case, M=size), chunk)
                 layers = self._layers(work, peers, libraries)
@@ -70,10 +70,15 @@ class Sweep:
                         if self._measure(work, which, name, build)["failure"]:
                             ended.add((which, name))
                 del work, layers
-                measure.release()
+                self._release()
 
-    def _tensors(self) -> contextlib.AbstractContextManager[None]:
-        return fake.tensors() if self.predict else contextlib.nullcontext()
+    def _place(self) -> contextlib.AbstractContextManager[None]:
+        return fake.tensors() if self.predict else measure.heap_set_aside()
+
+    def _release(self) -> None:
+        """Of fake tensors there is nothing to return."""
+        if not self.predict:
+            measure.release()
 
     def _workload(self, case: Any, chunk: int) -> Workload:
         return (fake.FakeWorkload if self.predict else Workload)(case, self.device, self.dtype, chunk=chunk)
@@ -101,7 +106,7 @@ class Sweep:
         failure = failure or measure.attempt(lambda: taken.update(self._bytes(work, which, build)))
         if failure:
             taken.clear()
-        measure.release()
+        self._release()
         case = work.case
         row: dict[str, Any] = {
             "kind": "memory", "case": case.name, "shape": shape_of(case), "M": case.M, "pass": which,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from perceiver_kernels import dispatch
+from perceiver_kernels import __version__, dispatch
 from perceiver_kernels.cli import COMMANDS, build_parser, check, main
 from perceiver_kernels.cli.attention_workload import AttentionWorkload
 from perceiver_kernels.cli.workload import Workload
@@ -19,18 +19,7 @@ from perceiver_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY_BENCH = [
-    "bench",
-    "encode",
-    "--case",
-    "imagenet",
-    "--device",
-    "cpu",
-    "--max-inputs",
-    "140",
-    "--seconds",
-    "0.01",
-]
+TINY_BENCH = ["bench", "encode", "--case", "imagenet", "--device", "cpu", "--max-inputs", "140", "--seconds", "0.01"]
 TINY_RUN = ["run", "--preset", "tiny", "--device", "cpu"]
 
 
@@ -47,6 +36,14 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
         monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     else:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, value)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"perceiver-kernels {__version__}\n"
+    assert main(["info", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["environment"]["perceiver_kernels"] == __version__
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

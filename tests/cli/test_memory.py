@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,62 @@ class TestFake:
 
     def test_a_backend_cannot_be_asked_for(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*FAKE, "none", "--backend", "sdpa"]) == 2
-        assert "--backend must be left out with --device fake, where none runs, got sdpa" in capsys.readouterr().err
+        captured = capsys.readouterr()
+        assert "--backend must be left out with --device fake, the default without a GPU, where none runs" in captured.err
+        assert captured.err.endswith("got sdpa\n") and captured.err.count("\n") == 1 and captured.out == ""
 
-    def test_sizes_that_nobody_named(self) -> None:
-        found = memory.default_sizes(memory.GPU_CASE, CPU, torch.bfloat16, predict=True)
-        assert (found[0], found[-1]) == (1024, memory.LARGEST[memory.FAKE])
-        assert memory.default_sizes(memory.CPU_CASE, CPU, torch.float32, predict=False) == list(memory.SIZES)
+    def test_sizes_that_nobody_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fakes = memory.default_sizes(memory.GPU_CASE, CPU, torch.bfloat16, predict=True)
+        assert (fakes[0], fakes[-1]) == (1024, 2**26)
+        monkeypatch.setattr(measure, "free_bytes", lambda device: 2**40)
+        assert memory.default_sizes(memory.GPU_CASE, torch.device("cuda"), torch.bfloat16, predict=False) == fakes
+        assert memory.default_sizes(memory.CPU_CASE, CPU, torch.float32, predict=False) == [2**10, 2**12, 2**14, 2**16]
 
-    def test_on_a_gpu_sizes_end_where_its_memory_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sizes_end_where_memory_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measure, "free_bytes", lambda device: 2**30)
         found = memory.default_sizes(memory.GPU_CASE, torch.device("cuda"), torch.bfloat16, predict=False)
-        assert found[-1] * 261 * 2 < 2**29 or found == list(memory.SIZES)
+        assert found[-1] * 261 * 2 < 2**29 <= 4 * found[-1] * 261 * 2
+
+
+class TestDefaultDevice:
+    """What is swept where nobody named a device."""
+
+    @pytest.fixture(autouse=True)
+    def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def test_without_a_gpu_its_case_is_predicted(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "fake.json"
+        assert main(["memory", "--sizes", "1K,4K", "--peers", "none", "--json", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert {(row["case"], row["dtype"], row["backend"], row["predicted"]) for row in rows} == {
+            (memory.GPU_CASE.name, "bfloat16", "fused", True)
+        }
+        assert capsys.readouterr().out.startswith("fake tensors, predicted; ")
+
+    def test_a_cpu_is_measured_when_asked_for(self, tmp_path: Path) -> None:
+        path = tmp_path / "cpu.json"
+        call = ["memory", "--device", "cpu", "--sizes", "1K", "--peers", "none", "--passes", "forward", "--json", str(path)]
+        assert main(call) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert {(row["case"], row["dtype"], row["predicted"]) for row in rows} == {(memory.CPU_CASE.name, "float32", False)}
+
+    def test_a_backend_asks_for_a_device(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["memory", "--backend", "sdpa,reference"]) == 2
+        told = capsys.readouterr().err
+        assert "or be given with --device cpu, got sdpa,reference" in told and told.count("\n") == 1
+
+    def test_a_snapshot_asks_for_a_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["memory", "--snapshot", str(tmp_path / "s.pickle")]) == 2
+        assert "--snapshot must be used on a GPU" in capsys.readouterr().err
+
+
+def test_collections_of_a_sweep_leave_the_heap_alone() -> None:
+    """A collection that walks through all of PyTorch's modules took longer than most of the sweep's measurements."""
+    before = gc.get_freeze_count()
+    with measure.heap_set_aside():
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() <= before
 
 
 class TestOriginals:
