@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{GPU_CASE.name} on a GPU, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", type=options.sizes, metavar="M,...",
+        "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
         help=f"numbers of inputs; 64K and 1M work (default: {','.join(map(str, SIZES))}, by fours up to {LARGEST['cuda']} on "
         f"a GPU, while inputs take half of its memory at most, and {LARGEST[FAKE]} with fake tensors)",
     )  # fmt: skip
@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-inputs", type=options.count, metavar="M", help="leave out larger sizes (default: no limit)"
     )
     parser.add_argument(
-        "--passes", type=options.names_of("pass", PASSES), default=list(PASSES), metavar="NAME,...",
+        "--passes", type=options.names_of("pass", PASSES), action=options.Merged, default=list(PASSES), metavar="NAME,...",
         help=f"what to measure (default: {','.join(PASSES)})",
     )  # fmt: skip
     defaults = "; ".join(f"{','.join(peers)} on {device}" for device, peers in DEFAULT_PEERS.items())
     parser.add_argument(
-        "--peers", type=_peers, metavar="NAME,...",
+        "--peers", type=_peers, action=options.Merged, metavar="NAME,...",
         help=f"stock implementations, and the layers of {', '.join(originals.PACKAGES)} (default: {defaults}, and the layers "
         "of those that are installed; 'none' for none)",
     )  # fmt: skip

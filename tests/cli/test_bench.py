@@ -39,10 +39,16 @@ class TestRegimes:
     def test_all_measures_nothing_twice(self) -> None:
         tasks = bench.planned(list(REGIMES.values()), None, None)
         assert [task.regime.name for task in tasks] == list(REGIMES)
-        named = bench.planned(list(REGIMES.values()), ["imagenet"], "forward")
+        named = bench.planned(list(REGIMES.values()), ["imagenet"], ["forward"])
         assert [task.regime.name for task in named] == ["layers", "decode", "process"]
-        (alone,) = bench.planned([REGIMES["encode"]], ["imagenet,flow", "c64"], "forward")
+        (alone,) = bench.planned([REGIMES["encode"]], ["imagenet,flow", "c64"], ["forward"])
         assert alone.cases == ("imagenet", "flow", "c64") and [each.name for each in alone.passes] == ["forward"]
+
+    @pytest.mark.parametrize("regimes", [["encode"], ["decode"], ["models"], list(REGIMES)], ids=lambda names: names[-1])
+    def test_every_case(self, regimes: list[str]) -> None:
+        tasks = bench.planned([REGIMES[name] for name in regimes], ["all"], None)
+        assert {task.regime.name: task.cases for task in tasks} == {name: tuple(REGIMES[name].cases) for name in regimes}
+        assert not any(bench.ALL in REGIMES[name].cases for name in regimes)
 
     def test_all_writes_one_report(self, tmp_path: Path) -> None:
         path = tmp_path / "bench.json"
@@ -63,6 +69,8 @@ class TestRegimes:
         [
             (["encod"], "argument REGIME: no regime named 'encod'; nearest: encode"),
             (["all", "--case", "decode-h9"], "argument --case: no case named 'decode-h9'; nearest: decode-h8"),
+            (["process", "--case", "all", "imagenet"], "argument --case: all must stand alone, got all,imagenet"),
+            (["all", "--case", "imagenet", "--case", "all"], "argument --case: all must stand alone, got imagenet,all"),
             (["all", "--passes", "forwrd"], "argument --passes: no pass named 'forwrd'; nearest: forward"),
             (["all", "--case", "decode-h8", "--passes", "dq"], "no regime has both a case of decode-h8 and a pass of dq"),
             (["process", "--sizes", "1K"], "--sizes: must be given with one of encode, layers, decode, encode-kv, got process"),
