@@ -88,7 +88,7 @@ class Bench:
         # What is compiled is so as in a process of its own: limits on recompiling count all of a process's models.
         torch.compiler.reset()
         measure.release()
-        if regime.chunks and size is None and any(each.name.startswith("backward") for each in passes):
+        if regime.has_chunks(case) and size is None and any(each.name.startswith("backward") for each in passes):
             self.chunked_memory(case)
 
     def _workload(self, regime: Regime, case: Any) -> tuple[Subject | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from perceiver_kernels.cli import bench, flat, main, measure
+from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.workload import Workload
-from perceiver_kernels.testing.cases import ENCODE
+from perceiver_kernels.testing.cases import ENCODE, ENCODE_WIDE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,8 +31,10 @@ class TestRegimes:
         encode, layers = REGIMES["encode"], REGIMES["layers"]
         assert set(layers.passes) == {"forward", "forward-packed", "backward", "backward-inputs"} == set(layers.default_passes)
         assert set(encode.default_passes) == {"pack", "attend", "attend-masked", "dq", "dx"}
-        assert layers.cases == encode.cases == ENCODE and set(layers.passes) < set(encode.passes)
+        assert encode.cases == ENCODE and set(layers.passes) < set(encode.passes)
+        assert layers.cases.items() > ENCODE.items() and layers.cases.keys() == {**ENCODE, **ENCODE_WIDE}.keys()
         assert {"language", "resampler", "pointcloud"} < set(layers.default_cases)
+        assert {"c128", "c64"} < set(encode.default_cases)
 
     @pytest.mark.parametrize("regime", REGIMES.values(), ids=lambda regime: regime.name)
     def test_defaults_exist(self, regime: Regime) -> None:
@@ -86,6 +90,47 @@ class TestRegimes:
             code = stopped.code
         captured = capsys.readouterr()
         assert (code, captured.out) == (2, "") and told in captured.err and captured.err.count("\n") == 1
+
+
+class TestWide:
+    """More channels than absorption takes: a layer that computes keys and values, and nothing that needs packed inputs."""
+
+    @pytest.mark.parametrize("name", ENCODE_WIDE)
+    def test_sizes_are_those_of_the_table(self, name: str) -> None:
+        case = REGIMES["layers"].cases[name]
+        assert dataclasses.asdict(case) == dataclasses.asdict(ENCODE_WIDE[name])
+        small = REGIMES["layers"].sizes(name, torch.device("cpu"), 40)
+        assert (small.C, small.H, type(small)) == (case.C, case.H, type(case))
+
+    def test_is_projected_and_right(self, tmp_path: Path) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "q-former", "ip-adapter", "--peers", "eager", "--max-inputs", "140"]
+        assert main([*call, "--json", str(path)]) == 0
+        rows = rows_of(path)
+        assert [(row["case"], row["pass"], row["implementation"]) for row in rows] == [
+            (case, which, name)
+            for case in ("q-former", "ip-adapter")
+            for which in ("forward", "backward", "backward-inputs")
+            for name in ("ours", "eager")
+        ]
+        for row in rows:
+            assert row["failure"] is None and row["method"] == "projected" and "inaccurate" not in row
+        assert set(rows[2]["errors"]) == set(rows[3]["errors"]) and rows[0]["backend"] == "sdpa"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_shared_keys_are_measured_as_keys_of_each_head(self, dtype: torch.dtype) -> None:
+        case = dataclasses.replace(REGIMES["layers"].cases["idefics2"], B=1, M=33, N=7, D=64)
+        work = REGIMES["layers"].workload(case, torch.device("cpu"), dtype)
+        assert work.projected_layer.k_proj.out_features == 16 * 96
+        for which in case.passes:
+            assert work.method(which, "ours") == "projected"
+            assert Gate(work).judge(which, work.calls(which, []))["ours"].failure is None
+
+    def test_have_no_packed_pass(self, tmp_path: Path) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "q-former", "--passes", "forward-packed", "--max-inputs", "8"]
+        assert main([*call, "--json", str(path)]) == 0
+        assert rows_of(path) == []
 
 
 class TestSizes:
