@@ -13,9 +13,9 @@ import torch
 from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload
 from perceiver_kernels.cli.attention_workload import least_bytes as attention_bytes
 from perceiver_kernels.cli.model_workload import MODEL_PASSES
-from perceiver_kernels.cli.model_workload import workload as model_workload
 from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS
 from perceiver_kernels.cli.replaced import REPLACED, ReplacedWorkload
+from perceiver_kernels.cli.same_model import workload as model_workload
 from perceiver_kernels.cli.subject import Pass, Subject
 from perceiver_kernels.cli.wide_workload import WideCase, WideWorkload
 from perceiver_kernels.cli.workload import PASSES, Workload
@@ -126,8 +126,8 @@ REGIMES = {
             ("kv-256x1m-d256", "kv-64x16k-h16-d64", "kv-512x50k-d128", "kv-512x50k-h8-d64"), "Lk",
         ),
         Regime(
-            "models", "whole models beside their originals", MODELS, DEFAULT_MODELS, MODEL_PASSES, model_workload,
-            lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
+            "models", "whole models beside their originals, or beside themselves over PyTorch's attention", MODELS,
+            DEFAULT_MODELS, MODEL_PASSES, model_workload, lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
         ),
         Regime(
             "replaced", "models of other libraries before and after replace_attention", REPLACED, tuple(REPLACED), MODEL_PASSES,
