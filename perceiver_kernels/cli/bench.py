@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import compare, info, options
+from perceiver_kernels.cli import compare, info, options, reading
 from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
@@ -105,7 +105,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     regimes = list(REGIMES.values()) if arguments.what == ALL else [REGIMES[arguments.what]]
     tasks = planned(regimes, arguments.case, arguments.passes)
     _check_together(arguments, regimes)
-    older = compare.load(Path(arguments.compare)) if arguments.compare else None
+    older = reading.load(Path(arguments.compare), "--compare") if arguments.compare else None
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile
     report = Report(f"bench {arguments.what}", arguments.json, csv=arguments.csv)
