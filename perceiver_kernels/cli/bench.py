@@ -22,11 +22,11 @@ from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.report import CommandError, Report
+from perceiver_kernels.cli.rerun import DTYPES, default_dtype
 from perceiver_kernels.cli.subject import Pass
 from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
 
 HELP = "time named cases against named stock implementations; refuses to time a wrong result"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL = "all"
 """In the place of a regime's name: every regime, one after the other; of a case's name: every case of a regime."""
 
@@ -110,7 +110,10 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     compiled = device.type == "cuda" and not arguments.no_compile
     report = Report(f"bench {arguments.what}", arguments.json, csv=arguments.csv)
     with backend_scope(arguments.backend), report:
-        bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
+        bench = Bench(
+            report, console, device, dtype, seconds=arguments.seconds, max_inputs=arguments.max_inputs,
+            backends=arguments.backend,
+        )  # fmt: skip
         console.line(
             f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}"
         )
@@ -198,7 +201,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
     if arguments.device == "cuda" and not found:
         raise CommandError("--device cuda: PyTorch finds no GPU here (perceiver-kernels info says more)")
     device = torch.device(arguments.device or ("cuda" if found else "cpu"))
-    return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    return device, DTYPES[arguments.dtype] if arguments.dtype else default_dtype(device)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.rerun import DTYPES
 from perceiver_kernels.cli.saved import SAVED_METHOD
 from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
 from perceiver_kernels.cli.stock import Peer
@@ -139,7 +140,7 @@ def _fake_device(arguments: argparse.Namespace) -> tuple[torch.device, torch.dty
     if arguments.backend is not None:
         names = ",".join(arguments.backend)
         raise CommandError(f"--backend must be left out with --device {FAKE}, where none runs, got {names}")
-    return torch.device("cpu"), bench.DTYPES[arguments.dtype or "bf16"]
+    return torch.device("cpu"), DTYPES[arguments.dtype or "bf16"]
 
 
 def default_sizes(case: EncodeCase, device: torch.device, dtype: torch.dtype, *, predict: bool) -> list[int]:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from perceiver_kernels.cli import bench, flat, main, measure
+from perceiver_kernels.cli import bench, build_parser, flat, main, measure
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES, Regime
+from perceiver_kernels.cli.rerun import Conditions
+from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import Workload
 from perceiver_kernels.testing.cases import ENCODE, ENCODE_WIDE
 
@@ -64,7 +66,8 @@ class TestRegimes:
         }  # fmt: skip
         assert json.loads(path.read_text())["command"] == "bench all"
         for row in rows:
-            assert row["command"] == f"perceiver-kernels bench {row['regime']} --case imagenet --passes {row['pass']}"
+            named = f"perceiver-kernels bench {row['regime']} --case imagenet --passes {row['pass']}"
+            assert row["command"] == f"{named} --max-inputs 40 --device cpu --seconds 0.005"
             assert row["dtype"] == "float32" and row["bytes"] > 0
             assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / row["p50_ms"] / 1e6)
 
@@ -152,7 +155,7 @@ class TestSizes:
         rows = [row for row in rows_of(path) if row["implementation"] == "ours"]
         assert [row["shape"][axis] for row in rows] == [33, 70]
         assert all(row["shape"].items() >= other.items() for row in rows)
-        assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33")
+        assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33 --device cpu --seconds 0.005")
 
     def test_what_does_not_fit_is_a_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "bench.json"
@@ -186,6 +189,63 @@ class TestSizes:
         monkeypatch.setattr(Workload, "calls", broken)
         with pytest.raises(RuntimeError, match="a defect"):
             main(["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"])
+
+
+class TestRerun:
+    """A row's command, read by the parser, is the call that gave the row."""
+
+    @pytest.mark.parametrize(
+        ("call", "expected"),
+        [
+            (["--max-inputs", "33", "--dtype", "bf16"], {"max_inputs": 33, "dtype": "bf16"}),
+            (["--max-inputs", "512", "--dtype", "fp32"], {}),
+            (["--sizes", "33", "--backend", "sdpa,reference"], {"sizes": [33], "backend": ["sdpa", "reference"]}),
+            (["--max-inputs", "8", "--seconds", "0.3"], {"max_inputs": 8, "seconds": 0.3}),
+        ],
+    )
+    def test_commands_are_read_as_they_were_given(
+        self, call: list[str], expected: dict[str, Any], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "bench.json"
+        quick = [] if "--seconds" in call else ["--seconds", "0.005"]
+        given = ["bench", "decode", "--device", "cpu", "--case", "peract", "--passes", "forward", *call, *quick]
+        assert main([*given, "--peers", "math", "--json", str(path)]) == 0
+        rows = rows_of(path)
+        assert [row["implementation"] for row in rows] == ["ours", "math"]
+        for row, peers in zip(rows, (None, ["math"]), strict=True):
+            again = vars(build_parser().parse_args(row["command"].split()[1:]))
+            before = vars(build_parser().parse_args(given))
+            plain = {"max_inputs": None, "dtype": None, "sizes": None, "backend": None, "seconds": 0.005}
+            assert again == {**before, "peers": peers, **plain, **expected}
+
+    @staticmethod
+    def command(regime: str, case: str, which: str, name: str, *peers: str, **changes: Any) -> str | None:
+        on_gpu = Conditions(torch.device("cuda"), torch.bfloat16, **changes)
+        told = on_gpu.command(REGIMES[regime], case, which, name, list(map(Peer.parse, peers)))
+        return told and told.removeprefix(f"perceiver-kernels bench {regime} --case {case} --passes {which}").strip()
+
+    def test_on_a_gpu(self) -> None:
+        assert self.command("encode", "flow", "attend", "ours", compiled=True) == ""
+        assert self.command("encode", "flow", "attend", "ours") == "--no-compile"
+        assert self.command("encode", "flow", "attend", "compiled-eager", "compiled-eager") == "--peers compiled-eager"
+        assert self.command("layers", "flow", "forward", "ours", compiled=True, max_inputs=2048) == "--max-inputs 2048"
+        told = self.command("layers", "flow", "forward", "eager", size=64, seconds=1.5)
+        assert told == "--sizes 64 --seconds 1.5 --peers eager"
+        half = Conditions(torch.device("cuda"), torch.float16, compiled=True)
+        told = half.command(REGIMES["decode"], "flow", "forward", "ours", [])
+        assert told == "perceiver-kernels bench decode --case flow --passes forward --dtype fp16"
+
+    def test_of_models(self) -> None:
+        model = "imagenet-fourier-b8", "training"
+        peers = "transformers", "compiled-transformers"
+        assert self.command("models", *model, "ours-compiled", *peers, compiled=True) == "--peers compiled-transformers"
+        assert self.command("models", *model, "transformers-compiled", *peers) == "--peers compiled-transformers"
+        assert self.command("models", *model, "transformers-graphed", *peers) == "--peers transformers"
+        # Cut were other regimes of the same call: models have no number of inputs.
+        assert self.command("models", *model, "ours-graphed", *peers, compiled=True, max_inputs=9) == ""
+
+    def test_what_has_no_name_has_no_command(self) -> None:
+        assert self.command("encode", "photograph", "forward", "ours") is None
 
 
 class TestCsv:

@@ -209,7 +209,8 @@ class TestCommand:
         for row in rows:
             assert (row["kind"], row["regime"], row["failure"]) == ("model", "models", None)
             assert row["p50_ms"] > 0 and row["tflops"] > 0 and row["gbytes_per_s"] > 0 and row["of_floor"] > 0
-        assert rows[1]["command"].endswith("bench models --case imagenet-fourier-b1 --passes forward --peers transformers")
+        told = "bench models --case imagenet-fourier-b1 --passes forward --device cpu --seconds 0.005 --peers transformers"
+        assert rows[1]["command"].endswith(told)
 
     def test_models_beside_themselves(self, tmp_path: Path) -> None:
         path = tmp_path / "models.json"

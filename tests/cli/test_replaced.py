@@ -84,4 +84,5 @@ def test_rows(tmp_path: Path) -> None:
         ("forward", "ours"), ("forward", "original"), ("training", "ours"), ("training", "original")
     ]  # fmt: skip
     assert all(row["kind"] == "model" and row["failure"] is None and row["p50_ms"] > 0 for row in rows)
-    assert rows[1]["command"].endswith("bench replaced --case torch-512x50k-c261-h1 --passes forward --peers original")
+    told = "bench replaced --case torch-512x50k-c261-h1 --passes forward --device cpu --seconds 0.005 --peers original"
+    assert rows[1]["command"].endswith(told)
