@@ -25,7 +25,7 @@ import functools
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     deadline: float
-    cases: tuple[str, ...] | None
+    cases: Sequence[str] | None
     peers: list[str] | None
     compiled: bool
     seconds: float
@@ -133,13 +133,14 @@ def _folder(gpu: str) -> Path:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(name for name in text.split(",") if name)
-
     parser = argparse.ArgumentParser(description="Measure everything that is claimed about one GPU.")
-    parser.add_argument("--parts", type=names, default=tuple(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--cases", type=names, help="only these cases")
-    parser.add_argument("--peers", type=options.peers, help="only these stock implementations ('none')")
+    parser.add_argument(
+        "--parts", type=options.names, action=options.Merged, default=list(PARTS), help=f"of {','.join(PARTS)}"
+    )
+    parser.add_argument("--cases", type=options.names, action=options.Merged, help="only these cases")
+    parser.add_argument(
+        "--peers", type=options.peers, action=options.Merged, help="only these stock implementations ('none')"
+    )
     parser.add_argument(
         "--output", help="folder for the JSON files (default: benchmarks/results, there the one named for this GPU)"
     )

@@ -17,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
+from perceiver_kernels.cli import reading  # noqa: E402
 from perceiver_kernels.cli.measure import kernel_name  # noqa: E402
+from perceiver_kernels.cli.report import CommandError  # noqa: E402
 
 RESULTS = ROOT / "results"
 GPUS = ("h200", "h100")
@@ -53,13 +55,14 @@ Results = dict[str, dict[str, Any]]
 
 def load(folder: Path) -> Results:
     """Return part name -> report, for every JSON file of a folder."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: reading.load(path, "--results") for path in sorted(folder.glob("*.json"))}
 
 
 def published(folder: Path = RESULTS) -> Results:
     """Return part name -> report, of the first of GPUS that a part was measured on, and of the examples."""
     parts = {part: report for gpu in reversed(GPUS) for part, report in load(folder / gpu).items()}
-    return parts | {"examples": {"rows": list(load(EXAMPLES / "results").values())}}
+    # What an example writes is a row, no report.
+    return parts | {"examples": {"rows": [json.loads(path.read_text()) for path in sorted(EXAMPLES.glob("results/*.json"))]}}
 
 
 def rewritten(text: str, results: Results) -> str:
@@ -343,7 +346,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder for each GPU")
     arguments = parser.parse_args(argv)
-    results, stale = published(arguments.results), False
+    try:
+        results, stale = published(arguments.results), False
+    except CommandError as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 2
     for document in DOCUMENTS:
         text = document.read_text()
         new = rewritten(text, results)

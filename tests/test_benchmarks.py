@@ -130,6 +130,16 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(tables.summary(results)) == 1 + 5 + 4 + 3 + 3 * 2
 
 
+def test_tables_of_what_is_no_report_are_one_line(
+    imported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "h200").mkdir()
+    path = tmp_path / "h200" / "kernels.json"
+    path.write_text('{"schema": 2, "rows": []}')
+    assert imported("tables").main(["--check", "--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"tables: argument --results: {path} must have schema 1, got 2\n"
+
+
 def test_a_named_case_is_measured_where_it_is_no_default(
     imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from perceiver_kernels.cli import plot, series
+from perceiver_kernels.cli import plot, reading
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -164,5 +164,5 @@ def test_pictures_are_of_the_published_results(picture: Path) -> None:
     name = picture.relative_to(ROOT)
     (page,) = (page for page in PAGES if f"(images/{picture.name})" in page.read_text())
     (command,) = re.findall(rf"^perceiver-kernels plot (.+) --output {name}$", page.read_text(), re.MULTILINE)
-    reports = [series.load(ROOT / path) for path in command.split()]
+    reports = [reading.load(ROOT / path, "FILE.json") for path in command.split()]
     assert image.open(picture).text["Description"] == "; ".join(map(plot.origin, reports))

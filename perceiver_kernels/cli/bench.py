@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from perceiver_kernels.cli import compare, info, options
+from perceiver_kernels.cli import compare, info, options, reading
 from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.report import CommandError, Report
+from perceiver_kernels.cli.rerun import DTYPES, default_dtype
 from perceiver_kernels.cli.subject import Pass
 from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
 
 HELP = "time named cases against named stock implementations; refuses to time a wrong result"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL = "all"
-"""In the place of a regime's name: every regime, one after the other."""
+"""In the place of a regime's name: every regime, one after the other; of a case's name: every case of a regime."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,15 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{_by_regime(lambda regime: regime.meaning)}; {ALL}: each of them",
     )  # fmt: skip
     parser.add_argument(
-        "--case", nargs="+", metavar="NAME",
-        help=f"named sizes (default: {_by_regime(lambda regime: ' '.join(regime.default_cases))})",
+        "--case", nargs="+", action=options.Merged, metavar="NAME",
+        help=f"named sizes, {ALL} for every case of the regime (default: "
+        f"{_by_regime(lambda regime: ' '.join(regime.default_cases))})",
     )  # fmt: skip
     parser.add_argument(
-        "--passes", metavar="NAME,...",
+        "--passes", type=options.names, action=options.Merged, metavar="NAME,...",
         help=f"what to measure (default: {_by_regime(lambda regime: ','.join(regime.default_passes))})",
     )  # fmt: skip
     parser.add_argument(
-        "--peers", type=options.peers, metavar="NAME,...",
+        "--peers", type=options.peers, action=options.Merged, metavar="NAME,...",
         help="stock implementations (default: all that the device has; 'none' for none)",
     )  # fmt: skip
     parser.add_argument(
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{_by_regime(lambda regime: str(regime.cpu_inputs), lambda regime: regime.cpu_inputs is not None)})",
     )  # fmt: skip
     lengths.add_argument(
-        "--sizes", type=options.sizes, metavar="M,...",
+        "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
         help=f"each case at these sizes, like 1024,64K,1M ({_by_regime(lambda regime: str(regime.axis), _has_axis)})",
     )  # fmt: skip
     parser.add_argument("--csv", type=options.file, metavar="PATH", help="also write the rows as CSV")
@@ -94,7 +95,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
-        "--backend", type=options.names_of("backend", BACKENDS), metavar="NAME,...",
+        "--backend", type=options.names_of("backend", BACKENDS), action=options.Merged, metavar="NAME,...",
         help="allow these backends only, tried in this order (default: all that are available)",
     )  # fmt: skip
 
@@ -104,12 +105,15 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     regimes = list(REGIMES.values()) if arguments.what == ALL else [REGIMES[arguments.what]]
     tasks = planned(regimes, arguments.case, arguments.passes)
     _check_together(arguments, regimes)
-    older = compare.load(Path(arguments.compare)) if arguments.compare else None
+    older = reading.load(Path(arguments.compare), "--compare") if arguments.compare else None
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile
     report = Report(f"bench {arguments.what}", arguments.json, csv=arguments.csv)
     with backend_scope(arguments.backend), report:
-        bench = Bench(report, console, device, dtype, seconds=arguments.seconds)
+        bench = Bench(
+            report, console, device, dtype, seconds=arguments.seconds, max_inputs=arguments.max_inputs,
+            backends=arguments.backend,
+        )  # fmt: skip
         console.line(
             f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}"
         )
@@ -146,35 +150,47 @@ class Task:
     passes: list[Pass]
 
 
-def planned(regimes: Sequence[Regime], cases: Sequence[str] | None, passes: str | None) -> list[Task]:
+def planned(regimes: Sequence[Regime], cases: Sequence[str] | None, passes: Sequence[str] | None) -> list[Task]:
     """Return what is asked for of each regime: its own defaults, or the named cases and passes that it has.
 
     Args:
         regimes: those to measure.
-        cases: names, each argument one or more separated by commas; None for each regime's own.
-        passes: names separated by commas; None for each regime's own.
+        cases: names, each argument one or more separated by commas; ALL alone for every case; None for each regime's own.
+        passes: names; None for each regime's own.
 
     Raises:
         CommandError: no regime has a case or a pass of that name, or none has both.
     """
-    named = None if cases is None else _known("--case", "case", [each.cases for each in regimes], ",".join(cases))
+    named = None if cases is None else _named_cases(regimes, options.names(",".join(cases)))
     wanted = None if passes is None else _known("--passes", "pass", [each.passes for each in regimes], passes)
     tasks = []
     for regime in regimes:
-        mine = regime.default_cases if named is None else tuple(name for name in named if name in regime.cases)
+        mine = regime.default_cases
+        if named is not None:
+            mine = tuple(regime.cases) if named == [ALL] else tuple(name for name in named if name in regime.cases)
         # Together, each measures its own: the layers of `encode` are those of `layers`.
         known = regime.passes if len(regimes) == 1 else regime.default_passes
         which = regime.default_passes if wanted is None else [name for name in wanted if name in known]
         if mine and which:
             tasks.append(Task(regime, mine, [regime.passes[name] for name in which]))
     if not tasks:
-        raise CommandError(f"no regime has both a case of {','.join(cases or ())} and a pass of {passes}")
+        raise CommandError(f"no regime has both a case of {','.join(cases or ())} and a pass of {','.join(passes or ())}")
     return tasks
 
 
-def _known(option: str, kind: str, tables: Sequence[Mapping[str, Any]], text: str) -> list[str]:
+def _named_cases(regimes: Sequence[Regime], names: Sequence[str]) -> list[str]:
+    """Names that regimes have, or ALL alone."""
+    tables = [regime.cases for regime in regimes]
+    if ALL not in names:
+        return _known("--case", "case", tables, names)
+    if len(names) > 1:
+        raise CommandError(f"argument --case: {ALL} must stand alone, got {','.join(names)}")
+    return [ALL]
+
+
+def _known(option: str, kind: str, tables: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     try:
-        return options.names_of(kind, [name for table in tables for name in table])(text)
+        return options.names_of(kind, [name for table in tables for name in table])(",".join(names))
     except CommandError as error:
         raise CommandError(f"argument {option}: {error}") from None
 
@@ -185,7 +201,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
     if arguments.device == "cuda" and not found:
         raise CommandError("--device cuda: PyTorch finds no GPU here (perceiver-kernels info says more)")
     device = torch.device(arguments.device or ("cuda" if found else "cpu"))
-    return device, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    return device, DTYPES[arguments.dtype] if arguments.dtype else default_dtype(device)
 
 
 @contextlib.contextmanager

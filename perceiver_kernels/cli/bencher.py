@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 from perceiver_kernels.cli import measure, pass_table
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.gate import Gate, Verdict
-from perceiver_kernels.cli.regimes import Regime
+from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.report import Report
+from perceiver_kernels.cli.rerun import SECONDS, Conditions
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import GRAPHED, OURS, OWN, Pass, Subject, peer_option, shape_of
+from perceiver_kernels.cli.subject import GRAPHED, OURS, OWN, Pass, Subject, shape_of
 from perceiver_kernels.cli.workload import Workload, chunk_size
 
 
@@ -22,19 +24,27 @@ class Bench:
     """Measures cases into a report and prints each table as it is done; `failures` says what was wrong.
 
     Not strict, only a useless result is wrong: for inputs that somebody chose, such as a blank picture, on
-    which the textbook can be exact by luck.
+    which the textbook can be exact by luck. ``max_inputs`` and ``backends`` are what was asked for: rows tell it in
+    their command.
     """
 
     report: Report
     console: Console
     device: torch.device
     dtype: torch.dtype
-    seconds: float = 0.3
+    seconds: float = SECONDS
     strict: bool = True
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
     failures: list[str] = dataclasses.field(default_factory=list)
-    arguments: str = ""
-    """Of a row's command beside the regime, the case, the pass and the peer: what a sweep set."""
+    max_inputs: int | None = None
+    backends: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.conditions = self._conditions(None, compiled=False)
+        self.peers: list[Peer] = []
+
+    def _conditions(self, size: int | None, *, compiled: bool) -> Conditions:
+        return Conditions(self.device, self.dtype, self.seconds, self.max_inputs, size, self.backends, compiled)
 
     def measure_ceilings(self) -> None:
         """Measure the product and copy rates that percentages refer to."""
@@ -64,7 +74,7 @@ class Bench:
             compiled: whether all includes what torch.compile makes.
             size: the one of a sweep that the case has, named in each row's command.
         """
-        self.arguments = "" if size is None else f" --sizes {size}"
+        self.conditions = self._conditions(size, compiled=compiled)
         passes = regime.passes_of(case, passes)
         work, failure = self._workload(regime, case)
         if work is None:
@@ -88,7 +98,7 @@ class Bench:
         # What is compiled is so as in a process of its own: limits on recompiling count all of a process's models.
         torch.compiler.reset()
         measure.release()
-        if regime.chunks and size is None and any(each.name.startswith("backward") for each in passes):
+        if regime.has_chunks(case) and size is None and any(each.name.startswith("backward") for each in passes):
             self.chunked_memory(case)
 
     def _workload(self, regime: Regime, case: Any) -> tuple[Subject | None, str]:
@@ -122,8 +132,7 @@ class Bench:
             "kind": "model" if each.level == "model" else "bench", "regime": regime, "case": case.name,
             "shape": shape_of(case), "pass": each.name, "implementation": name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "command": f"perceiver-kernels bench {regime} --case {case.name} --passes {each.name}{self.arguments}"
-            + ("" if name in OWN else f" --peers {peer_option(name)}"),
+            "command": self.conditions.command(REGIMES[regime], case.name, each.name, name, self.peers),
         }  # fmt: skip
 
     def chunked_memory(self, case: Any) -> None:
@@ -157,7 +166,7 @@ class Bench:
 
     def measure_pass(self, work: Subject, each: Pass, peers: list[Peer]) -> None:
         """Judge, time and print one pass of one workload."""
-        calls = work.calls(each.name, peers)
+        self.peers, calls = peers, work.calls(each.name, peers)
         verdicts, failures = self._judge(work, each, calls)
         running = {name: call for name, call in calls.items() if name not in failures}
         timings = measure.time_calls(running, self.device, seconds=self.seconds)

@@ -41,7 +41,7 @@ class Probe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--backend", type=options.names_of("backend", BACKENDS), metavar="NAME,...",
+        "--backend", type=options.names_of("backend", BACKENDS), action=options.Merged, metavar="NAME,...",
         help="check these backends only (default: every available one)",
     )  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")

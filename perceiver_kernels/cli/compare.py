@@ -1,20 +1,17 @@
 """A report beside an older one: the same rows, how their time and memory changed, and which of them are regressions.
 
-Rows are the same where kind, case, pass, implementation, dtype and sizes are. What only one of two rows tells is not
+Rows are the same where kind, regime, case, pass, implementation, dtype and sizes are. What only one of two rows tells is not
 compared: older reports hold the dtype beside the rows.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
-from perceiver_kernels.cli.report import SCHEMA, CommandError
 from perceiver_kernels.cli.subject import OWN
 
 TOLERANCE = 5.0
@@ -47,32 +44,6 @@ class Change:
     @property
     def is_ours(self) -> bool:
         return self.row.get("implementation") in OWN or self.row.get("implementation") is None
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Return an older report.
-
-    Raises:
-        CommandError: it cannot be read, is no report, or has another schema.
-    """
-
-    def refused(rule: str) -> CommandError:
-        return CommandError(f"argument --compare: {path} {rule}")
-
-    try:
-        report = json.loads(path.read_text())
-    except OSError as error:
-        raise refused(f"cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise refused("is not a report: it is no JSON") from None
-    if not isinstance(report, dict) or "schema" not in report:
-        raise refused("is not a report: it has no schema")
-    if report["schema"] != SCHEMA:
-        raise refused(f"must have schema {SCHEMA}, got {report['schema']!r}")
-    rows = report.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise refused("is not a report: it has no rows")
-    return report
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int, int]:
@@ -108,8 +79,10 @@ def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: 
     limit = TOLERANCE if tolerance is None else tolerance
     found, gone, fresh = changes(old, new)
     console.heading(f"Beside the report of {old.get('started', 'an unknown day')}")
-    if (then := device_of(old)) != (now := device_of(new)):
-        console.warn(f"measured on another device: {then} then, {now} now")
+    for told, read in CONDITIONS.items():
+        then, now = read(old), read(new)
+        if None not in (then, now) and then != now:
+            console.warn(f"{told}: {then} then, {now} now")
     if not found:
         console.warn("no row of this run is in the older report")
         return True
@@ -125,12 +98,39 @@ def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: 
 
 def device_of(report: dict[str, Any]) -> str:
     """Return the name of the GPU that a report was measured on, or that of the CPU."""
-    environment = report.get("environment") or {}
-    gpus = environment.get("gpus") or []
+    environment = report.get("environment", {})
+    gpus = environment.get("gpus")
     if gpus and isinstance(gpus, list) and report.get("device", "cuda") == "cuda":
         return str(gpus[0].get("name"))
     cpu = environment.get("cpu")
     return f"a CPU with {cpu.get('cores')} cores" if isinstance(cpu, dict) else "an unknown device"
+
+
+def _version(name: str) -> Callable[[dict[str, Any]], str | None]:
+    """The version of a package, where a report tells it."""
+
+    def read(report: dict[str, Any]) -> str | None:
+        found = report.get("environment", {}).get(name)
+        found = found.get("version") if isinstance(found, dict) else found
+        return None if found is None else str(found)
+
+    return read
+
+
+def _value(name: str) -> Callable[[dict[str, Any]], str | None]:
+    return lambda report: report.get(name)
+
+
+CONDITIONS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "measured on another device": device_of,
+    "measured with another perceiver-kernels": _version("perceiver_kernels"),
+    "measured with another torch": _version("torch"),
+    "measured with another triton": _version("triton"),
+    "measured in another dtype": _value("dtype"),
+    "times are of another method": _value("time_method"),
+    "memory is of another method": _value("memory_method"),
+}
+"""What figures depend on beside the code: the warning where it differs -> how a report tells it; None where it does not."""
 
 
 def _names(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -138,7 +138,8 @@ def _names(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _sizes(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"dtype": row.get("dtype", report.get("dtype")), "M": row.get("M"), **row.get("shape", {})}
+    whole = {"regime": row.get("regime"), "dtype": row.get("dtype", report.get("dtype")), "M": row.get("M")}
+    sizes = {**whole, **row.get("shape", {})}
     return {name: size for name, size in sizes.items() if size is not None}
 
 

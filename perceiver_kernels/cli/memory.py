@@ -16,6 +16,7 @@ import torch
 from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
 from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.rerun import DTYPES
 from perceiver_kernels.cli.saved import SAVED_METHOD
 from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
 from perceiver_kernels.cli.stock import Peer
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{GPU_CASE.name} on a GPU and with fake tensors, B={CPU_CASE.B}, {widths_of(CPU_CASE)} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", type=options.sizes, metavar="M,...",
+        "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
         help=f"numbers of inputs; 64K and 1M work (default: by fours from {SMALLEST}, while they take half of the memory "
         f"at most, up to {LARGEST['cuda']} on a GPU and with fake tensors, {LARGEST['cpu']} on a CPU)",
     )  # fmt: skip
@@ -54,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-inputs", type=options.count, metavar="M", help="leave out larger sizes (default: no limit)"
     )
     parser.add_argument(
-        "--passes", type=options.names_of("pass", PASSES), default=list(PASSES), metavar="NAME,...",
+        "--passes", type=options.names_of("pass", PASSES), action=options.Merged, default=list(PASSES), metavar="NAME,...",
         help=f"what to measure (default: {','.join(PASSES)})",
     )  # fmt: skip
     defaults = "; ".join(f"{','.join(peers)} on {device}" for device, peers in DEFAULT_PEERS.items())
     parser.add_argument(
-        "--peers", type=_peers, metavar="NAME,...",
+        "--peers", type=_peers, action=options.Merged, metavar="NAME,...",
         help=f"stock implementations, and the layers of {', '.join(originals.PACKAGES)} (default: {defaults}, and the layers "
         "of those that are installed; 'none' for none)",
     )  # fmt: skip
@@ -143,7 +144,7 @@ def _fake_device(arguments: argparse.Namespace) -> tuple[torch.device, torch.dty
             f"--backend must be left out with --device {FAKE}, the default without a GPU, where none runs, or be given with "
             f"--device cpu, got {names}"
         )
-    return torch.device("cpu"), bench.DTYPES[arguments.dtype or "bf16"]
+    return torch.device("cpu"), DTYPES[arguments.dtype or "bf16"]
 
 
 def default_sizes(case: EncodeCase, device: torch.device, dtype: torch.dtype, *, predict: bool) -> list[int]:

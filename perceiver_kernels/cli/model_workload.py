@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import convert, use_backend
+from perceiver_kernels import convert
 from perceiver_kernels.cli.measure import Call, seeded
-from perceiver_kernels.cli.models import GridCase, ModelCase
+from perceiver_kernels.cli.models import ModelCase
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import COMPILED, GRAPHED, OURS, Pass, Subject, quiet
+from perceiver_kernels.cli.subject import COMPILED, GRAPHED, OURS, Pass, quiet
 from perceiver_kernels.counting import summary
 from perceiver_kernels.models import PerceiverIO
 
@@ -32,18 +32,11 @@ MODEL_PASSES = {
         Pass("training", "model", "whole model, forward + backward"),
     )
 }
-ORIGINAL, SDPA = "transformers", "sdpa"
-"""Peers of a published model, and of the grid decoder, which is our model through PyTorch's attention."""
+ORIGINAL = "transformers"
+"""The peer of a published model."""
 POSITIONS = 16.0
 """Times the fp32 floor of the accuracy rule: the original makes Fourier features in fp32 whatever its dtype, and the sines of
 arguments up to 350 differ by the arguments' rounding; 4e-6 between the two models in fp64."""
-JUDGED_QUERIES = 4096
-"""Points of a grid that are judged, at random places."""
-
-
-def workload(case: ModelCase | GridCase, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Return the models and inputs of a case."""
-    return ModelWorkload(case, device, dtype) if isinstance(case, ModelCase) else GridWorkload(case, device, dtype)
 
 
 class WholeModel:
@@ -189,89 +182,6 @@ class ModelWorkload(WholeModel):
         return passes * min(self._forward_flops("projected"), self._forward_flops(None)), moved
 
 
-class GridWorkload(WholeModel):
-    """Our shape decoder with random weights, and latents of one shape.
-
-    Args:
-        case, device, dtype: as in `Subject`.
-    """
-
-    original = SDPA
-
-    def __init__(self, case: GridCase, device: torch.device, dtype: torch.dtype) -> None:
-        self.case, self.device, self.dtype = case, device, dtype
-        with seeded(0):
-            wider = torch.float64 if dtype == torch.float32 else torch.float32
-            exact = case.build(device=device, dtype=wider).eval()
-            latents = torch.randn(1, exact.config.num_latents, exact.config.dim, device=device, dtype=wider)
-            self.queries = torch.rand(1, JUDGED_QUERIES, 3, device=device) * 2 - 1
-        with torch.no_grad(), use_backend("reference"):
-            self.truth = exact.decode(latents, self.queries).double()
-        self.model, self.latents = exact.to(dtype), latents.to(dtype)
-
-    def ours(self, which: str) -> Call:
-        """Return the callable of the whole grid."""
-        return lambda: (self.model.decode_grid(self.latents, self.case.resolution),)
-
-    def calls(self, which: str, peers: Sequence[Peer]) -> dict[str, Call]:
-        """Return ours, and the same model through PyTorch's attention."""
-        calls = {OURS: self.ours(which)}
-        for peer in peers:
-            known = peer == Peer(SDPA)
-            calls[peer.name] = _through(SDPA, self.ours(which)) if known else self._refused(peer)
-        return calls
-
-    def names(self, which: str) -> list[str]:
-        return ["out"]
-
-    def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
-        """Return calls that decode the points that are judged."""
-        decode = quiet(lambda: [self.model.decode(self.latents, self.queries).flatten()])
-        return {name: decode if name == OURS else _through(SDPA, decode) for name in calls}
-
-    def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return the field at those points, written out in the wider dtype or in the one that is timed."""
-        if dtype == torch.float64:
-            return [self.truth.flatten()]
-        with torch.no_grad(), use_backend("reference"):
-            return [self.model.decode(self.latents, self.queries).flatten()]
-
-    def flops(self, which: str, implementation: str) -> int:
-        """Return the FLOPs of the whole grid, queries projected."""
-        return self._count("projected")
-
-    def _count(self, method: Any) -> int:
-        # Linear in the queries: what the latents take, and what each query adds.
-        decoder = _Decoder(self.model)
-        one, two = (summary(decoder, self.latents, self.queries[:, :n], method=method).whole.flops for n in (1, 2))
-        return one + (self.case.resolution**3 - 1) * (two - one)
-
-    def least(self, which: str) -> tuple[int, int]:
-        """Return the fewest FLOPs, and the bytes of weights, latents and the field."""
-        field = self.case.resolution**3 * self.model.config.output_dim * self.dtype.itemsize
-        moved = bytes_of([self.latents, *self.model.parameters()]) + field
-        return min(self._count("projected"), self._count(None)), moved
-
-
-class _Decoder(nn.Module):
-    """A shape decoder whose forward is its decoding, as `summary` counts forwards."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor, queries: Tensor) -> Tensor:
-        return self.model.decode(latents, queries)
-
-
-def _through(backend: str, call: Call) -> Call:
-    def run() -> Any:
-        with use_backend(backend):
-            return call()
-
-    return run
-
-
 def _pair(case: ModelCase, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, PerceiverIO]:
     """The original with random weights, and ours with the same."""
     import transformers
@@ -288,6 +198,8 @@ def _pair(case: ModelCase, device: torch.device, dtype: torch.dtype) -> tuple[nn
 def moved_to(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Mapping):
         return {name: moved_to(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(moved_to(item, device, dtype) for item in value)
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
@@ -296,6 +208,17 @@ def moved_to(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any
 def bytes_of(value: Any) -> int:
     values: Iterable[Tensor] = value.values() if isinstance(value, Mapping) else [value] if isinstance(value, Tensor) else value
     return sum(tensor.numel() * tensor.element_size() for tensor in values)
+
+
+def vectors(model: nn.Module, call: Call) -> list[Tensor]:
+    """Outputs of a call as one vector, and, where it leaves some, the gradients of all parameters as another."""
+    model.zero_grad(set_to_none=True)
+    out = torch.cat([output.detach().flatten().clone() for output in call()])
+    if all(p.grad is None for p in model.parameters()):
+        return [out]
+    gradients = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    return [out, gradients]
 
 
 def _outputs(model: nn.Module, inputs: Any, options: dict[str, Any]) -> list[Tensor]:

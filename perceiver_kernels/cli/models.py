@@ -1,4 +1,4 @@
-"""Whole models that are measured: published ones beside their originals, and a shape decoder on dense grids."""
+"""Whole models that are measured: beside their originals, or beside themselves through PyTorch's attention; dense grids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perceiver_kernels.models import PerceiverIO, VecSetAutoencoder
+from perceiver_kernels.models import RIN, PerceiverAR, PerceiverIO, PerceiverResampler, SetTransformer, VecSetAutoencoder
 
 IMAGENET: dict[str, Any] = {"num_blocks": 8, "num_self_attends_per_block": 6, "num_latents": 512, "d_latents": 1024}
 ONE_HEAD: dict[str, Any] = {"num_cross_attention_heads": 1, "cross_attention_shape_for_attention": "kv"}
@@ -118,6 +118,41 @@ class GridCase:
         return self
 
 
+@dataclass(frozen=True)
+class SameCase:
+    """One of our models on one input, beside the same model through PyTorch's own attention.
+
+    Args:
+        name: of the case.
+        build: our model; keyword arguments change its sizes.
+        inputs: what the model is called with, on a CPU.
+        shape: of the problem, for rows.
+        small: keyword arguments of ``build``, and ``inputs`` and ``shape``, at sizes for a CPU.
+        passes: of "forward" and "training" (forward and backward).
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    shape: dict[str, int]
+    small: Mapping[str, Any]
+    passes: tuple[str, ...] = PASSES
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {', '.join(f'{name}={size}' for name, size in self.shape.items())}"
+
+    def scaled(self, max_inputs: int | None = None) -> SameCase:
+        """The same model at sizes for a CPU, whatever the limit."""
+        changes = {name: value for name, value in self.small.items() if name not in ("inputs", "shape")}
+        build = functools.partial(self.build, **changes)
+        return replace(self, build=build, inputs=self.small["inputs"], shape=self.small["shape"])
+
+    def cut(self, max_inputs: int) -> SameCase:
+        """The case itself: a model's inputs have one length."""
+        return self
+
+
 def _images(batch: int, size: int = 224) -> Tensor:
     return torch.randn(batch, 3, size, size)
 
@@ -146,7 +181,62 @@ def _image_case(name: str, kind: str, build: Callable[..., PerceiverIO], batch: 
     return ModelCase(name, batch, original, build, functools.partial(_images, batch), small=small, **more)
 
 
-MODELS: dict[str, ModelCase | GridCase] = {
+def _tokens(batch: int, length: int, vocabulary: int = 259) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randint(0, vocabulary, (batch, length)),)
+
+
+def _noisy(batch: int, size: int, classes: int) -> Callable[[], tuple[Tensor, ...]]:
+    """Images, how noisy they are, and their classes."""
+    return lambda: (torch.randn(batch, 3, size, size), torch.rand(batch), torch.randint(0, classes, (batch,)))
+
+
+def _features(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(shape),)
+
+
+SMALL_AR: dict[str, Any] = {
+    "num_latents": 8, "dim": 32, "num_heads": 2, "num_layers": 2, "inputs": _tokens(2, 49),
+    "shape": {"B": 2, "M": 49, "N": 8, "D": 32},
+}  # fmt: skip
+SMALL_RESAMPLER: dict[str, Any] = {
+    "num_latents": 5, "dim": 32, "num_heads": 4, "head_dim": 8, "inputs": _features(2, 11, 32),
+    "shape": {"B": 2, "M": 11, "N": 5, "D": 32},
+}  # fmt: skip
+SAME = (
+    SameCase(
+        "perceiver-ar-imagenet64-b1", PerceiverAR.imagenet64, _tokens(1, 12_289), {"B": 1, "M": 12_289, "N": 1024, "D": 1024},
+        {**SMALL_AR, "max_length": 4 * 4 * 3 + 1, "grid": (4, 4, 3)},
+    ),
+    SameCase(
+        "perceiver-ar-copy-b1", PerceiverAR.copy_task, _tokens(1, 131_072), {"B": 1, "M": 131_072, "N": 1024, "D": 1024},
+        {**SMALL_AR, "max_length": 49},
+    ),
+    SameCase(
+        "rin-imagenet64-b32", RIN.imagenet64, _noisy(32, 64, 1000), {"B": 32, "M": 64, "C": 512, "N": 128, "D": 768},
+        {
+            "image_size": 16, "patch_size": 4, "num_classes": 5, "num_latents": 8, "latent_dim": 32, "tape_dim": 16,
+            "layers": (1, 1), "latent_heads": 2, "tape_heads": 2, "inputs": _noisy(2, 16, 5),
+            "shape": {"B": 2, "M": 16, "C": 16, "N": 8, "D": 32},
+        },
+    ),
+    SameCase(
+        "resampler-flamingo-b32", PerceiverResampler.flamingo, _features(32, 2048, 1024),
+        {"B": 32, "M": 2048, "N": 64, "D": 1024}, SMALL_RESAMPLER,
+    ),
+    SameCase(
+        "resampler-idefics2-b8", PerceiverResampler.idefics2, _features(8, 4900, 4096),
+        {"B": 8, "M": 4900, "N": 64, "D": 4096}, {**SMALL_RESAMPLER, "num_kv_heads": 2, "depth": 1},
+    ),
+    SameCase(
+        "set-transformer-modelnet40-b16", SetTransformer.modelnet40, _features(16, 5000, 3),
+        {"B": 16, "M": 5000, "C": 3, "N": 16, "D": 256},
+        {
+            "dim": 16, "num_heads": 2, "num_inducing": 4, "inputs": _features(2, 13, 3),
+            "shape": {"B": 2, "M": 13, "C": 3, "N": 4, "D": 16},
+        },
+    ),
+)  # fmt: skip
+MODELS: dict[str, ModelCase | GridCase | SameCase] = {
     case.name: case
     for case in (
         _image_case("imagenet-fourier-b8", "Fourier", PerceiverIO.imagenet_fourier, 8, 8, compiles=True),
@@ -188,8 +278,10 @@ MODELS: dict[str, ModelCase | GridCase] = {
         ),
         GridCase("shape-decoder-129", 129),
         GridCase("shape-decoder-257", 257),
+        *SAME,
     )
 }  # fmt: skip
 DEFAULT_MODELS = (
     "imagenet-fourier-b8", "imagenet-fourier-b1", "optical-flow", "multimodal-part", "shape-decoder-129", "shape-decoder-257",
+    "resampler-flamingo-b32", "set-transformer-modelnet40-b16", "rin-imagenet64-b32", "perceiver-ar-imagenet64-b1",
 )  # fmt: skip

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 from perceiver_kernels.cli.report import CommandError, unknown_name
 from perceiver_kernels.cli.stock import Peer
 
 LONGEST_SECONDS = 3600.0
 """A longer sample of one implementation is a slip of the keyboard; the samples are limited too."""
+
+
+class Merged(argparse.Action):
+    """The action of a list: given again it adds to what was given before, each value once; numbers stay sorted."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        given = before is not self.default
+        if given and bool(before) != bool(values):
+            raise argparse.ArgumentError(self, f"'none' must stand alone, got {','.join([*before, *values])} too")
+        merged = list(dict.fromkeys([*(before if given else ()), *values]))
+        setattr(namespace, self.dest, sorted(merged) if self.type is sizes else merged)
 
 
 def name_of(kind: str, known: Collection[str]) -> Callable[[str], str]:
@@ -27,6 +43,11 @@ def names_of(kind: str, known: Collection[str]) -> Callable[[str], list[str]]:
     """Return the type of names separated by commas."""
     read = name_of(kind, known)
     return lambda text: [read(name) for name in _split(text)]
+
+
+def names(text: str) -> list[str]:
+    """Read names separated by commas, which are known to what takes them."""
+    return _split(text)
 
 
 def peers(text: str) -> list[str]:

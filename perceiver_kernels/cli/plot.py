@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perceiver_kernels.cli import curves, options, series
+from perceiver_kernels.cli import curves, options, reading, series
 from perceiver_kernels.cli.console import Console, format_ms
 from perceiver_kernels.cli.report import CommandError, Report, check_writable
 from perceiver_kernels.cli.series import Chart
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Draw reports into one picture."""
     path = Path(arguments.output)
-    reports = [series.load(Path(name)) for name in arguments.reports]
+    reports = [reading.load(Path(name), "FILE.json") for name in arguments.reports]
     for name, report in zip(arguments.reports, reports, strict=True):
         if not series.charts([report]):
             raise CommandError(f"{name} has no sizes to draw: one of {', '.join(series.AXES)} must differ between its rows")
@@ -65,7 +65,7 @@ def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
 
     Args:
         path: PNG or SVG to write.
-        reports: as `series.load` gives them.
+        reports: as `reading.load` gives them.
     """
     charts = series.charts(reports)
     if not charts:

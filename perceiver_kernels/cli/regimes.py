@@ -13,13 +13,14 @@ import torch
 from perceiver_kernels.cli.attention_workload import ATTENTION_PASSES, AttentionWorkload
 from perceiver_kernels.cli.attention_workload import least_bytes as attention_bytes
 from perceiver_kernels.cli.model_workload import MODEL_PASSES
-from perceiver_kernels.cli.model_workload import workload as model_workload
 from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS
 from perceiver_kernels.cli.replaced import REPLACED, ReplacedWorkload
+from perceiver_kernels.cli.same_model import workload as model_workload
 from perceiver_kernels.cli.subject import Pass, Subject
+from perceiver_kernels.cli.wide_workload import WideCase, WideWorkload
 from perceiver_kernels.cli.workload import PASSES, Workload
 from perceiver_kernels.cli.workload import least_bytes as encode_bytes
-from perceiver_kernels.testing.cases import DECODE, ENCODE, ENCODE_KV, PROCESS, AttentionCase
+from perceiver_kernels.testing.cases import DECODE, ENCODE, ENCODE_KV, ENCODE_WIDE, PROCESS, AttentionCase, EncodeCase
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Regime:
         default_passes: names of what is measured when no pass is asked for.
         cpu_inputs: tokens that a case is cut to on a CPU, unless somebody says otherwise; None where cases have none.
         axis: the size of a case that `--sizes` sets, None where there is none.
-        chunks: whether our layer has a chunked form, whose memory is measured too.
+        chunks: whether our layer has a chunked form, whose memory is measured too, of cases that do not say otherwise.
     """
 
     name: str
@@ -67,14 +68,24 @@ class Regime:
         known = getattr(case, "passes", self.passes)
         return [each for each in passes if each.name in known]
 
+    def has_chunks(self, case: Any) -> bool:
+        """Whether the layer of a case has a chunked form."""
+        return self.chunks and getattr(case, "chunks", True)
 
-def _encode(name: str, meaning: str, default_cases: tuple[str, ...], level: str) -> Regime:
+
+def _encode(
+    name: str, meaning: str, cases: Mapping[str, EncodeCase], default_cases: tuple[str, ...], level: str
+) -> Regime:
     """A regime over inputs: the passes of one level are measured by default, those of `encode` hold both."""
+
+    def workload(case: EncodeCase, device: torch.device, dtype: torch.dtype) -> Workload:
+        return (WideWorkload if isinstance(case, WideCase) else Workload)(case, device, dtype, regime=name)
+
     layers = {name: each for name, each in PASSES.items() if each.level == "layer"}
     chosen = tuple(which for which, each in PASSES.items() if each.level == level)
     return Regime(
-        name, meaning, ENCODE, default_cases, layers if level == "layer" else PASSES, functools.partial(Workload, regime=name),
-        encode_bytes, chosen, cpu_inputs=2048, axis="M", chunks=True,
+        name, meaning, cases, default_cases, layers if level == "layer" else PASSES, workload, encode_bytes, chosen,
+        cpu_inputs=2048, axis="M", chunks=True,
     )  # fmt: skip
 
 
@@ -89,16 +100,22 @@ def _attention(
     )  # fmt: skip
 
 
+WIDE = {name: WideCase(**dataclasses.asdict(case)) for name, case in ENCODE_WIDE.items()}
 REGIMES = {
     each.name: each
     for each in (
-        _encode("encode", "few latents read many inputs", ("imagenet", "longctx", "flow", "multimodal"), "kernel"),
         _encode(
-            "layers", "whole layers, LayerNorm to output projection",
+            "encode", "few latents read many inputs", ENCODE, ("imagenet", "longctx", "flow", "multimodal", "c128", "c64"),
+            "kernel",
+        ),
+        _encode(
+            "layers", f"whole layers, LayerNorm to output projection; {', '.join(WIDE)} are projected, each head with keys of "
+            "its own", {**ENCODE, **WIDE},
             ("imagenet", "longctx", "flow", "multimodal", "language", "resampler", "pointcloud"), "layer",
         ),
         _attention(
-            "decode", "many queries read few latents", DECODE, ("decode-h8", "decode-h1", "decode-262k", "flow"), "Lq",
+            "decode", "many queries read few latents", DECODE,
+            ("decode-h8", "decode-h1", "decode-262k", "flow", "vecset"), "Lq",
         ),
         _attention(
             "process", "latents read each other", PROCESS,
@@ -109,8 +126,8 @@ REGIMES = {
             ("kv-256x1m-d256", "kv-64x16k-h16-d64", "kv-512x50k-d128", "kv-512x50k-h8-d64"), "Lk",
         ),
         Regime(
-            "models", "whole models beside their originals", MODELS, DEFAULT_MODELS, MODEL_PASSES, model_workload,
-            lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
+            "models", "whole models beside their originals, or beside themselves over PyTorch's attention", MODELS,
+            DEFAULT_MODELS, MODEL_PASSES, model_workload, lambda case, which, itemsize: 0, tuple(MODEL_PASSES), cpu_inputs=None,
         ),
         Regime(
             "replaced", "models of other libraries before and after replace_attention", REPLACED, tuple(REPLACED), MODEL_PASSES,

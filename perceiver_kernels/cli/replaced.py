@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels import replace_attention
 from perceiver_kernels.cli.measure import Call, seeded
-from perceiver_kernels.cli.model_workload import WholeModel, bytes_of, moved_to
+from perceiver_kernels.cli.model_workload import WholeModel, bytes_of, moved_to, vectors
 from perceiver_kernels.cli.models import IMAGENET, ONE_HEAD
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.subject import COMPILED, OURS, quiet
@@ -212,10 +212,17 @@ class ReplacedWorkload(WholeModel):
         def training() -> list[Tensor]:
             model.zero_grad(set_to_none=True)
             outputs = forward()
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            torch.autograd.backward(outputs, [self.gradient.to(output) for output in outputs])
             return outputs
 
         return training if which == "training" else quiet(forward)
+
+    @functools.cached_property
+    def gradient(self) -> Tensor:
+        """Gradient of the output: random, as a LayerNorm that ends a model has none for ones."""
+        (output,) = self._call(self.stock, self.inputs, "forward")()
+        with seeded(2):
+            return torch.randn_like(output)
 
     def names(self, which: str) -> list[str]:
         """Return the names of what is judged."""
@@ -224,17 +231,17 @@ class ReplacedWorkload(WholeModel):
     def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
         """Return calls that give outputs and gradients as vectors."""
         return {
-            name: functools.partial(_vectors, self.replaced if name.startswith(OURS) else self.stock, call)
+            name: functools.partial(vectors, self.replaced if name.startswith(OURS) else self.stock, call)
             for name, call in calls.items()
         }
 
     def specification(self, which: str, dtype: torch.dtype) -> Sequence[Tensor]:
         """Return what the original gives, in the wider dtype or in the one that is timed."""
         if dtype == torch.float64:
-            exact = _vectors(self.exact, self._call(self.exact, self.exact_inputs, which))
+            exact = vectors(self.exact, self._call(self.exact, self.exact_inputs, which))
             self._oracle = [tensor.double() for tensor in exact]
             return self._oracle
-        return _vectors(self.stock, self._call(self.stock, self.inputs, which))
+        return vectors(self.stock, self._call(self.stock, self.inputs, which))
 
     def terms(self, which: str) -> Mapping[str, Tensor]:
         """Return what lets a result differ by what fp32 makes of positions."""
@@ -255,14 +262,3 @@ class ReplacedWorkload(WholeModel):
         """Return the original's FLOPs, and the fewest bytes: inputs, weights and gradients once."""
         passes = 2 if which == "training" else 1
         return self.flops(which, OURS), bytes_of(self.inputs) + passes * bytes_of(list(self.replaced.parameters()))
-
-
-def _vectors(model: nn.Module, call: Call) -> list[Tensor]:
-    """Outputs of a call as one vector, and, where it leaves some, the gradients of all parameters as another."""
-    model.zero_grad(set_to_none=True)
-    out = torch.cat([output.detach().flatten().clone() for output in call()])
-    if all(p.grad is None for p in model.parameters()):
-        return [out]
-    gradients = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
-    model.zero_grad(set_to_none=True)
-    return [out, gradients]

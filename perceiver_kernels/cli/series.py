@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from perceiver_kernels.cli.regimes import REGIMES
-from perceiver_kernels.cli.report import CommandError
 
 AXES = {"M": "inputs M", "O": "output queries O", "Lk": "keys", "Lq": "queries"}
 """What a sweep can vary -> its name on an axis."""
@@ -67,29 +64,11 @@ class Chart:
         return any(line.predicted for line in self.lines.values())
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return a report that a command wrote.
-
-    Raises:
-        CommandError: the file cannot be read, or is no report.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CommandError(f"{path} is no report: {error}") from error
-    rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CommandError(f"{path} is no report: it must be an object with rows, as --json writes it")
-    return content
-
-
 def charts(reports: Sequence[dict[str, Any]]) -> list[Chart]:
     """Return what reports have to draw against a size; later reports replace points of earlier ones.
 
     Args:
-        reports: as `load` gives them, or as `Report.content` holds them.
+        reports: as `reading.load` gives them, or as `Report.content` holds them.
 
     Returns:
         Charts of at least two sizes, time before memory. Where several devices meet in one, lines are named by theirs too.

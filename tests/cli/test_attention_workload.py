@@ -335,5 +335,5 @@ class TestRegimes:
 
     def test_long_cases_are_measured_when_they_are_named(self) -> None:
         decode = REGIMES["decode"]
-        assert decode.default_cases == ("decode-h8", "decode-h1", "decode-262k", "flow")
-        assert {"vecset", "shape2vecset", "multimodal"} <= set(decode.cases)
+        assert decode.default_cases == ("decode-h8", "decode-h1", "decode-262k", "flow", "vecset")
+        assert {"shape2vecset", "multimodal"} <= set(decode.cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from perceiver_kernels.cli import bench, flat, main, measure
+from perceiver_kernels.cli import bench, build_parser, flat, main, measure
+from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES, Regime
+from perceiver_kernels.cli.rerun import Conditions
+from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.workload import Workload
-from perceiver_kernels.testing.cases import ENCODE
+from perceiver_kernels.testing.cases import ENCODE, ENCODE_WIDE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,8 +33,10 @@ class TestRegimes:
         encode, layers = REGIMES["encode"], REGIMES["layers"]
         assert set(layers.passes) == {"forward", "forward-packed", "backward", "backward-inputs"} == set(layers.default_passes)
         assert set(encode.default_passes) == {"pack", "attend", "attend-masked", "dq", "dx"}
-        assert layers.cases == encode.cases == ENCODE and set(layers.passes) < set(encode.passes)
+        assert encode.cases == ENCODE and set(layers.passes) < set(encode.passes)
+        assert layers.cases.items() > ENCODE.items() and layers.cases.keys() == {**ENCODE, **ENCODE_WIDE}.keys()
         assert {"language", "resampler", "pointcloud"} < set(layers.default_cases)
+        assert {"c128", "c64"} < set(encode.default_cases)
 
     @pytest.mark.parametrize("regime", REGIMES.values(), ids=lambda regime: regime.name)
     def test_defaults_exist(self, regime: Regime) -> None:
@@ -39,10 +45,16 @@ class TestRegimes:
     def test_all_measures_nothing_twice(self) -> None:
         tasks = bench.planned(list(REGIMES.values()), None, None)
         assert [task.regime.name for task in tasks] == list(REGIMES)
-        named = bench.planned(list(REGIMES.values()), ["imagenet"], "forward")
+        named = bench.planned(list(REGIMES.values()), ["imagenet"], ["forward"])
         assert [task.regime.name for task in named] == ["layers", "decode", "process"]
-        (alone,) = bench.planned([REGIMES["encode"]], ["imagenet,flow", "c64"], "forward")
+        (alone,) = bench.planned([REGIMES["encode"]], ["imagenet,flow", "c64"], ["forward"])
         assert alone.cases == ("imagenet", "flow", "c64") and [each.name for each in alone.passes] == ["forward"]
+
+    @pytest.mark.parametrize("regimes", [["encode"], ["decode"], ["models"], list(REGIMES)], ids=lambda names: names[-1])
+    def test_every_case(self, regimes: list[str]) -> None:
+        tasks = bench.planned([REGIMES[name] for name in regimes], ["all"], None)
+        assert {task.regime.name: task.cases for task in tasks} == {name: tuple(REGIMES[name].cases) for name in regimes}
+        assert not any(bench.ALL in REGIMES[name].cases for name in regimes)
 
     def test_all_writes_one_report(self, tmp_path: Path) -> None:
         path = tmp_path / "bench.json"
@@ -54,7 +66,8 @@ class TestRegimes:
         }  # fmt: skip
         assert json.loads(path.read_text())["command"] == "bench all"
         for row in rows:
-            assert row["command"] == f"perceiver-kernels bench {row['regime']} --case imagenet --passes {row['pass']}"
+            named = f"perceiver-kernels bench {row['regime']} --case imagenet --passes {row['pass']}"
+            assert row["command"] == f"{named} --max-inputs 40 --device cpu --seconds 0.005"
             assert row["dtype"] == "float32" and row["bytes"] > 0
             assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / row["p50_ms"] / 1e6)
 
@@ -63,6 +76,8 @@ class TestRegimes:
         [
             (["encod"], "argument REGIME: no regime named 'encod'; nearest: encode"),
             (["all", "--case", "decode-h9"], "argument --case: no case named 'decode-h9'; nearest: decode-h8"),
+            (["process", "--case", "all", "imagenet"], "argument --case: all must stand alone, got all,imagenet"),
+            (["all", "--case", "imagenet", "--case", "all"], "argument --case: all must stand alone, got imagenet,all"),
             (["all", "--passes", "forwrd"], "argument --passes: no pass named 'forwrd'; nearest: forward"),
             (["all", "--case", "decode-h8", "--passes", "dq"], "no regime has both a case of decode-h8 and a pass of dq"),
             (["process", "--sizes", "1K"], "--sizes: must be given with one of encode, layers, decode, encode-kv, got process"),
@@ -78,6 +93,47 @@ class TestRegimes:
             code = stopped.code
         captured = capsys.readouterr()
         assert (code, captured.out) == (2, "") and told in captured.err and captured.err.count("\n") == 1
+
+
+class TestWide:
+    """More channels than absorption takes: a layer that computes keys and values, and nothing that needs packed inputs."""
+
+    @pytest.mark.parametrize("name", ENCODE_WIDE)
+    def test_sizes_are_those_of_the_table(self, name: str) -> None:
+        case = REGIMES["layers"].cases[name]
+        assert dataclasses.asdict(case) == dataclasses.asdict(ENCODE_WIDE[name])
+        small = REGIMES["layers"].sizes(name, torch.device("cpu"), 40)
+        assert (small.C, small.H, type(small)) == (case.C, case.H, type(case))
+
+    def test_is_projected_and_right(self, tmp_path: Path) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "q-former", "ip-adapter", "--peers", "eager", "--max-inputs", "140"]
+        assert main([*call, "--json", str(path)]) == 0
+        rows = rows_of(path)
+        assert [(row["case"], row["pass"], row["implementation"]) for row in rows] == [
+            (case, which, name)
+            for case in ("q-former", "ip-adapter")
+            for which in ("forward", "backward", "backward-inputs")
+            for name in ("ours", "eager")
+        ]
+        for row in rows:
+            assert row["failure"] is None and row["method"] == "projected" and "inaccurate" not in row
+        assert set(rows[2]["errors"]) == set(rows[3]["errors"]) and rows[0]["backend"] == "sdpa"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_shared_keys_are_measured_as_keys_of_each_head(self, dtype: torch.dtype) -> None:
+        case = dataclasses.replace(REGIMES["layers"].cases["idefics2"], B=1, M=33, N=7, D=64)
+        work = REGIMES["layers"].workload(case, torch.device("cpu"), dtype)
+        assert work.projected_layer.k_proj.out_features == 16 * 96
+        for which in case.passes:
+            assert work.method(which, "ours") == "projected"
+            assert Gate(work).judge(which, work.calls(which, []))["ours"].failure is None
+
+    def test_have_no_packed_pass(self, tmp_path: Path) -> None:
+        path = tmp_path / "bench.json"
+        call = ["bench", "layers", *QUICK, "--case", "q-former", "--passes", "forward-packed", "--max-inputs", "8"]
+        assert main([*call, "--json", str(path)]) == 0
+        assert rows_of(path) == []
 
 
 class TestSizes:
@@ -99,7 +155,7 @@ class TestSizes:
         rows = [row for row in rows_of(path) if row["implementation"] == "ours"]
         assert [row["shape"][axis] for row in rows] == [33, 70]
         assert all(row["shape"].items() >= other.items() for row in rows)
-        assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33")
+        assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33 --device cpu --seconds 0.005")
 
     def test_what_does_not_fit_is_a_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "bench.json"
@@ -133,6 +189,63 @@ class TestSizes:
         monkeypatch.setattr(Workload, "calls", broken)
         with pytest.raises(RuntimeError, match="a defect"):
             main(["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"])
+
+
+class TestRerun:
+    """A row's command, read by the parser, is the call that gave the row."""
+
+    @pytest.mark.parametrize(
+        ("call", "expected"),
+        [
+            (["--max-inputs", "33", "--dtype", "bf16"], {"max_inputs": 33, "dtype": "bf16"}),
+            (["--max-inputs", "512", "--dtype", "fp32"], {}),
+            (["--sizes", "33", "--backend", "sdpa,reference"], {"sizes": [33], "backend": ["sdpa", "reference"]}),
+            (["--max-inputs", "8", "--seconds", "0.3"], {"max_inputs": 8, "seconds": 0.3}),
+        ],
+    )
+    def test_commands_are_read_as_they_were_given(
+        self, call: list[str], expected: dict[str, Any], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "bench.json"
+        quick = [] if "--seconds" in call else ["--seconds", "0.005"]
+        given = ["bench", "decode", "--device", "cpu", "--case", "peract", "--passes", "forward", *call, *quick]
+        assert main([*given, "--peers", "math", "--json", str(path)]) == 0
+        rows = rows_of(path)
+        assert [row["implementation"] for row in rows] == ["ours", "math"]
+        for row, peers in zip(rows, (None, ["math"]), strict=True):
+            again = vars(build_parser().parse_args(row["command"].split()[1:]))
+            before = vars(build_parser().parse_args(given))
+            plain = {"max_inputs": None, "dtype": None, "sizes": None, "backend": None, "seconds": 0.005}
+            assert again == {**before, "peers": peers, **plain, **expected}
+
+    @staticmethod
+    def command(regime: str, case: str, which: str, name: str, *peers: str, **changes: Any) -> str | None:
+        on_gpu = Conditions(torch.device("cuda"), torch.bfloat16, **changes)
+        told = on_gpu.command(REGIMES[regime], case, which, name, list(map(Peer.parse, peers)))
+        return told and told.removeprefix(f"perceiver-kernels bench {regime} --case {case} --passes {which}").strip()
+
+    def test_on_a_gpu(self) -> None:
+        assert self.command("encode", "flow", "attend", "ours", compiled=True) == ""
+        assert self.command("encode", "flow", "attend", "ours") == "--no-compile"
+        assert self.command("encode", "flow", "attend", "compiled-eager", "compiled-eager") == "--peers compiled-eager"
+        assert self.command("layers", "flow", "forward", "ours", compiled=True, max_inputs=2048) == "--max-inputs 2048"
+        told = self.command("layers", "flow", "forward", "eager", size=64, seconds=1.5)
+        assert told == "--sizes 64 --seconds 1.5 --peers eager"
+        half = Conditions(torch.device("cuda"), torch.float16, compiled=True)
+        told = half.command(REGIMES["decode"], "flow", "forward", "ours", [])
+        assert told == "perceiver-kernels bench decode --case flow --passes forward --dtype fp16"
+
+    def test_of_models(self) -> None:
+        model = "imagenet-fourier-b8", "training"
+        peers = "transformers", "compiled-transformers"
+        assert self.command("models", *model, "ours-compiled", *peers, compiled=True) == "--peers compiled-transformers"
+        assert self.command("models", *model, "transformers-compiled", *peers) == "--peers compiled-transformers"
+        assert self.command("models", *model, "transformers-graphed", *peers) == "--peers transformers"
+        # Cut were other regimes of the same call: models have no number of inputs.
+        assert self.command("models", *model, "ours-graphed", *peers, compiled=True, max_inputs=9) == ""
+
+    def test_what_has_no_name_has_no_command(self) -> None:
+        assert self.command("encode", "photograph", "forward", "ours") is None
 
 
 class TestCsv:

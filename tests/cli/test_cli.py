@@ -178,7 +178,8 @@ class TestBenchAttention:
             assert (ours["kind"], ours["case"], ours["backend"], ours["failure"]) == ("bench", case, "sdpa", None)
             assert set(ours["errors"]) == set(ours["eager_errors"]) == tensors
             assert set(ours["shape"]) == {"B", "H", "Lq", "Lk", "d_qk", "d_v"}
-            assert ours["command"] == f"perceiver-kernels bench {regime} --case {case} --passes {which}"
+            named = f"perceiver-kernels bench {regime} --case {case} --passes {which}"
+            assert ours["command"] == f"{named} --max-inputs 40 --device cpu --seconds 0.01"
             assert ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] and ours["floor_ms"] > 0
             assert rows[which, "math"]["backend"] == "stock" and rows[which, "math"]["tflops"] > 0
             assert rows[which, "cudnn"]["failure"] and "p50_ms" not in rows[which, "cudnn"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from perceiver_kernels.cli import compare, main
+from perceiver_kernels.cli import compare, main, reading
 from perceiver_kernels.cli.console import Console
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,10 +20,19 @@ CALL = [
 ]  # fmt: skip
 
 
+SHAPE = "is not a report: shape of row {} must be an object of whole numbers, got"
+FIGURE = "a number, at least 0, or null"
+ENVIRONMENT = "environment must be an object whose gpus are a list of objects"
+
+
+def of_row(values: str) -> str:
+    return f'{{"schema": 1, "rows": [{values}]}}'
+
+
 def row(**changes: Any) -> dict[str, Any]:
     plain = {
-        "kind": "bench", "case": "imagenet", "pass": "forward", "implementation": "ours", "dtype": "float32",
-        "shape": {"B": 2, "Lq": 20}, "failure": None, "p50_ms": 2.0, "peak_extra_bytes": 100,
+        "kind": "bench", "regime": "process", "case": "imagenet", "pass": "forward", "implementation": "ours",
+        "dtype": "float32", "shape": {"B": 2, "Lq": 20}, "failure": None, "p50_ms": 2.0, "peak_extra_bytes": 100,
     }  # fmt: skip
     return {**plain, **changes}
 
@@ -53,7 +62,7 @@ class TestJoin:
         "change",
         [
             {"kind": "model"}, {"case": "flow"}, {"pass": "backward"}, {"implementation": "eager"}, {"dtype": "bfloat16"},
-            {"shape": {"B": 2, "Lq": 21}},
+            {"shape": {"B": 2, "Lq": 21}}, {"regime": "decode"},
         ],
     )  # fmt: skip
     def test_another_key_is_another_row(self, change: dict[str, Any]) -> None:
@@ -61,7 +70,7 @@ class TestJoin:
 
     def test_what_one_report_does_not_tell_is_not_compared(self) -> None:
         """Older rows have their dtype beside them, those of models no sizes at all."""
-        older = {name: value for name, value in row().items() if name not in ("dtype", "shape")}
+        older = {name: value for name, value in row().items() if name not in ("regime", "dtype", "shape")}
         assert len(compare.changes(report(older), report(row()))[0]) == 2
         assert len(compare.changes(report(older, dtype="float32"), report(row()))[0]) == 2
         assert compare.changes(report(older, dtype="bfloat16"), report(row()))[0] == []
@@ -105,6 +114,38 @@ class TestShow:
         on_cpu = report(row(), gpu="A", device="cpu")
         assert "A then, a CPU with 2 cores now" in shown(report(row(), gpu="A"), on_cpu, capsys)[1]
 
+    @pytest.mark.parametrize(
+        ("then", "now", "told"),
+        [
+            ({"perceiver_kernels": "0.1"}, {"perceiver_kernels": "0.2"}, "another perceiver-kernels: 0.1 then, 0.2 now"),
+            ({"torch": {"version": "2.10"}}, {"torch": {"version": "2.11"}}, "another torch: 2.10 then, 2.11 now"),
+            ({"torch": "not found out: x"}, {"torch": {"version": "2"}}, "another torch: not found out: x then, 2 now"),
+            ({"triton": "3.5"}, {"triton": "not installed"}, "another triton: 3.5 then, not installed now"),
+        ],
+    )  # fmt: skip
+    def test_another_version_is_a_warning(
+        self, then: dict[str, Any], now: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        old, new = report(row()), report(row())
+        old["environment"] |= then
+        new["environment"] |= now
+        warnings = [line for line in shown(old, new, capsys)[1].splitlines() if line.startswith("!")]
+        assert warnings == [f"! measured with {told}"]
+        assert "another" not in shown(old, old, capsys)[1]
+        # What one of the two does not tell is not known to differ.
+        assert "another" not in shown(report(row()), new, capsys)[1]
+
+    def test_another_dtype_or_method_is_a_warning(self, capsys: pytest.CaptureFixture[str]) -> None:
+        plain = row()
+        plain.pop("dtype")
+        old = report(plain, dtype="float32", time_method="a", memory_method="c")
+        new = report(plain, dtype="bfloat16", time_method="b", memory_method="d")
+        failed, told = shown(old, new, capsys)
+        assert failed and [line for line in told.splitlines() if line.startswith("!")] == [
+            "! measured in another dtype: float32 then, bfloat16 now", "! times are of another method: a then, b now",
+            "! memory is of another method: c then, d now", "! no row of this run is in the older report",
+        ]  # fmt: skip
+
     def test_nothing_in_common(self, capsys: pytest.CaptureFixture[str]) -> None:
         failed, told = shown(report(), report(row()), capsys)
         assert failed and "! no row of this run is in the older report" in told
@@ -125,6 +166,25 @@ class TestLoad:
             ('{"schema": 2, "rows": []}', "must have schema 1, got 2"),
             ('{"schema": 1}', "is not a report: it has no rows"),
             ('{"schema": 1, "rows": [3]}', "is not a report: it has no rows"),
+            ('{"schema": 1, "rows": {}}', "is not a report: it has no rows"),
+            ("[" * 100_000, "is not a report: it is no JSON"),
+            (of_row('{"shape": null}'), f"{SHAPE.format(1)} null"),
+            (of_row('{}, {"shape": {"M": "x"}}'), f'{SHAPE.format(2)} {{"M": "x"}}'),
+            *(
+                (of_row(f'{{"{name}": {wrong}}}'), f"is not a report: {name} of row 1 must be {FIGURE}, got {wrong}")
+                for name in ("p50_ms", "peak_extra_bytes")
+                for wrong in ('"2"', "true", "NaN", "-1", "[]")
+            ),
+            (of_row(f'{{"p50_ms": {10**400}}}'), f"is not a report: p50_ms of row 1 must be {FIGURE}, got 1{59 * '0'}..."),
+            (of_row('{"case": ["a"]}'), 'is not a report: case of row 1 must be text, got ["a"]'),
+            (of_row('{"kind": {}}'), "is not a report: kind of row 1 must be text, got {}"),
+            (of_row('{"failure": 3}'), "is not a report: failure of row 1 must be text or null, got 3"),
+            (of_row('{"M": 1.5}'), "is not a report: M of row 1 must be a whole number, got 1.5"),
+            ('{"schema": 1, "rows": [], "dtype": 16}', "is not a report: dtype must be text, got 16"),
+            *(
+                (f'{{"schema": 1, "rows": [], "environment": {wrong}}}', f"is not a report: {ENVIRONMENT}, got {wrong}")
+                for wrong in ('"CPU"', "null", '{"gpus": [1]}', '{"gpus": {}}')
+            ),
             (None, "cannot be read: No such file or directory"),
         ],
     )
@@ -147,7 +207,7 @@ class TestLoad:
         paths = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*/*.json"))
         assert paths
         for path in paths:
-            old = compare.load(path)
+            old = reading.load(path, "--compare")
             found, gone, fresh = compare.changes(old, old)
             assert gone == fresh == 0 and all(change.ratio == 1.0 for change in found), path
 

@@ -12,11 +12,13 @@ import torch
 
 from perceiver_kernels.cli import main, measure
 from perceiver_kernels.cli.gate import Gate
-from perceiver_kernels.cli.model_workload import GridWorkload, ModelWorkload, workload
-from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS, GridCase
+from perceiver_kernels.cli.model_workload import ModelWorkload
+from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS, SAME, ModelCase
 from perceiver_kernels.cli.regimes import REGIMES
+from perceiver_kernels.cli.same_model import GridWorkload, workload
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.counting import summary
+from perceiver_kernels.dispatch import candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +38,8 @@ class TestCases:
         assert shapes["optical-flow"] == {"B": 1, "N": 2048, "D": 512}
         assert shapes["multimodal-part"] == {"B": 1, "N": 784, "D": 512}
         assert shapes["shape-decoder-129"] == {"B": 1, "Lq": 129**3, "N": 512, "D": 512}
+        assert shapes["perceiver-ar-copy-b1"] == {"B": 1, "M": 131_072, "N": 1024, "D": 1024}
+        assert shapes["rin-imagenet64-b32"] == {"B": 32, "M": 64, "C": 512, "N": 128, "D": 768}
         assert set(DEFAULT_MODELS) < set(MODELS)
 
     @pytest.mark.parametrize("name", ["imagenet-fourier-b8", "imagenet-learned-b8", "imagenet-conv-b8", "language-b8"])
@@ -50,10 +54,20 @@ class TestCases:
         assert (config.num_latents, config.dim) == (512, 512)
 
 
+    @pytest.mark.parametrize("case", [*SAME, *(case.scaled() for case in SAME)], ids=lambda case: case.title)
+    def test_our_models_are_built_at_the_sizes_that_are_told(self, case: Any) -> None:
+        config = case.build(device="meta").config
+        sizes = {"N": getattr(config, "num_latents", None) or config.num_inducing, "D": getattr(config, "dim", None)}
+        assert sizes["N"] == case.shape["N"] and (sizes["D"] or config.latent_dim) == case.shape["D"]
+        inputs = case.inputs()
+        tokens = inputs[0].shape[1] if len(inputs) == 1 else (config.image_size // config.patch_size) ** 2
+        assert (inputs[0].shape[0], tokens) == (case.shape["B"], case.shape["M"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_ours_is_as_accurate_as_the_original(name: str, dtype: torch.dtype) -> None:
-    if not isinstance(MODELS[name], GridCase):
+    if isinstance(MODELS[name], ModelCase):
         pytest.importorskip("transformers")
     work = small(name, dtype)
     peers = work.peers(None, compiled=False)
@@ -118,6 +132,48 @@ class TestJudgement:
         assert work.flops("forward", "ours") == summary(Decoder(), work.latents, work.queries[:, :125]).whole.flops
 
 
+@pytest.mark.parametrize("name", [case.name for case in SAME])
+class TestSame:
+    def test_every_part_has_its_share_of_the_result(self, name: str) -> None:
+        """Nothing that a model starts at zero, and no norm at its end, leaves parts of it without a gradient to judge."""
+        work = small(name)
+        _, gradients = work.results("training", {"ours": work.ours("training")})["ours"]()
+        parts = gradients.split([parameter.numel() for parameter in work.model.parameters()])
+        # Biases of keys shift all scores of a row alike.
+        blind = [n for (n, _), part in zip(work.model.named_parameters(), parts, strict=True) if not part.any()]
+        assert all(n.endswith(("k_proj.bias", "previous.norm.weight")) for n in blind), blind
+
+    @pytest.mark.parametrize("which", ["forward", "training"])
+    def test_a_wrong_result_does_not_pass(self, name: str, which: str) -> None:
+        work = small(name)
+        right = work.ours(which)
+
+        def wrong() -> Any:
+            outputs = right()
+            if which == "forward":
+                return [1.001 * output for output in outputs]
+            next(p for p in work.model.parameters() if p.grad is not None and p.grad.any()).grad *= 1.5
+            return outputs
+
+        assert Gate(work).judge(which, work.results(which, {"ours": wrong}))["ours"].failure is not None
+
+    def test_rates(self, name: str) -> None:
+        work = small(name)
+        counted = summary(work.model, *work.inputs).whole.flops
+        assert work.flops("training", "ours") == 3 * work.flops("forward", "sdpa") == 3 * counted > 0
+        fewest, moved = work.least("forward")
+        weights = sum(p.numel() * p.element_size() for p in work.model.parameters())
+        assert 0 < fewest <= counted and moved > weights and work.least("training")[1] == moved + weights
+
+
+def test_the_peer_is_the_model_over_pytorch() -> None:
+    work, used = small("resampler-flamingo-b32"), []
+    work.model.register_forward_hook(lambda *_: used.append(tuple(candidates("attention", None))))
+    for call in work.calls("forward", [Peer("sdpa")]).values():
+        call()
+    assert used == [tuple(candidates("attention", None)), ("sdpa",)]
+
+
 class TestPeers:
     def test_a_compiled_peer_comes_with_ours_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("transformers")
@@ -153,7 +209,18 @@ class TestCommand:
         for row in rows:
             assert (row["kind"], row["regime"], row["failure"]) == ("model", "models", None)
             assert row["p50_ms"] > 0 and row["tflops"] > 0 and row["gbytes_per_s"] > 0 and row["of_floor"] > 0
-        assert rows[1]["command"].endswith("bench models --case imagenet-fourier-b1 --passes forward --peers transformers")
+        told = "bench models --case imagenet-fourier-b1 --passes forward --device cpu --seconds 0.005 --peers transformers"
+        assert rows[1]["command"].endswith(told)
+
+    def test_models_beside_themselves(self, tmp_path: Path) -> None:
+        path = tmp_path / "models.json"
+        assert main([*CALL, "--case", *(case.name for case in SAME), "--json", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [(row["case"], row["pass"], row["implementation"]) for row in rows] == [
+            (case.name, which, name) for case in SAME for which in ("forward", "training") for name in ("ours", "sdpa")
+        ]
+        for row in rows:
+            assert row["failure"] is None and "inaccurate" not in row and row["p50_ms"] > 0 and row["of_floor"] > 0
 
     def test_without_transformers_a_row_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)

@@ -79,6 +79,36 @@ def test_lists_hold_each_name_once() -> None:
     assert options.peers("none") == []
 
 
+@pytest.mark.parametrize(
+    ("call", "name", "values"),
+    [
+        (["bench", "encode", "--case", "flow", "c64", "--case", "flow", "c128"], "case", ["flow", "c64", "c128"]),
+        (["bench", "encode", "--passes", "attend", "--passes", "dq,attend"], "passes", ["attend", "dq"]),
+        (["bench", "encode", "--peers", "math", "--peers", "eager"], "peers", ["math", "eager"]),
+        (["bench", "encode", "--peers", "none", "--peers", "none"], "peers", []),
+        (["bench", "encode", "--sizes", "2K", "--sizes", "1K,2K"], "sizes", [1024, 2048]),
+        (["bench", "encode", "--backend", "sdpa", "--backend", "reference"], "backend", ["sdpa", "reference"]),
+        ([*MEMORY, "--passes", "backward"], "passes", ["backward"]),
+        ([*MEMORY, "--passes", "backward", "--passes", "forward"], "passes", ["backward", "forward"]),
+        ([*MEMORY, "--peers", "math", "--peers", "eager"], "peers", ["math", "eager"]),
+        ([*MEMORY, "--sizes", "2K", "--sizes", "1K"], "sizes", [1024, 2048]),
+        ([*CHECK, "--backend", "sdpa", "--backend", "reference"], "backend", ["sdpa", "reference"]),
+    ],
+)
+def test_lists_given_again_add_up(call: list[str], name: str, values: list[object]) -> None:
+    for _ in range(2):
+        assert getattr(build_parser().parse_args(call), name) == values
+    assert build_parser().parse_args(MEMORY).passes == list(memory.PASSES)
+
+
+@pytest.mark.parametrize("given", [("none", "eager"), ("eager", "none")])
+def test_none_stands_alone(given: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*BENCH, "--peers", given[0], "--peers", given[1]])
+    told = "perceiver-kernels bench: argument --peers: 'none' must stand alone, got eager too\n"
+    assert capsys.readouterr().err == told
+
+
 class TestHelp:
     @staticmethod
     def of(command: str, option: str) -> str:
@@ -95,7 +125,8 @@ class TestHelp:
         monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
         assert "on a CPU encode: 777; layers: 2048; decode: 512" in self.of("bench", "--max-inputs")
-        assert "encode: flow c64" in self.of("bench", "--case")
+        told = self.of("bench", "--case")
+        assert "encode: flow c64" in told and "all for every case of the regime" in told
         assert "default: 0.125" in self.of("bench", "--seconds")
         (task,) = bench.planned([encode], None, None)
         assert task.cases == ("flow", "c64")

@@ -35,7 +35,7 @@ def bench_row(name: str, ms: float | None, *, which: str = "forward", **sizes: i
 
 
 def report(*rows: dict[str, Any], gpu: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"rows": list(rows), "environment": {"gpus": [{"name": gpu}] if gpu else []}, **more}
+    return {"schema": 1, "rows": list(rows), "environment": {"gpus": [{"name": gpu}] if gpu else []}, **more}
 
 
 def written(path: Path, content: Any) -> str:
@@ -204,9 +204,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("content", "name", "told"),
         [
-            ("no json", "out.png", "0.json is no report: "),
-            ("[1]", "out.png", "0.json is no report: it must be an object with rows"),
-            ('{"rows": [1]}', "out.png", "0.json is no report: it must be an object with rows"),
+            ("no json", "out.png", "0.json is not a report: it is no JSON"),
+            ("[1]", "out.png", "0.json is not a report: it has no schema"),
+            ('{"schema": 2, "rows": []}', "out.png", "0.json must have schema 1, got 2"),
+            ('{"schema": 1, "rows": [1]}', "out.png", "0.json is not a report: it has no rows"),
+            ('{"schema": 1, "rows": [{"shape": {"M": []}}]}', "out.png", "shape of row 1 must be an object of whole numbers"),
             (json.dumps(report(bench_row("ours", 1.0, M=3))), "out.png", "0.json has no sizes to draw: one of M, O, Lk, Lq"),
             (json.dumps(report(*(memory_row("ours", M, M) for M in (1, 2)))), "out.pdf", "must end in .png or .svg, got"),
         ],
@@ -222,7 +224,7 @@ class TestCommand:
 
     def test_a_missing_file_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plot", str(tmp_path / "none.json"), "--output", str(tmp_path / "x.png")]) == 2
-        assert f"cannot read {tmp_path / 'none.json'}: No such file" in capsys.readouterr().err
+        assert f"argument FILE.json: {tmp_path / 'none.json'} cannot be read: No such file" in capsys.readouterr().err
 
     def test_without_matplotlib(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -60,6 +60,20 @@ def test_a_wrong_result_does_not_pass(which: str) -> None:
     assert failure is not None and failure.startswith("out: " if which == "forward" else "gradients: ")
 
 
+def test_a_norm_at_the_end_hides_no_gradient() -> None:
+    """Ones at a LayerNorm's output have no gradient before it: nothing of the resampler would be judged."""
+    work = small("flamingo-resampler-b32")
+    right = work.ours("training")
+
+    def wrong() -> Any:
+        outputs = right()
+        next(p for name, p in work.replaced.named_parameters() if "to_q" in name or "q_proj" in name).grad *= 2
+        return outputs
+
+    failure = Gate(work).judge("training", work.results("training", {"ours": wrong}))["ours"].failure
+    assert failure is not None and failure.startswith("gradients: ")
+
+
 def test_other_peers_are_refused() -> None:
     work = small("torch-512x50k-c512-h8")
     assert [peer.name for peer in work.peers(None, compiled=True)] == ["original"]
@@ -84,4 +98,5 @@ def test_rows(tmp_path: Path) -> None:
         ("forward", "ours"), ("forward", "original"), ("training", "ours"), ("training", "original")
     ]  # fmt: skip
     assert all(row["kind"] == "model" and row["failure"] is None and row["p50_ms"] > 0 for row in rows)
-    assert rows[1]["command"].endswith("bench replaced --case torch-512x50k-c261-h1 --passes forward --peers original")
+    told = "bench replaced --case torch-512x50k-c261-h1 --passes forward --device cpu --seconds 0.005 --peers original"
+    assert rows[1]["command"].endswith(told)
