@@ -132,11 +132,11 @@ class TestHelp:
         assert task.cases == ("flow", "c64")
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "SIZES", (5, 50))
+        monkeypatch.setattr(memory, "SMALLEST", 5)
         monkeypatch.setattr(memory, "DEFAULT_PEERS", {"cuda": ("math",), "cpu": ("flash", "eager")})
         told = self.of("memory", "--case")
         assert "imagenet-b1 on a GPU" in told and "B=1, 69 channels, 64 latents x 128" in told
-        assert "default: 5,50" in self.of("memory", "--sizes")
+        assert "default: by fours from 5, while" in self.of("memory", "--sizes")
         assert "math on cuda; flash,eager on cpu" in self.of("memory", "--peers")
 
     @pytest.mark.parametrize("command", ["memory", "run"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from perceiver_kernels.cli import curves, main, plot, series
+from perceiver_kernels.cli import curves, main, plot, reading, series
 
 figure_module = pytest.importorskip("matplotlib.figure")
 text_module = pytest.importorskip("matplotlib.text")
@@ -255,7 +255,7 @@ class TestReadable:
 
     @pytest.mark.parametrize("name", ["memory", "sizes"])
     def test_published(self, name: str, tmp_path: Path, figures: list[Any]) -> None:
-        plot.draw(tmp_path / "p.png", [series.load(RESULTS / f"{name}.json")])
+        plot.draw(tmp_path / "p.png", [reading.load(RESULTS / f"{name}.json", "FILE.json")])
         self.check(figures[0])
 
     @pytest.mark.parametrize("span", [1.01, 2, 9, 40, 10**3, 10**6, 10**9])
