@@ -11,6 +11,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - hundred-million: a photograph of 10,000 x 10,000 pixels in host memory, chunked, forward and backward
 - models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
 - grids: models that are asked at every point of a dense grid
+- relatives: Perceiver AR, RIN, resamplers and the Set Transformer, beside themselves through PyTorch's attention
 - replaced: models of other libraries before and after replace_attention
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
@@ -39,7 +40,7 @@ import tables  # noqa: E402
 
 from perceiver_kernels.cli import bench, check, measure, memory, options  # noqa: E402
 from perceiver_kernels.cli.console import Console  # noqa: E402
-from perceiver_kernels.cli.models import GridCase  # noqa: E402
+from perceiver_kernels.cli.models import GridCase, ModelCase, SameCase  # noqa: E402
 from perceiver_kernels.cli.regimes import REGIMES  # noqa: E402
 from perceiver_kernels.cli.report import Report  # noqa: E402
 from perceiver_kernels.cli.stock import ATTENTION_PEERS  # noqa: E402
@@ -52,7 +53,8 @@ COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
 WHOLE_REGIMES = ("replaced", "decode", "process", "encode-kv")
 """Each a part of its name."""
-MODEL_PARTS = ("models", "grids")
+MODEL_PARTS = {"models": ModelCase, "grids": GridCase, "relatives": SameCase}
+"""Parts of the regime `models`, by the kind of their cases: together they take longer than one call may."""
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -199,12 +201,11 @@ def whole_regime(context: Context, name: str) -> None:
     _whole(context, name, name, cases)
 
 
-def models_or_grids(context: Context, name: str) -> None:
-    """Whole models, those that are asked at dense grids apart: together they take longer than one call may."""
+def models_of_a_kind(context: Context, name: str) -> None:
+    """Whole models of one kind."""
     regime = REGIMES["models"]
     named = regime.default_cases if context.cases is None else tuple(regime.cases)
-    cases = tuple(each for each in named if isinstance(regime.cases[each], GridCase) == (name == "grids"))
-    _whole(context, name, "models", cases)
+    _whole(context, name, "models", tuple(each for each in named if isinstance(regime.cases[each], MODEL_PARTS[name])))
 
 
 def _whole(context: Context, part: str, name: str, cases: tuple[str, ...]) -> None:
@@ -288,7 +289,7 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "sizes": layers_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
-    **{name: functools.partial(models_or_grids, name=name) for name in MODEL_PARTS},
+    **{name: functools.partial(models_of_a_kind, name=name) for name in MODEL_PARTS},
     **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},
 }
 

@@ -127,7 +127,7 @@ def attention(results: Results) -> list[str]:
 
 def models(results: Results) -> list[str]:
     """Whole models beside their originals: milliseconds of every implementation, and memory of the first two."""
-    parts = [part for part in ("models", "grids") if _rows(results, part)]
+    parts = [part for part in ("models", "grids", "relatives") if _rows(results, part)]
     rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
     # Ours first: as called, as a graph, compiled.
     others = sorted(dict.fromkeys(name for _, _, name in rows if name != "ours"), key=lambda name: not name.startswith("ours"))

@@ -99,7 +99,8 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(gpu_bench, "TEN_MILLION", 512)
     monkeypatch.setattr(gpu_bench, "PHOTOGRAPH_SIDE", 20)
     models = gpu_bench.REGIMES["models"]
-    small = {name: models.cases[name].scaled() for name in ("imagenet-fourier-b8", "multimodal-part", "shape-decoder-129")}
+    names = ("imagenet-fourier-b8", "multimodal-part", "shape-decoder-129", "set-transformer-modelnet40-b16")
+    small = {name: models.cases[name].scaled() for name in names}
     monkeypatch.setitem(gpu_bench.REGIMES, "models", dataclasses.replace(models, cases=small, default_cases=tuple(small)))
     replaced = gpu_bench.REGIMES["replaced"]
     small = {name: replaced.cases[name].scaled() for name in ("torch-512x50k-c512-h8",)}
