@@ -117,6 +117,9 @@ class AttentionWorkload:
         """Return none: these gradients are judged as they are."""
         return {}
 
+    def forget(self) -> None:
+        """Nothing: gradients are results of these calls, and nowhere else."""
+
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return an implementation's backend."""
         if implementation != OURS:

@@ -172,7 +172,7 @@ class Bench:
         timings = measure.time_calls(running, self.device, seconds=self.seconds)
         # A graph's memory is taken once, at its capture.
         counted = {name: call for name, call in running.items() if not name.endswith(GRAPHED)}
-        memory = {name: measure.peak_extra_bytes(call, self.device) for name, call in counted.items()}
+        memory = {name: self._memory(work, call) for name, call in counted.items()}
         kernels = {
             name: measure.kernel_times(call, self.device) for name, call in running.items() if name in OWN
         }
@@ -184,6 +184,10 @@ class Bench:
             for name in calls
         ]  # fmt: skip
         pass_table.show(self.console, each.title, rows)
+
+    def _memory(self, work: Subject, call: measure.Call) -> int:
+        work.forget()
+        return measure.peak_extra_bytes(call, self.device)
 
     def _judge(
         self, work: Subject, each: Pass, calls: dict[str, measure.Call]

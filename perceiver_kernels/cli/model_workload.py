@@ -62,6 +62,12 @@ class WholeModel:
         """Return none: these results are judged as they are."""
         return {}
 
+    def forget(self) -> None:
+        """Take the gradients from every parameter: which of them are a graph's, and stay, depends on what ran last."""
+        for model in vars(self).values():
+            if isinstance(model, nn.Module):
+                model.zero_grad(set_to_none=True)
+
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return whose model it is; ours takes several backends."""
         return {} if implementation.startswith(OURS) else {"backend": "stock"}

@@ -83,6 +83,10 @@ class Subject(Protocol):
         """Return, of results that are sums which cancel, the sums of absolute values, once the specification is known."""
         ...
 
+    def forget(self) -> None:
+        """Let go of what earlier calls left: a call's memory is counted from before it left anything."""
+        ...
+
     def labels(self, which: str, implementation: str) -> dict[str, str]:
         """Return what a row says of an implementation: its `backend`, and its `method` where there are several."""
         ...

@@ -272,18 +272,20 @@ class Workload:
         if PASSES[which].level == "kernel":
             return textbook.shared_kv(which, self.rows, self.packed.data, self.row_gradient, dtype)
         layer = textbook.Textbook(self.stock_layer(Peer("eager"), dtype), dtype)
-        if dtype == torch.float64:
-            for name in ROW_SUMS:
-                layer.layer.get_submodule(name).register_full_backward_hook(functools.partial(self._keep_terms, name))
+        for name in ROW_SUMS if dtype == torch.float64 else ():
+            layer.layer.get_submodule(name).register_full_backward_hook(functools.partial(self._keep_terms, name))
         # Inputs that need a gradient become a leaf of this dtype; others are converted part by part.
         inputs = self.inputs.to(dtype) if which == "backward-inputs" else self.inputs
         return layer_pass(which, layer, self.latents.to(dtype), inputs, self.gradient.to(dtype))()
 
     def terms(self, which: str) -> dict[str, Tensor]:
         """Return those of the biases of ``ROW_SUMS``, and of the queries' gradient where one input makes all of it cancel."""
-        if which == "dq" and self.case.M == 1:
-            return {"dq": shared_kv_gradient_terms(self.rows, self.packed.data, self.row_gradient)[0]}
-        return self._terms if which.startswith("backward") else {}
+        if which != "dq" or self.case.M > 1:
+            return self._terms if which.startswith("backward") else {}
+        return {"dq": shared_kv_gradient_terms(self.rows, self.packed.data, self.row_gradient)[0]}
+
+    def forget(self) -> None:
+        """Nothing: gradients are results of these calls, and nowhere else."""
 
     def _keep_terms(self, name: str, module: Any, gradients: Any, upstream: tuple[Tensor, ...]) -> None:
         self._terms[f"d{name}.bias"] = upstream[0].abs().flatten(0, -2).sum(0)
