@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 from torch.utils._pytree import tree_flatten, tree_map
 
 from perceiver_kernels.inputs import FourierPositions, InputArray
@@ -152,3 +154,35 @@ def test_graphed_callables_train(name: str) -> None:
     for _ in range(2):
         for a, e in zip(step(graphed), expected, strict=True):
             torch.testing.assert_close(a, e)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fourier", "perceiver", "perceiver ar", "resampler"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "forward and backward"])
+def test_compiled_code_is_captured(name: str, training: bool) -> None:
+    """torch.compile's "reduce-overhead" makes graphs of forward and backward, and leaves nothing out of them."""
+    build, inputs_of = FAMILY[name]
+    torch.manual_seed(0)
+    model = build().cuda().bfloat16().eval()
+    (inputs,) = moved(inputs_of())
+
+    def step(call: Callable[[Tensor], Any]) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training):
+            output = call(inputs)
+        if training:
+            output.backward(torch.ones_like(output))
+        return [output.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = step(model)
+    torch.compiler.reset()
+    counters["inductor"].clear()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    # One call warms up, one is captured, the others are replays.
+    for _ in range(4):
+        for a, e in zip(step(compiled), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0.05, atol=0.05)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert get_manager(torch.cuda.current_device(), create_if_none_exists=False) is not None
+    torch.compiler.reset()
