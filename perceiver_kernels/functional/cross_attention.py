@@ -64,7 +64,8 @@ class Projections:
         )  # fmt: skip
 
 
-def _as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -> InputArray | PackedInputs:
+def as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -> InputArray | PackedInputs:
+    """Inputs in one of two forms, with their masks."""
     if isinstance(inputs, (InputArray, PackedInputs)):
         if key_mask is not None or lengths is not None:
             raise ValueError(f"key_mask and lengths must come with the {type(inputs).__name__}, not beside it")
@@ -90,7 +91,7 @@ def describe(
 ) -> tuple[CrossAttentionProblem, InputArray | PackedInputs]:
     """The checked problem of one call and its inputs in one of two forms."""
     check_tensor("q", q)
-    source = _as_source(inputs, key_mask, lengths)
+    source = as_source(inputs, key_mask, lengths)
     if isinstance(source, PackedInputs):
         check_device("inputs", source.data, "q", q)
         (B, M, _), dtype = source.data.shape, source.data.dtype

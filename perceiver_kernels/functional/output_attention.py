@@ -75,7 +75,8 @@ class OutputCall:
         return self.problem.bias_channels if self.method == "absorbed" else 0
 
 
-def _as_queries(queries: Inputs, query_mask: Tensor | None) -> InputArray | PackedInputs:
+def as_queries(queries: Inputs, query_mask: Tensor | None) -> InputArray | PackedInputs:
+    """Queries in one of two forms."""
     if isinstance(queries, (InputArray, PackedInputs)):
         if query_mask is not None and not (queries.key_mask is None and queries.lengths is None):
             raise ValueError(f"query_mask and a mask or lengths of the {type(queries).__name__} exclude each other")
@@ -85,7 +86,7 @@ def _as_queries(queries: Inputs, query_mask: Tensor | None) -> InputArray | Pack
     return InputArray.tokens(queries)
 
 
-def _hide(
+def hide(
     source: InputArray | PackedInputs, query_mask: Tensor | None, B: int
 ) -> tuple[InputArray | PackedInputs, Tensor | None]:
     """The source with its mask, and the mask of every batch entry."""
@@ -111,7 +112,7 @@ def resolve(
     check_eps(eps)
     check_scale(scale)
     check_probability("dropout_p", dropout_p)
-    source = _as_queries(queries, query_mask)
+    source = as_queries(queries, query_mask)
     check_tensor("key", key)
     if isinstance(source, PackedInputs):
         check_device("queries", source.data, "key", key)
@@ -132,7 +133,7 @@ def resolve(
     if method == "absorbed" and problem.against_absorption:
         raise ValueError(f"method='absorbed' cannot serve this call: {'; '.join(problem.against_absorption)}")
     method = method or plan_output_cross_attention(problem, device_facts(key.device)).method
-    source, query_mask = _hide(source, query_mask, B)
+    source, query_mask = hide(source, query_mask, B)
     return OutputCall(
         problem, source, key, value, OutputProjections(w_q, w_o, b_q, b_o, norm_weight, norm_bias), key_mask, lengths,
         query_mask, normalize, eps, problem.d_qk**-0.5 if scale is None else float(scale), dropout_p, method,

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from perceiver_kernels.nn.called import is_plain
+
 SHADOW = "_perceiver_kernels"
 """Where a replaced module keeps a layer of ours: an attribute that is no submodule, so that the state dict stays as it is."""
 
@@ -48,9 +50,14 @@ def shadow_of(module: nn.Module, layer: Any = None) -> Any:
     return layer
 
 
+def are_plain(*parts: nn.Module | None) -> bool:
+    """Whether a replacement may read the weights of these submodules: nobody has hooked, wrapped or quantised one since."""
+    return is_plain(*(part for part in parts if type(part) is not nn.Identity))
+
+
 def is_still_of(layer: Any, **parts: nn.Module) -> bool:
-    """Whether a layer of ours has these submodules, by its names: an adapter's may have taken the place of a module's since."""
-    return all(getattr(layer, name) is part for name, part in parts.items())
+    """Whether a layer of ours has these submodules, by its names, and they are plain."""
+    return all(getattr(layer, name) is part for name, part in parts.items()) and are_plain(*parts.values())
 
 
 def dropping(layer: Any, p: float) -> Any:

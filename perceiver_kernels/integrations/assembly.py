@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import autocasts
 from perceiver_kernels.functional.heads import split_projection
+from perceiver_kernels.integrations.adapter import are_plain
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
+from perceiver_kernels.nn.called import is_plain
 from perceiver_kernels.problem import MAX_CHANNELS
 
 
@@ -21,6 +23,9 @@ class LinearRows(nn.Module):
         whole: the other layer.
         start, stop: which of its outputs.
     """
+
+    is_product = True
+    """See ``nn.called.is_plain``; whether the other layer is plain has been asked before."""
 
     def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
         super().__init__()
@@ -57,7 +62,7 @@ def heads_of(x: Tensor, num_heads: int, *projections: tuple[nn.Module, int]) -> 
     Returns:
         [B, num_heads, L, d] for every part.
     """
-    plain = [module for module, _ in projections if _is_plain(module)]
+    plain = [module for module, _ in projections if _is_product(module)]
     together = len(projections) == len(plain) > 1 and len({linear.bias is None for linear in plain}) == 1
     if together and not autocasts(x.device):
         bias = None if plain[0].bias is None else torch.cat([linear.bias for linear in plain])
@@ -74,11 +79,9 @@ def _even(linear: nn.Linear, parts: int) -> list[int]:
     return parts * [linear.out_features // parts]
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling a module is no more than its product: whoever has hooked it, or quantised its weight, wants the call."""
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in module.__dict__:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _is_product(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling a module is no more than its product, of a weight that may be joined with others."""
+    return isinstance(module, nn.Linear) and is_plain(module)
 
 
 Projection = nn.Linear | LinearRows
@@ -139,8 +142,8 @@ class Readers:
             self.input = cross_attention_of(norm_latents=norm_queries, norm_inputs=norm_inputs, **parts)
 
     def are_of(self, *parts: nn.Module | None) -> bool:
-        """Whether both norms and q, k, v and out are still these: an adapter's may have taken the place of some since."""
-        return all(mine is theirs for mine, theirs in zip(self.parts, parts, strict=True))
+        """Whether both norms and q, k, v and out are still these and plain: adapters and hooks may have come since."""
+        return all(mine is theirs for mine, theirs in zip(self.parts, parts, strict=True)) and are_plain(*parts)
 
     def of(self, queries: int, inputs: int) -> CrossAttention | OutputCrossAttention:
         """The layer for so many queries and inputs."""

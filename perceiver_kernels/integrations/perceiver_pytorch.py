@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.functional.heads import merge_heads, split_heads
-from perceiver_kernels.integrations.adapter import SHADOW, Adapter, bypassed, dropout_of, dropping, unlike
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, are_plain, bypassed, dropout_of, dropping, unlike
 from perceiver_kernels.integrations.assembly import LinearRows, cross_attention_of, heads_of, output_attention_of
 from perceiver_kernels.integrations.filled import attend_filled
 from perceiver_kernels.integrations.sharing import SharedContext, packed_context
@@ -68,8 +68,8 @@ class _PreNorm(nn.Module):
         ):  # fmt: skip
             return super().forward(x, **options)
         layers: _Readers = self.__dict__[SHADOW]
-        if layers.parts != _parts_of(self):
-            # An adapter's have taken the place of some since.
+        if layers.parts != (parts := _parts_of(self)) or not are_plain(*parts):
+            # An adapter's have taken the place of some since, or hooks have come.
             return super().forward(x, **options)
         # One set of latents for the whole batch is projected once.
         shared = x.stride(0) == 0 and not (x.is_leaf and x.requires_grad)

@@ -12,6 +12,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.integrations.adapter import Adapter, unlike
 from perceiver_kernels.integrations.assembly import heads_of
+from perceiver_kernels.nn.called import is_plain
 from perceiver_kernels.problem import MAX_CHANNELS
 
 
@@ -48,7 +49,7 @@ class FusedAttentionPoolLatent(AttentionPoolLatent):
         """[B, H, N, d] of queries [1, H, N, d] and tokens [B, M, C]."""
         masks = _masks(attn_mask, x, self.fused_attn)
         # What has taken kv's place since may have no weight, or more than one.
-        computed = type(self.k_norm) is not nn.Identity or type(self.kv) is not nn.Linear
+        computed = type(self.k_norm) is not nn.Identity or not is_plain(self.kv)
         if "attn_mask" in masks or computed or x.shape[-1] > MAX_CHANNELS:
             key, value = heads_of(x, self.num_heads, (self.kv, 2))
             # torch's fused attention takes no queries of batch 1 beside more keys.

@@ -15,6 +15,7 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.models.model import Model
 from perceiver_kernels.nn import CrossBlock, LatentBlock
 from perceiver_kernels.nn.attention import Method
+from perceiver_kernels.nn.called import is_plain
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_array, check_choice, check_count, check_flag, check_input_dim, check_widths
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
@@ -281,7 +282,7 @@ class PerceiverEncoder(Model):
     def _prepare(
         self, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
     ) -> Tensor | InputArray | PackedInputs:
-        """Check the channels and pack, unless the cross-attends are to pack chunk by chunk."""
+        """Check the channels and pack, unless the cross-attends are to pack chunk by chunk, or to call their norm."""
         check_array("inputs", inputs, "B, M, C", "input_dim", self.config.input_dim)
         if isinstance(inputs, PackedInputs) or self.config.chunk_size is not None:
             return inputs
@@ -290,6 +291,10 @@ class PerceiverEncoder(Model):
             raise ValueError(f"inputs must be on {device} as the model, unless chunk_size is set, got {inputs.device}")
         # The packed array has the dtype that the products run in, whatever the dtype of the content.
         dtype = autocast_dtype(self.latents) or self.latents.dtype
+        thins = self.config.input_dropout and self.training
+        blocks: Any = self.cross_blocks
+        if not (thins or is_plain(*(block.attention.norm_inputs for block in blocks))):
+            return inputs
         return functional.pack_inputs(inputs, key_mask=key_mask, lengths=lengths, eps=self.config.eps, dtype=dtype)
 
     def encoder_flops(self, batch: int, M: int, *, method: Method = "projected") -> int:

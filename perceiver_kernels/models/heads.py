@@ -14,6 +14,7 @@ from perceiver_kernels.inputs import InputArray
 from perceiver_kernels.models.multimodal import check_modalities
 from perceiver_kernels.models.preprocessing import TextPreprocessor, grid_of
 from perceiver_kernels.nn import Linear
+from perceiver_kernels.nn.called import parameter_of
 from perceiver_kernels.nn.checks import check_count, check_sequence
 
 
@@ -33,7 +34,7 @@ class Source:
 
 
 def _projected(decoded: Tensor, proj: nn.Linear) -> Tensor:
-    check_sequence("decoded", decoded, "B, O, C", proj.in_features, proj.weight)
+    check_sequence("decoded", decoded, "B, O, C", proj.in_features, parameter_of(proj))
     return proj(decoded)
 
 

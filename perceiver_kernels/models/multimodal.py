@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
 from perceiver_kernels.models.preprocessing import AudioPreprocessor, VideoPreprocessor, grid_of
+from perceiver_kernels.nn.called import written_out
 from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.problem import check_probability
-
-
-def written_out(array: Tensor | InputArray, dtype: torch.dtype) -> Tensor:
-    """The tokens [B, M, C] of an array, positions written out, in ``dtype``."""
-    if isinstance(array, Tensor):
-        return array.to(dtype)
-    return functional.pack_inputs(array, normalize=False, dtype=dtype).data[..., : array.channels]
 
 
 def check_modalities(name: str, given: object, expected: list[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import FLOAT_DTYPES, check_indices, check_tensor
 from perceiver_kernels.models.model import Model, changed
+from perceiver_kernels.nn.called import is_plain, parameter_of
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
@@ -278,14 +279,14 @@ class RIN(Model):
         p = self.config.patch_size
         patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, Ch, rows, p, columns, p]
         tokens = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        check_sequence("images", tokens, "B, M, C", self.stem.in_features, self.stem.weight)
+        check_sequence("images", tokens, "B, M, C", self.stem.in_features, parameter_of(self.stem))
         return self.stem_norm(self.stem(tokens)) + self.positions
 
     def _initial_latents(self, time: Tensor, labels: Tensor | None, previous: Tensor | None) -> Tensor:
         config, B = self.config, time.shape[0]
         told = [self.time_embedding(time)]
         if self.class_embedding is not None and labels is not None:
-            told.append(F.embedding(labels, self.class_embedding.weight.mT) + self.class_embedding.bias)
+            told.append(_classes(self.class_embedding, labels))
         learned = self.latents.expand(B, -1, -1)
         latents = torch.cat((learned, torch.stack(told, 1).to(learned.dtype)), 1)  # [B, N, D]
         shape = (B, config.num_latents, config.latent_dim)
@@ -300,3 +301,12 @@ class RIN(Model):
         config, side = self.config, self.config.image_size // self.config.patch_size
         patches = tokens.unflatten(2, (config.patch_size, config.patch_size, -1)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _classes(embedding: nn.Linear, labels: Tensor) -> Tensor:
+    """What a linear layer makes of one-hot classes [B], which are written out only where the layer has to be called."""
+    if is_plain(embedding):
+        return F.embedding(labels, embedding.weight.mT) + embedding.bias
+    one_hot = F.one_hot(labels, embedding.in_features).to(parameter_of(embedding).dtype)
+    told: Tensor = embedding(one_hot)
+    return told

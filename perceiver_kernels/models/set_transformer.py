@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from perceiver_kernels.functional.cross_attention import check_reading
 from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn.attention import Method
+from perceiver_kernels.nn.called import parameter_of
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.set_blocks import ISAB, PMA, SAB
@@ -171,7 +172,7 @@ class SetTransformer(Model):
 
     def encode(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """The elements [B, M, D] after the encoder; arguments as ``forward``. Rows of hidden elements mean nothing."""
-        check_sequence("x", x, "B, M, C", self.config.input_dim, self.head.weight)
+        check_sequence("x", x, "B, M, C", self.config.input_dim, parameter_of(self.head))
         if key_mask is not None:
             check_key_visibility(key_mask, None, x.shape[0], x.shape[1], x.device)
             # Hidden elements are queries too: their rows stay finite, or weights would get gradients of 0 * NaN.

@@ -17,6 +17,7 @@ from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.models.progress import Progress, reporting
 from perceiver_kernels.nn import CrossAttention, FeedForward, OutputCrossAttention, SelfAttention
+from perceiver_kernels.nn.called import parameter_of
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
@@ -283,7 +284,7 @@ class VecSetAutoencoder(Model):
         """Latents as ``encode`` gives or draws them, [B, N, D or bottleneck_dim], as those that queries read, [B, N, D]."""
         config = self.config
         channels = config.dim if config.bottleneck_dim is None else config.bottleneck_dim
-        check_sequence("latents", latents, "B, N, C", channels, self.head.weight)
+        check_sequence("latents", latents, "B, N, C", channels, parameter_of(self.head))
         return self._layers(self.decoder, latents if self.expand is None else self.expand(latents))
 
     def query(self, transformed: Tensor | PreparedLatents, queries: Tensor) -> Tensor:
@@ -334,7 +335,8 @@ class VecSetAutoencoder(Model):
         transformed = self.answer.prepare(self.transform(latents))
         whole = (latents.shape[0], *shape, self.config.output_dim)
         if out is None:
-            dtype = autocast_dtype(self.head.weight) or self.head.weight.dtype
+            like = parameter_of(self.head)
+            dtype = autocast_dtype(like) or like.dtype
             out = torch.empty(whole, dtype=dtype, device=latents.device)
         check_tensor("out", out, f"[B, x, y, z, output_dim] = {whole}", whole)
         if not out.is_contiguous():

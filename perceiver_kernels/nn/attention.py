@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.common import visible
-from perceiver_kernels.functional.cross_attention import Method, check_reading
+from perceiver_kernels.functional.cross_attention import Method, as_source, check_reading
 from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.cache import KeyValueCache
+from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
 from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
-from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, pad_channels
+from perceiver_kernels.problem import check_eps, check_probability, pad_channels
 
 
 class Linear(nn.Linear):
@@ -42,25 +43,27 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-def normed_heads(layer: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [B, H, Lk, d_qk] after their norm and values [B, H, Lk, d_v] that a layer with ``qk_norm`` makes of [B, Lk, ...]."""
-    key = layer.norm_key(split_heads(layer.k_proj(keys), layer.num_heads))
+def called_heads(layer: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, Lk, d_qk], after their norm if any, and values [B, H, Lk, d_v] that a layer makes of [B, Lk, ...]."""
+    key = split_heads(layer.k_proj(keys), layer.num_heads)
+    key = key if layer.norm_key is None else layer.norm_key(key)
     return key, split_heads(layer.v_proj(keys), layer.num_heads)
 
 
-def attend_normed(layer: Any, queries: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
-    """Attention of a layer with ``qk_norm``: its norms come between projections and scores, which cannot be absorbed then.
+def attend_called(layer: Any, queries: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, **masks: Any) -> Tensor:
+    """Attention of a layer whose modules are called: with ``qk_norm``, between projections and scores, nothing is absorbed.
 
     Args:
         layer: has q_proj, norm_query, num_heads, dropout and training.
         queries: [B or 1, Lq, ...], after their norm.
-        key, value: of ``normed_heads``.
+        key, value: of ``called_heads``.
         seen: bool [B, Lk], False for keys that are hidden.
 
     Returns:
         [B, Lq, H*d_v], heads merged.
     """
-    query = layer.norm_query(split_heads(layer.q_proj(queries), layer.num_heads)).expand(key.shape[0], -1, -1, -1)
+    query = split_heads(layer.q_proj(queries), layer.num_heads)
+    query = (query if layer.norm_query is None else layer.norm_query(query)).expand(key.shape[0], -1, -1, -1)
     dropout_p = layer.dropout if layer.training else 0.0
     return merge_heads(functional.attention(query, key, value, key_mask=seen, dropout_p=dropout_p, **masks))
 
@@ -75,6 +78,8 @@ class CrossAttention(nn.Module):
     Keys and values are not computed when it is cheaper not to: W_k, W_v and the affine part of the inputs' LayerNorm
     then act on the latent side, which gives the same result ("absorbed", see ``functional.input_cross_attention``).
     In that form ``b_k`` and the LayerNorm's bias drop out of the scores, so ``k_proj.bias`` has an exactly zero gradient.
+    They are computed, by calling ``norm_inputs``, ``k_proj`` and ``v_proj``, where one of these is no plain layer any more: an
+    adapter's, or one that has hooks or a quantised weight.
 
     Args:
         latent_dim: D, channels of the latents.
@@ -173,16 +178,18 @@ class CrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
+        check_sequence("latents", latents, "B, N, D", self.latent_dim, parameter_of(self.q_proj))
         check_array("inputs", inputs, "B, M, C", "input_dim", self.input_dim)
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
-        if self.norm_query is not None:
-            return self._result(self.out_proj(self._attend_normed(normed, inputs, key_mask, lengths)), latents)
-        w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
+        if self.norm_query is not None or not is_plain(self.norm_inputs, self.k_proj, self.v_proj):
+            return self._result(self.out_proj(self._attend_called(normed, inputs, key_mask, lengths)), latents)
+        plain = is_plain(self.q_proj, self.out_proj)
+        w_q, b_q, w_k, b_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents, padded=plain)
+        query = linear(normed, w_q, b_q) if plain else self.q_proj(normed)
         attended = functional.input_cross_attention(
-            split_heads(linear(normed, w_q, b_q), self.num_heads),  # [B or 1, H, N, d_qk]
+            split_heads(query, self.num_heads),  # [B or 1, H, N, d_qk]
             inputs,
             w_k,
             w_v,
@@ -199,34 +206,37 @@ class CrossAttention(nn.Module):
             chunk_size=self.chunk_size,
             method=self.method,
         )
-        return self._result(linear(merge_heads(attended), w_o, self.out_proj.bias), latents)
+        merged = merge_heads(attended)
+        return self._result(linear(merged, w_o, self.out_proj.bias) if plain else self.out_proj(merged), latents)
 
     def _result(self, out: Tensor, latents: Tensor) -> Tensor:
         if self.out_dropout:
             out = F.dropout(out, self.out_dropout, self.training)
         return latents + out if self.residual else out
 
-    def _attend_normed(
+    def _attend_called(
         self, normed: Tensor, inputs: Tensor | InputArray | PackedInputs, key_mask: Tensor | None, lengths: Tensor | None
     ) -> Tensor:
-        if not isinstance(inputs, Tensor):
+        if self.norm_query is not None and not isinstance(inputs, Tensor):
             raise TypeError(f"inputs must be a torch.Tensor with qk_norm, got {type(inputs).__name__}")
-        check_key_visibility(key_mask, lengths, inputs.shape[0], inputs.shape[1], inputs.device)
-        seen = visible(key_mask, lengths, inputs.shape[1])
-        rows = inputs if seen is None else torch.where(seen[..., None], inputs, 0.0)
-        heads = normed_heads(self, rows if self.norm_inputs is None else self.norm_inputs(rows))
-        return attend_normed(self, normed, *heads, seen)
+        source = as_source(inputs, key_mask, lengths)
+        M = source.length if isinstance(source, InputArray) else source.data.shape[1]
+        seen = visible(source.key_mask, source.lengths, M)
+        rows = normed_tokens("inputs", source, self.norm_inputs, seen, parameter_of(self.q_proj))
+        return attend_called(self, normed, *called_heads(self, rows), seen)
 
-    def _weights(self, latents: Tensor) -> list[Any]:
+    def _weights(self, latents: Tensor, *, padded: bool) -> list[Any]:
         """Weights and biases of q, k and v, the output weight and the affine part of the inputs' LayerNorm.
 
-        One head of odd width gets zero channels on a GPU; several heads lie side by side and stay as they are.
+        One head of odd width gets zero channels on a GPU, if ``padded``; several heads lie side by side and stay as they are.
+        Where q and the output are not read, they are None.
         """
         norm = self.norm_inputs
-        tensors = [
-            self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.k_proj.bias, self.v_proj.weight, self.v_proj.bias,
-            self.out_proj.weight, None if norm is None else norm.weight, None if norm is None else norm.bias,
-        ]  # fmt: skip
+        read: list[Any] = [self.k_proj.weight, self.k_proj.bias, self.v_proj.weight, self.v_proj.bias]
+        affine = [None, None] if norm is None else [norm.weight, norm.bias]
+        if not padded:
+            return [None, None, *read, None, *affine]
+        tensors = [self.q_proj.weight, self.q_proj.bias, *read, self.out_proj.weight, *affine]
         if self.num_heads > 1 or not latents.is_cuda:
             return tensors
         d_k, d_v = self.qk_channels + -self.qk_channels % 8, self.v_channels + -self.v_channels % 8
@@ -339,7 +349,7 @@ class SelfAttention(nn.Module):
         Returns:
             [B, N, D].
         """
-        check_sequence("x", x, "B, N, D", self.dim, self.qkv_proj.weight)
+        check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.qkv_proj))
         qkv = self.qkv_proj(x if self.norm is None else self.norm(x))
         widths = self.qk_channels, self.qk_channels, self.v_channels
         query, key, value = split_projection(qkv, widths, self.num_heads)

@@ -15,6 +15,7 @@ from perceiver_kernels.absorption import fold_norm
 from perceiver_kernels.checks import autocasts
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.attention import Linear
+from perceiver_kernels.nn.called import is_plain, parameter_of
 from perceiver_kernels.nn.checks import check_choice, check_count, check_sequence
 from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -113,7 +114,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, out_dim]."""
-        check_sequence("x", x, "B, N, D", self.dim, self.up_proj.weight)
+        check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.up_proj))
         packs = self._packs(x)
         hidden = self._packed_up(x) if packs else self.up_proj(x if self.norm is None else self.norm(x))
         activate, gated = _ACTIVATIONS[self.activation]
@@ -139,7 +140,7 @@ class FeedForward(nn.Module):
         """
         odd = bool(self.dim % 8 or self.hidden_dim % 8 or self.out_dim % 8)
         split = _ACTIVATIONS[self.activation][1] and self.hidden_dim % 8
-        plain = type(self.norm) is nn.LayerNorm and type(self.up_proj) is type(self.down_proj) is Linear
+        plain = isinstance(self.norm, nn.LayerNorm) and is_plain(self.norm, self.up_proj, self.down_proj)
         if not odd or split or not plain or self.dim > MAX_CHANNELS:
             return False
         return x.is_cuda and x.dtype.itemsize == 2 and x.numel() >= LEAST_PACKED and not autocasts(x.device)

@@ -13,6 +13,7 @@ from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.functional.heads import merge_heads, split_heads, split_projection
 from perceiver_kernels.nn.attention import Linear
 from perceiver_kernels.nn.cache import KeyValueCache
+from perceiver_kernels.nn.called import parameter_of
 from perceiver_kernels.nn.checks import check_count, check_sequence
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
@@ -120,8 +121,8 @@ class JointAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("x", x, "B, N, D", self.dim, self.q_proj.weight)
-        check_sequence("context", context, "B, M, D", self.dim, self.q_proj.weight)
+        check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.q_proj))
+        check_sequence("context", context, "B, M, D", self.dim, parameter_of(self.q_proj))
         B, N, M = x.shape[0], x.shape[1], context.shape[1]
         length = M + N if self.own_keys else M
         if length < N:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.heads import merge_heads, split_heads
+from perceiver_kernels.nn.called import parameter_of
 from perceiver_kernels.nn.checks import check_count, check_flag, check_sequence, check_widths
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability
@@ -103,10 +104,10 @@ class LinformerAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("x", x, "B, N, D", self.dim, self.q_proj.weight)
+        check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.q_proj))
         name, source = ("x", x) if context is None else ("context", context)
         if context is not None:
-            check_sequence("context", context, "B, L, D", self.dim, self.q_proj.weight)
+            check_sequence("context", context, "B, L, D", self.dim, parameter_of(self.q_proj))
         if source.shape[1] > self.length:
             raise ValueError(f"{name} must have at most length={self.length} tokens, got {source.shape[1]}")
         normed = x if self.norm is None else self.norm(x)

@@ -13,10 +13,11 @@ from perceiver_kernels.absorption import with_zero_gradient
 from perceiver_kernels.functional.common import visible
 from perceiver_kernels.functional.cross_attention import Method, check_reading
 from perceiver_kernels.functional.heads import split_heads
-from perceiver_kernels.functional.output_attention import Kept, compute, resolve
+from perceiver_kernels.functional.output_attention import Kept, as_queries, compute, hide, resolve
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.attention import Linear, attend_normed, normed_heads
+from perceiver_kernels.nn.attention import Linear, attend_called, called_heads
+from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
 from perceiver_kernels.nn.checks import check_array, check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -33,7 +34,7 @@ class PreparedLatents:
         value: [B, H, N, d_v].
         key_mask: bool [B, N], True where a latent is visible.
         lengths: int32 [B], visible leading latents.
-        weights: of the queries and of the result, widened with zeros where kernels want it.
+        weights: of the queries and of the result, widened with zeros where kernels want it; none where modules are called.
         kept: what calls without gradients have made of all this.
     """
 
@@ -46,6 +47,10 @@ class PreparedLatents:
     kept: Kept = field(default_factory=dict, repr=False)
 
 
+def _tensor_of(queries: Tensor | PackedInputs) -> Tensor:
+    return queries.data if isinstance(queries, PackedInputs) else queries
+
+
 class OutputCrossAttention(nn.Module):
     """Output queries, any number of them, read the latents.
 
@@ -56,7 +61,8 @@ class OutputCrossAttention(nn.Module):
     With one head, queries are not projected where it is cheaper not to: W_q, W_o and the affine part of the queries'
     LayerNorm then act on the latents' keys and values, which gives the same result ("absorbed", see
     ``functional.output_cross_attention``). ``b_k`` shifts every score of a query alike, which softmax does not see: it is
-    left out, and ``k_proj.bias`` has an exactly zero gradient.
+    left out, and ``k_proj.bias`` has an exactly zero gradient. Queries are projected, by calling ``norm_queries``, ``q_proj``
+    and ``out_proj``, where one of these is no plain layer any more: an adapter's, or one that has hooks or a quantised weight.
 
     Args:
         query_dim: C, channels of the queries, content and positions together.
@@ -173,10 +179,10 @@ class OutputCrossAttention(nn.Module):
             raise ValueError("latents must have been prepared by this layer, got those of another")
         elif not (key_mask is None and lengths is None):
             raise ValueError("key_mask and lengths must be given to prepare where latents are prepared, not beside them")
-        if self.norm_query is not None:
-            out = self._attend_normed(queries, latents, query_mask)
-        else:
+        if latents.weights:
             out = self._attend(queries, latents, query_mask)
+        else:
+            out = self._attend_called(queries, latents, query_mask)
         if self.out_dropout:
             out = F.dropout(out, self.out_dropout, self.training)
         return queries + out if self.residual and isinstance(queries, Tensor) else out
@@ -196,22 +202,22 @@ class OutputCrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("latents", latents, "B, N, D", self.latent_dim, self.q_proj.weight)
+        check_sequence("latents", latents, "B, N, D", self.latent_dim, parameter_of(self.q_proj))
         check_key_visibility(key_mask, lengths, latents.shape[0], latents.shape[1], latents.device)
         seen = visible(key_mask, lengths, latents.shape[1])
         latents = latents if seen is None else torch.where(seen[..., None], latents, 0.0)
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
-        if self.norm_query is not None:
-            key, value = normed_heads(self, normed)
-            return PreparedLatents(self, key, value, key_mask, lengths)
-        w_q, b_q, w_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents)
-        return PreparedLatents(
-            self,
-            split_heads(linear(normed, w_k, None), self.num_heads),
-            split_heads(linear(normed, w_v, b_v), self.num_heads),
-            key_mask, lengths,
-            {"w_q": w_q, "w_o": w_o, "b_q": b_q, "norm_weight": norm_weight, "norm_bias": norm_bias},
-        )  # fmt: skip
+        if self.norm_query is not None or not is_plain(self.norm_queries, self.q_proj, self.out_proj):
+            return PreparedLatents(self, *called_heads(self, normed), key_mask, lengths)
+        plain = is_plain(self.k_proj, self.v_proj)
+        w_q, b_q, w_k, w_v, b_v, w_o, norm_weight, norm_bias = self._weights(latents, padded=plain)
+        if plain:
+            key = split_heads(linear(normed, w_k, None), self.num_heads)
+            value = split_heads(linear(normed, w_v, b_v), self.num_heads)
+        else:
+            key, value = called_heads(self, normed)
+        weights = {"w_q": w_q, "w_o": w_o, "b_q": b_q, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        return PreparedLatents(self, key, value, key_mask, lengths, weights)
 
     def _attend(
         self, queries: Tensor | InputArray | PackedInputs, latents: PreparedLatents, query_mask: Tensor | None
@@ -222,27 +228,32 @@ class OutputCrossAttention(nn.Module):
             key_mask=latents.key_mask, lengths=latents.lengths, query_mask=query_mask,
             dropout_p=self.dropout if self.training else 0.0, method=self.method,
         )  # fmt: skip
-        return with_zero_gradient(compute(call, None, latents.kept), self.k_proj.bias)
+        out = compute(call, None, latents.kept)
+        return with_zero_gradient(out, self.k_proj.bias) if is_plain(self.k_proj, self.v_proj) else out
 
-    def _attend_normed(self, queries: Any, latents: PreparedLatents, query_mask: Tensor | None) -> Tensor:
+    def _attend_called(
+        self, queries: Tensor | InputArray | PackedInputs, latents: PreparedLatents, query_mask: Tensor | None
+    ) -> Tensor:
         key, value = latents.key, latents.value
-        check_query_mask(query_mask, "B, O", key.shape[0], queries.shape[1], "queries", queries)
-        rows = queries if query_mask is None else torch.where(query_mask[..., None], queries, 0.0)
-        rows = rows if self.norm_queries is None else self.norm_queries(rows)
+        B, O = key.shape[0], queries.length if isinstance(queries, InputArray) else _tensor_of(queries).shape[1]
+        check_query_mask(query_mask, "B, O", B, O, "key", key)
+        source, query_mask = hide(as_queries(queries, query_mask), query_mask, B)
+        asked = visible(source.key_mask, source.lengths, O)
+        rows = normed_tokens("queries", source, self.norm_queries, asked, parameter_of(self.q_proj))
         seen = visible(latents.key_mask, latents.lengths, key.shape[2])
-        return self.out_proj(attend_normed(self, rows, key, value, seen, query_mask=query_mask))
+        return self.out_proj(attend_called(self, rows, key, value, seen, query_mask=query_mask))
 
-    def _weights(self, latents: Tensor) -> list[Any]:
+    def _weights(self, latents: Tensor, *, padded: bool) -> list[Any]:
         """Weights of q, k and v, biases of q and v, the output weight and the affine part of the queries' LayerNorm.
 
-        One head of odd width gets zero channels on a GPU; several heads lie side by side and stay as they are.
+        One head of odd width gets zero channels on a GPU, if ``padded``; several heads lie side by side and stay as they are.
+        Where keys and values are not read, theirs are None.
         """
         norm = self.norm_queries
-        tensors = [
-            self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias,
-            self.out_proj.weight, None if norm is None else norm.weight, None if norm is None else norm.bias,
-        ]  # fmt: skip
-        if self.num_heads > 1 or not latents.is_cuda:
+        read: list[Any] = [self.k_proj.weight, self.v_proj.weight, self.v_proj.bias] if padded else [None, None, None]
+        affine = [None, None] if norm is None else [norm.weight, norm.bias]
+        tensors = [self.q_proj.weight, self.q_proj.bias, *read, self.out_proj.weight, *affine]
+        if not padded or self.num_heads > 1 or not latents.is_cuda:
             return tensors
         d_k, d_v = self.qk_channels + -self.qk_channels % 8, self.v_channels + -self.v_channels % 8
         C, D = pad_channels(self.query_dim), self.latent_dim

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels import functional
-from perceiver_kernels.functional.cross_attention import Method, check_reading
+from perceiver_kernels.functional.cross_attention import Method, as_source, check_reading
 from perceiver_kernels.functional.heads import merge_heads, split_heads
+from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
 from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.problem import check_eps
@@ -87,17 +88,27 @@ class MAB(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        check_sequence("queries", queries, "B, N, C", self.query_dim, self.q_proj.weight)
-        check_sequence("inputs", inputs, "B, M, C", self.input_dim, self.q_proj.weight)
+        check_sequence("queries", queries, "B, N, C", self.query_dim, parameter_of(self.q_proj))
+        check_sequence("inputs", inputs, "B, M, C", self.input_dim, parameter_of(self.q_proj))
         query = self.q_proj(queries)
-        attended = functional.input_cross_attention(
-            split_heads(query, self.num_heads), inputs, self.k_proj.weight, self.v_proj.weight, b_k=self.k_proj.bias,
-            b_v=self.v_proj.bias, normalize=False, scale=self.dim**-0.5, key_mask=key_mask, method=self.method,
-        )  # fmt: skip
-        hidden = query + merge_heads(attended)
+        hidden = query + merge_heads(self._attended(split_heads(query, self.num_heads), inputs, key_mask))
         hidden = hidden if self.norm_attention is None else self.norm_attention(hidden)
         out = hidden + F.relu(self.out_proj(hidden))
         return out if self.norm_out is None else self.norm_out(out)
+
+    def _attended(self, query: Tensor, inputs: Tensor, key_mask: Tensor | None) -> Tensor:
+        """[B or 1, H, N, D / H], [B, M, C] -> [B, H, N, D / H]; keys and values are called for where they have to be."""
+        scale = self.dim**-0.5
+        if is_plain(self.k_proj, self.v_proj):
+            return functional.input_cross_attention(
+                query, inputs, self.k_proj.weight, self.v_proj.weight, b_k=self.k_proj.bias, b_v=self.v_proj.bias,
+                normalize=False, scale=scale, key_mask=key_mask, method=self.method,
+            )  # fmt: skip
+        source = as_source(inputs, key_mask, None)
+        rows = normed_tokens("inputs", source, None, source.key_mask, parameter_of(self.q_proj))
+        key, value = (split_heads(project(rows), self.num_heads) for project in (self.k_proj, self.v_proj))
+        query = query.expand(inputs.shape[0], -1, -1, -1)
+        return functional.attention(query, key, value, key_mask=key_mask, scale=scale)
 
     def flops(self, batch: int, N: int, M: int, *, query_batch: int | None = None, method: Method = "projected") -> int:
         """FLOPs of the matrix products of one forward, a multiply and an add counted as two.

@@ -314,6 +314,24 @@ def assert_later_parts_run(case: Case, **changes: Any) -> None:
             assert_agree(results(case, model), expected)
         differing += not torch.equal(expected["out 0"], unwrapped["out 0"])
     assert differing
+    _assert_later_hooks_run(case, original, model, paths)
+
+
+def _assert_later_hooks_run(case: Case, original: nn.Module, model: nn.Module, paths: list[str]) -> None:
+    """A hook that comes after a replacement is called where the original calls it; one at a time."""
+    for path in paths:
+        found, called = zip(*(_with_a_hook(case, each, path) for each in (original, model)), strict=True)
+        assert_agree(found[1], found[0])
+        assert bool(called[0]) == bool(called[1]), path
+
+
+def _with_a_hook(case: Case, model: nn.Module, path: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Results where a hook halves what a part gives, and its calls."""
+    called: list[str] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, given, out: called.append(path) or 0.5 * out)
+    found = results(case, model)
+    handle.remove()
+    return found, called
 
 
 def dropout_seen(monkeypatch: Any) -> list[float]:
