@@ -1,4 +1,4 @@
-"""torch.compile(model, dynamic=True), which is also what torch turns to when sizes change: one graph, no break; masks too."""
+"""torch.compile(model, dynamic=True), which is also what torch turns to when sizes change, and torch.export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn, randn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from perceiver_kernels.device import CPU
 from perceiver_kernels.models import (
     RIN,
     Perceiver,
@@ -24,6 +26,8 @@ from perceiver_kernels.models import (
     VecSetAutoencoder,
 )
 from perceiver_kernels.nn import MAB, CrossAttention, JointAttention, MultiheadAttention, OutputCrossAttention
+from perceiver_kernels.plan import plan_cross_attention
+from perceiver_kernels.problem import CrossAttentionProblem
 from tests.models.test_perceiver_io import MODELS, tensors
 
 AR: dict[str, Any] = {"vocab_size": 7, "max_length": 9, "num_latents": 4, "dim": 16, "num_heads": 2, "num_layers": 1}
@@ -129,3 +133,38 @@ def test_masks_of_several_sizes_share_graphs(name: str) -> None:
         call = arguments(B, M)
         torch.testing.assert_close(compiled(*call), model(*call))
     assert graphs.frame_count <= 2
+
+
+# Arguments whose batch sizes and lengths are open; the planner reads short ones otherwise than long ones.
+EXPORTED: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tensor, ...]]]] = {
+    "CrossAttention": (lambda: CrossAttention(32, 24), lambda B, M: (randn(B, 5, 32), randn(B, M, 24))),
+    "CrossAttention key_mask": (lambda: CrossAttention(32, 24), lambda B, M: (randn(B, 5, 32), randn(B, M, 24), mask(B, M))),
+    "OutputCrossAttention": (lambda: OutputCrossAttention(32, 24), lambda B, M: (randn(B, M, 32), randn(B, 5, 24))),
+    "Perceiver": (perceiver, lambda B, M: (randn(B, M, 8),)),
+    "PerceiverIO": (
+        lambda: MODELS["language"][0](max_length=2000, cross_heads=1), lambda B, M: (torch.arange(M).expand(B, M) % 20,)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", ["named", "auto"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_programs_take_other_sizes(name: str, dims: str) -> None:
+    torch.manual_seed(0)
+    build, arguments = EXPORTED[name]
+    model, example, Dim = build().eval(), arguments(3, 40), torch.export.Dim
+    B, M = (Dim("B", min=2, max=64), Dim("M", min=2, max=2000)) if dims == "named" else (Dim.AUTO, Dim.AUTO)
+    shapes = tuple({0: B, 1: M} if tensor.shape[1] == 40 else {0: B} for tensor in example)
+    exported = torch.export.export(model, example, dynamic_shapes=shapes).module()
+    for sizes in ((3, 40), (2, 2), (2, 7), (5, 2000), (40, 300)):
+        call = arguments(*sizes)
+        torch.testing.assert_close(exported(*call), model(*call))
+
+
+def test_a_size_that_only_the_data_tells_is_planned_for() -> None:
+    weights = torch.zeros(24, 24)
+    problem = CrossAttentionProblem.of(
+        torch.zeros(1, 1, 5, 24), weights, weights, B=2, M=100, C=24, dtype=torch.float32, packed=False, inputs_need_grad=False
+    )
+    unknown = problem.with_sizes(M=ShapeEnv().create_unbacked_symint())
+    assert plan_cross_attention(unknown, CPU) == plan_cross_attention(problem.with_sizes(M=4096), CPU)
