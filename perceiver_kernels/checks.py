@@ -21,9 +21,14 @@ def autocasts(device: torch.device) -> bool:
 def check_tensor(
     name: str, value: object, layout: str, *shapes: _Shape, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> None:
-    """Raise unless value is a tensor of one of these dtypes and shapes; None in a shape fits any size."""
+    """Raise unless value is a tensor of one of these dtypes and shapes; None in a shape fits any size.
+
+    Args:
+        layout: the axes of each shape. No sizes: the message tells those that the last shape asks for, and to tell a size where
+            all is well would make a constant of it under torch.compile.
+    """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor {_with_sizes(layout, shapes[-1])}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         hint = ", True = visible" if dtypes == (torch.bool,) else ""
@@ -31,7 +36,15 @@ def check_tensor(
     got = tuple(value.shape)
     ranked = (shape for shape in shapes if len(shape) == len(got))
     if not any(all(want is None or want == size for want, size in zip(shape, got, strict=True)) for shape in ranked):
-        raise ValueError(f"{name} must be {layout}, got {got}")
+        raise ValueError(f"{name} must be {_with_sizes(layout, shapes[-1])}, got {got}")
+
+
+def _with_sizes(layout: str, shape: _Shape) -> str:
+    """``layout``, the sizes that ``shape`` asks for told behind the axes in its last brackets."""
+    start, stop = layout.rindex("[") + 1, layout.rindex("]")
+    sizes = zip(layout[start:stop].split(", "), shape, strict=True)
+    told = ", ".join(f"{axis}={size}" for axis, size in sizes if size is not None and not axis.isdigit())
+    return f"{layout[: stop + 1]} with {told}{layout[stop + 1 :]}" if told else layout
 
 
 def check_indices(name: str, values: Tensor, rule: str, count: int) -> None:

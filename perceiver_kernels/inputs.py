@@ -26,10 +26,9 @@ def _check_visibility(key_mask: Tensor | None, lengths: Tensor | None, batch: in
     if key_mask is not None and lengths is not None:
         raise ValueError("key_mask and lengths exclude each other: give one of them")
     if key_mask is not None:
-        layout = f"[B, M] with B={batch}, M={length}"
-        check_tensor("key_mask", key_mask, layout, (batch, length), dtypes=(torch.bool,))
+        check_tensor("key_mask", key_mask, "[B, M]", (batch, length), dtypes=(torch.bool,))
     if lengths is not None:
-        check_tensor("lengths", lengths, f"[B] with B={batch}", (batch,), dtypes=(torch.int32,))
+        check_tensor("lengths", lengths, "[B]", (batch,), dtypes=(torch.int32,))
 
 
 def _summary(self: Any) -> str:
@@ -141,9 +140,8 @@ class InputArray:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} must be None unless positions is a FourierPositions")
             if self.positions is not None:
-                layout = f"[M, P] or [B, M, P] with B={self.batch}, M={self.length}, or a FourierPositions"
                 shapes = (self.length, None), (self.batch, self.length, None)
-                check_tensor("positions", self.positions, layout, *shapes)
+                check_tensor("positions", self.positions, "[M, P] or [B, M, P], or a FourierPositions", *shapes)
         if self.channels == 0:
             raise ValueError("content and positions must have a channel between them, got C=0")
         _check_visibility(self.key_mask, self.lengths, self.batch, self.length)
@@ -349,8 +347,7 @@ class InputArray:
         if positions is not None and not isinstance(positions, FourierPositions):
             raise TypeError(f"positions must be a FourierPositions, got {type(positions).__name__}")
         if features is not None:
-            layout = f"[B, M, F] with B={coordinates.shape[0]}, M={coordinates.shape[1]}"
-            check_tensor("features", features, layout, (*coordinates.shape[:2], None))
+            check_tensor("features", features, "[B, M, F]", (*coordinates.shape[:2], None))
         content = coordinates[:, :, :0] if features is None else features
         positions = FourierPositions(64, (2240.0,) * coordinates.shape[2]) if positions is None else positions
         return cls(content, positions, coordinates, key_mask=key_mask, lengths=lengths)

@@ -128,8 +128,7 @@ class FourierPositions:
 def check_coordinates(coordinates: object, positions: FourierPositions, batch: int, length: int) -> None:
     """Raise unless coordinates are those of ``length`` tokens, shared by the batch or not, on the axes of positions."""
     axes = positions.num_axes
-    layout = f"[M, axes] or [B, M, axes] with B={batch}, M={length}, axes={axes}"
-    check_tensor("coordinates", coordinates, layout, (length, axes), (batch, length, axes))
+    check_tensor("coordinates", coordinates, "[M, axes] or [B, M, axes]", (length, axes), (batch, length, axes))
 
 
 def grid_coordinates(

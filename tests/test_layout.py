@@ -51,6 +51,22 @@ def test_layers_and_models_do_not_choose_kernels(folder: str) -> None:
     assert [str(path) for path in found if re.search("backend", path.read_text(), re.IGNORECASE)] == []
 
 
+def texts_made_at_every_call(source: str) -> Iterator[str]:
+    """Layouts of check_tensor that are no constants, nor picked from some."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_tensor", "check_layout"):
+            for layout in node.args[2:3]:
+                if not isinstance(layout, (ast.Constant, ast.Subscript)):
+                    yield f"line {node.lineno}: {ast.unparse(layout)}"
+
+
+def test_sizes_are_told_when_they_are_wrong() -> None:
+    """torch.compile makes a constant of a size that a text tells, and would compile again for every other one."""
+    assert {str(path): found for path in modules(PACKAGE) if (found := list(texts_made_at_every_call(path.read_text())))} == {}
+    source = 'check_tensor("x", x, f"[B] with B={B}", (B,))\ncheck_tensor("x", x, "[B]", (B,))\n'
+    assert list(texts_made_at_every_call(source)) == ["line 1: f'[B] with B={B}'"]
+
+
 def test_cuda_sources_know_nothing_of_torch() -> None:
     """Kernels take plain structs; only names in comments may mention it."""
     found = list(sources("csrc"))

@@ -186,8 +186,7 @@ class PerceiverAR(Model):
         prefix_length = self.check_tokens("tokens", tokens, prefix_length)
         B = tokens.shape[0]
         if prefix_mask is not None:
-            layout = f"[B, prefix_length] with B={B}, prefix_length={prefix_length}"
-            check_tensor("prefix_mask", prefix_mask, layout, (B, prefix_length), dtypes=(torch.bool,))
+            check_tensor("prefix_mask", prefix_mask, "[B, prefix_length]", (B, prefix_length), dtypes=(torch.bool,))
         if padding is not None:
             if prefix_mask is not None:
                 raise ValueError("padding and prefix_mask exclude each other: give one of them")

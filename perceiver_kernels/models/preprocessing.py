@@ -19,7 +19,7 @@ from perceiver_kernels.nn.checks import check_choice, check_count
 
 
 def _check_images(images: Tensor, channels: int) -> None:
-    check_tensor("images", images, f"[B, Ch, H, W] with Ch={channels}", (None, channels, None, None), dtypes=RAW_DTYPES)
+    check_tensor("images", images, "[B, Ch, H, W]", (None, channels, None, None), dtypes=RAW_DTYPES)
 
 
 def _check_sizes(name: str, sizes: object, axes: str) -> None:
@@ -217,8 +217,7 @@ class FlowPreprocessor(nn.Module):
 
     def forward(self, frames: Tensor) -> InputArray:
         """frames float or uint8 [B, 2, 27, H, W], see ``flow_patches``, -> M = H * W tokens."""
-        layout, shape = f"[B, 2, Ch, H, W] with Ch={self.patch_channels}", (None, 2, self.patch_channels, None, None)
-        check_tensor("frames", frames, layout, shape, dtypes=RAW_DTYPES)
+        check_tensor("frames", frames, "[B, 2, Ch, H, W]", (None, 2, self.patch_channels, None, None), dtypes=RAW_DTYPES)
         patches = _as_weight(frames, self.patch_proj.weight).flatten(1, 2).flatten(2).mT  # [B, M, 2 * Ch]
         features = self.patch_proj(patches)
         return InputArray.image(features.mT.unflatten(2, frames.shape[3:]), self.positions)
@@ -337,8 +336,7 @@ class VideoPreprocessor(nn.Module):
 
     def forward(self, video: Tensor) -> InputArray:
         """video float or uint8 [B, T, Ch, H, W] -> M = T H W / (frames rows columns) tokens."""
-        layout = f"[B, T, Ch, H, W] with Ch={self.in_channels}"
-        check_tensor("video", video, layout, (None, None, self.in_channels, None, None), dtypes=RAW_DTYPES)
+        check_tensor("video", video, "[B, T, Ch, H, W]", (None, None, self.in_channels, None, None), dtypes=RAW_DTYPES)
         return InputArray.video(video, self.patch, self.positions)
 
 
@@ -362,8 +360,7 @@ class PointPreprocessor(nn.Module):
     def forward(self, points: Tensor) -> InputArray:
         """points float [B, M, axes + F], coordinates first -> M tokens."""
         axes = self.positions.num_axes
-        layout = f"[B, M, axes + F] with axes={axes}, F={self.features}"
-        check_tensor("points", points, layout, (None, None, axes + self.features))
+        check_tensor("points", points, "[B, M, axes + F]", (None, None, axes + self.features))
         return InputArray.points(points[..., :axes], points[..., axes:] if self.features else None, self.positions)
 
 
@@ -383,7 +380,7 @@ class LabelPreprocessor(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         """label float [B, num_classes] -> [B, 1, num_classes]."""
-        check_tensor("label", label, f"[B, num_classes] with num_classes={self.channels}", (None, self.channels))
+        check_tensor("label", label, "[B, num_classes]", (None, self.channels))
         return label[:, None]
 
 

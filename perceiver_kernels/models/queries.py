@@ -162,8 +162,7 @@ class GivenQueries(nn.Module):
 
     def forward(self, array: Tensor | InputArray, points: Tensor | None = None) -> Tensor:
         """The input array, and float queries [B, O, C] or [O, C] for the whole batch -> [B or 1, O, C]."""
-        layout = f"[B, O, C] or [O, C], the queries, with C={self.channels}"
-        check_tensor("points", points, layout, (None, None, self.channels), (None, self.channels))
+        check_tensor("points", points, "[B, O, C] or [O, C], the queries", (None, None, self.channels), (None, self.channels))
         assert points is not None
         return points if points.ndim == 3 else points[None]
 

@@ -310,8 +310,8 @@ class PerceiverResampler(Model):
             layouts = "[B, M, C], [B, T, M, C] or [B, T, F, M, C]"
             raise ValueError(f"media must be {layouts} with C={C}, got {tuple(media.shape)}")
         if mask is not None:
-            shape = tuple(media.shape[:-1])
-            check_layout("mask", mask, f"of media's shape without its channels, {shape}", shape, dtypes=(torch.bool,))
+            masks = ("[B, M]", "[B, T, M]", "[B, T, F, M]")
+            check_layout("mask", mask, masks[media.ndim - 3], tuple(media.shape[:-1]), dtypes=(torch.bool,))
         B, M = media.shape[0], media.shape[-2]
         T = media.shape[1] if media.ndim > 3 else 1
         frames = media.shape[2] if media.ndim == 5 else 1

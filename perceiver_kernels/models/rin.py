@@ -262,16 +262,16 @@ class RIN(Model):
     def _check(self, images: Tensor, time: Tensor, labels: Tensor | None) -> None:
         config, size = self.config, self.config.image_size
         shape = (None, config.channels, size, size)
-        check_tensor("images", images, f"[B, {config.channels}, {size}, {size}]", shape, dtypes=FLOAT_DTYPES)
+        check_tensor("images", images, "[B, Ch, H, W]", shape, dtypes=FLOAT_DTYPES)
         B = images.shape[0]
-        check_tensor("time", time, f"[B] with B={B}", (B,), dtypes=FLOAT_DTYPES)
+        check_tensor("time", time, "[B]", (B,), dtypes=FLOAT_DTYPES)
         if (labels is None) != (config.num_classes is None):
             raise ValueError(
                 f"labels must be given if num_classes={config.num_classes} is not None, and only then, got "
                 f"{None if labels is None else tuple(labels.shape)}"
             )
         if labels is not None and config.num_classes is not None:
-            check_tensor("labels", labels, f"[B] with B={B}", (B,), dtypes=(torch.int64,))
+            check_tensor("labels", labels, "[B]", (B,), dtypes=(torch.int64,))
             check_indices("labels", labels, "num_classes-1", config.num_classes)
 
     def _initial_tape(self, images: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class RIN(Model):
         if previous is None:
             previous = learned.new_zeros(shape)
         else:
-            check_tensor("previous", previous, f"[B, N, D] = {shape}", shape)
+            check_tensor("previous", previous, "[B, N, D]", shape)
         return latents + self.previous_norm(self.previous(previous))
 
     def _images(self, tokens: Tensor) -> Tensor:

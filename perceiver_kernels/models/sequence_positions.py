@@ -83,7 +83,7 @@ class SequencePositions(nn.Module):
 
 def mask_of_padding(padding: Tensor, batch: int, prefix_length: int) -> Tensor:
     """Which tokens of the prefix may be read, bool [B, prefix_length], where ``padding`` [B] of them are none."""
-    check_tensor("padding", padding, f"[B] with B={batch}", (batch,), dtypes=(torch.int64,))
+    check_tensor("padding", padding, "[B]", (batch,), dtypes=(torch.int64,))
     if padding.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         least, most = padding.aminmax()
         if least < 0 or most > prefix_length:

@@ -268,7 +268,7 @@ class VecSetAutoencoder(Model):
                 raise ValueError(f"points must have at least num_latents={N} points in a cloud, got {M}")
             first = torch.randint(M, (B,), device=points.device) if self.training else None
             sample = farthest_points(points, N, first)
-        check_tensor("sample", sample, f"[B, N] = {(B, N)}", (B, N), dtypes=(torch.int64,))
+        check_tensor("sample", sample, "[B, N]", (B, N), dtypes=(torch.int64,))
         check_indices("sample", sample, "M-1", M)
         places = points.gather(1, sample[..., None].expand(-1, -1, 3))
         if features is not None:
@@ -338,7 +338,7 @@ class VecSetAutoencoder(Model):
             like = parameter_of(self.head)
             dtype = autocast_dtype(like) or like.dtype
             out = torch.empty(whole, dtype=dtype, device=latents.device)
-        check_tensor("out", out, f"[B, x, y, z, output_dim] = {whole}", whole)
+        check_tensor("out", out, "[B, x, y, z, output_dim]", whole)
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         flat, total = out.view(whole[0], -1, whole[-1]), math.prod(shape)

@@ -144,7 +144,7 @@ class JointAttention(nn.Module):
             segments.append(self._keys_values(normed, M, rotary))
         key_mask = None
         if context_mask is not None:
-            check_tensor("context_mask", context_mask, f"[B, M] with B={B}, M={M}", (B, M), dtypes=(torch.bool,))
+            check_tensor("context_mask", context_mask, "[B, M]", (B, M), dtypes=(torch.bool,))
             key_mask = torch.cat((context_mask, context_mask.new_ones(B, length - M)), 1)
         if cache is not None:
             if not self.causal or context_mask is not None:

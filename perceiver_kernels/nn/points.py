@@ -74,7 +74,7 @@ class PointEmbedding(nn.Module):
             if features is None:
                 parts.append(parts[0].new_zeros(shape))
             else:
-                check_tensor("features", features, f"[B, M, F] = {tuple(shape)}", shape)
+                check_tensor("features", features, "[B, M, F]", shape)
                 parts.append(features.to(weight.dtype))
         elif features is not None:
             raise ValueError(f"features must be None where feature_dim is 0, got {tuple(features.shape)}")
@@ -135,6 +135,6 @@ def farthest_points(points: Tensor, count: int, first: Tensor | None = None) -> 
         raise ValueError(f"count must be at most the cloud's M={M} points, got {count}")
     if first is None:
         first = torch.zeros(B, dtype=torch.int64, device=points.device)
-    check_tensor("first", first, f"[B] with B={B}", (B,), dtypes=(torch.int64,))
+    check_tensor("first", first, "[B]", (B,), dtypes=(torch.int64,))
     wide = torch.promote_types(points.dtype, torch.float32)
     return _farthest_points(points.detach().to(wide), first, count)

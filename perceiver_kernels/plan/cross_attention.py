@@ -7,6 +7,7 @@ from typing import Literal
 
 from perceiver_kernels.cost import absorbed_cost, projected_cost
 from perceiver_kernels.device import DeviceFacts
+from perceiver_kernels.plan.symbols import settled
 from perceiver_kernels.problem import CrossAttentionProblem
 
 
@@ -21,6 +22,7 @@ class CrossAttentionPlan:
 
 def plan_cross_attention(problem: CrossAttentionProblem, device: DeviceFacts) -> CrossAttentionPlan:
     """The method whose roofline time, at the measured efficiency of its parts, is smaller."""
+    problem = settled(problem)
     absorbed = absorbed_cost(problem, effective=True).seconds(device, problem.dtype)
     projected = projected_cost(problem, effective=True).seconds(device, problem.dtype)
     return CrossAttentionPlan("absorbed" if absorbed <= projected else "projected", absorbed, projected)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from perceiver_kernels.cost import output_absorbed_cost, output_projected_cost
 from perceiver_kernels.device import DeviceFacts
+from perceiver_kernels.plan.symbols import settled
 from perceiver_kernels.problem import OutputCrossAttentionProblem
 
 
@@ -23,6 +24,7 @@ class OutputCrossAttentionPlan:
 
 def plan_output_cross_attention(problem: OutputCrossAttentionProblem, device: DeviceFacts) -> OutputCrossAttentionPlan:
     """The method whose roofline time, at the measured efficiency of its parts, is smaller."""
+    problem = settled(problem)
     reasons = problem.against_absorption
     absorbed = math.inf if reasons else output_absorbed_cost(problem, effective=True).seconds(device, problem.dtype)
     projected = output_projected_cost(problem, effective=True).seconds(device, problem.dtype)

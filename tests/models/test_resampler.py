@@ -304,11 +304,11 @@ def test_wrong_configurations_are_named(changes: dict[str, Any], error: type[Exc
         (torch.zeros(B, M, D).double(), None, TypeError, "media must have the parameters' dtype torch.float32 unless autocast"),
         (torch.zeros(B, 5, M, D), None, ValueError, r"media must have at most max_media=4 media, got 5: \(2, 5, 7, 24\)"),
         (torch.zeros(B, T, 4, M, D), None, ValueError, "media must have at most max_frames=3 frames, got 4"),
-        (torch.zeros(B, M, D), [True], TypeError, "mask must be a tensor of media's shape without its channels"),
+        (torch.zeros(B, M, D), [True], TypeError, r"mask must be a tensor \[B, M\] with B=2, M=7, got list"),
         (torch.zeros(B, M, D), torch.ones(B, M), TypeError, "mask must be bool, True = visible, got float32"),
         (
             torch.zeros(B, T, M, D), torch.ones(B, M, dtype=torch.bool), ValueError,
-            r"mask must be of media's shape without its channels, \(2, 3, 7\), got \(2, 7\)",
+            r"mask must be \[B, T, M\] with B=2, T=3, M=7, got \(2, 7\)",
         ),
     ],
 )  # fmt: skip

@@ -185,12 +185,12 @@ def test_wrong_inputs_are_named() -> None:
     model = model_of()
     images, time, labels, previous = arguments(model)
     for error, message, given in (
-        (ValueError, r"images must be \[B, 3, 12, 12\], got \(3, 3, 12, 11\)", (images[..., :-1], time, labels)),
+        (ValueError, r"images must be \[B, Ch, H, W\] with Ch=3, H=12, W=12, got", (images[..., :-1], time, labels)),
         (TypeError, "images must have the parameters' dtype torch.float64", (images.float(), time, labels)),
         (ValueError, r"time must be \[B\] with B=3, got \(3, 1\)", (images, time[:, None], labels)),
         (ValueError, "labels must be given if num_classes=7 is not None, and only then, got None", (images, time)),
         (TypeError, "labels must be int64, got float64", (images, time, labels.double())),
-        (ValueError, r"previous must be \[B, N, D\] = \(3, 9, 32\), got \(3, 8, 32\)", (images, time, labels, previous[:, 1:])),
+        (ValueError, r"previous must be \[B, N, D\] with B=3, N=9, D=32, got", (images, time, labels, previous[:, 1:])),
     ):
         with pytest.raises(error, match=message):
             model(*given)

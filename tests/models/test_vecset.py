@@ -317,7 +317,7 @@ def test_wrong_inputs_are_named() -> None:
     for error, message, run in (
         (ValueError, r"points must be \[B, M, 3\], got \(2, 40, 2\)", lambda: model(points[..., :2], queries)),
         (ValueError, "points must have at least num_latents=7 points in a cloud, got 6", lambda: model.encode(points[:, :6])),
-        (ValueError, r"sample must be \[B, N\] = \(2, 7\), got \(2, 6\)", lambda: model.encode(points, sample=sample[:, 1:])),
+        (ValueError, r"sample must be \[B, N\] with B=2, N=7, got", lambda: model.encode(points, sample=sample[:, 1:])),
         (TypeError, "sample must be int64, got float64", lambda: model.encode(points, sample=sample.double())),
         (ValueError, "sample must be None with queries='learned', got", lambda: learned.encode(points, sample=sample)),
         (ValueError, r"features must be None where feature_dim is 0, got \(2, 7, 3\)", lambda: model.encode(points, points)),
@@ -326,7 +326,7 @@ def test_wrong_inputs_are_named() -> None:
         (ValueError, "resolution must be a positive integer, or three of them, got 0", lambda: model.decode_grid(latents, 0)),
         (ValueError, r"resolution must be .* got \(3, 3\)", lambda: model.decode_grid(latents, (3, 3))),
         (ValueError, "chunk_size must be at least 1, got 0", lambda: model.decode_grid(latents, 3, 0)),
-        (ValueError, r"out must be \[B, x, y, z, output_dim\] = \(2, 3, 3, 3, 1\), got \(2,\)",
+        (ValueError, r"out must be \[B, x, y, z, output_dim\] with B=2, x=3, y=3, z=3, output_dim=1, got \(2,\)",
          lambda: model.decode_grid(latents, 3, out=torch.empty(2))),
         (ValueError, "out must be contiguous, got strides",
          lambda: model.decode_grid(latents, 3, out=torch.empty(2, 3, 3, 3, 1).transpose(1, 2))),

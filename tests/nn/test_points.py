@@ -93,7 +93,7 @@ def test_farthest_points_is_one_operator_when_compiled() -> None:
         (
             lambda: PointEmbedding(8, feature_dim=4)(cloud(), cloud()),
             ValueError,
-            r"features must be \[B, M, F\] = \(2, 33, 4\), got \(2, 33, 3\)",
+            r"features must be \[B, M, F\] with B=2, M=33, F=4, got \(2, 33, 3\)",
         ),
         (lambda: farthest_points(cloud(), M + 1), ValueError, "count must be at most the cloud's M=33 points, got 34"),
         (lambda: farthest_points(cloud().long(), 3), TypeError, "points must be .* got int64"),
