@@ -57,6 +57,10 @@ class _ZeroGradientFunctorch(Function):
     backward = staticmethod(_ZeroGradient.backward)
 
     @staticmethod
+    def jvp(ctx: Any, value: Tensor, parameter: Tensor | None) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, parameter: Tensor) -> tuple[Tensor, Any]:
         return value.view_as(value), in_dims[0]
 
