@@ -57,6 +57,10 @@ class _ZeroGradientFunctorch(Function):
     backward = staticmethod(_ZeroGradient.backward)
 
     @staticmethod
+    def jvp(ctx: Any, value: Tensor, parameter: Tensor | None) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, parameter: Tensor) -> tuple[Tensor, Any]:
         return value.view_as(value), in_dims[0]
 
@@ -115,7 +119,7 @@ class _NormedProduct(Function):
             out = torch.bmm(rows, w.view(H, -1, w.shape[-1]).mT)
             out = out if c is None else out.add_(c.view(H, 1, -1))
         ctx.save_for_backward(z, g, b, w, rows)
-        return _by_batch(out, z.shape[0])
+        return _by_batch(out, z.shape[0], z.shape[1] // H)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,7 +137,7 @@ class _NormedProduct(Function):
         else:
             with _without_autocast(w.device):
                 drows = torch.bmm(gradient.to(z.dtype), weight.to(z.dtype))
-        drows = _by_batch(drows, z.shape[0]).flatten(1, 2)
+        drows = _by_batch(drows, z.shape[0], z.shape[1] // H).flatten(1, 2)
         dg = (drows * z).sum((0, 1)).to(g.dtype) if needs_g else None
         db = drows.sum((0, 1)).to(b.dtype) if needs_b else None
         return drows * g if needs_z else None, dg, db, dw, dc, None
@@ -144,9 +148,9 @@ def _by_head(rows: Tensor, H: int) -> Tensor:
     return rows.unflatten(1, (H, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _by_batch(rows: Tensor, B: int) -> Tensor:
-    """[H, B*N, C] to [B, H, N, C]."""
-    return rows.unflatten(1, (B, -1)).transpose(0, 1)
+def _by_batch(rows: Tensor, B: int, N: int) -> Tensor:
+    """[H, B*N, C] to [B, H, N, C]; N cannot be told from a batch of none."""
+    return rows.unflatten(1, (B, N)).transpose(0, 1)
 
 
 def pad_to(tensor: T, channels: int) -> T:
@@ -241,7 +245,7 @@ def project_values(
 
     Columns of z past C are zero and meet zero columns of W_v: nothing is sliced.
     """
-    B, _, channels = z.shape
+    B, N, channels = z.shape[0], z.shape[1] // H, z.shape[2]
     weight, scale, shift = (pad_to(t, channels) for t in (w_v, norm_weight, norm_bias))
     b_v = None if b_v is None else b_v.to(w_v.dtype)
     if scale is not None and shift is not None and rho is None and not _unfused():
@@ -253,9 +257,9 @@ def project_values(
     if H == 1:
         out = F.linear(z, weight, b_v if rho is None else None)[:, None]  # [B, 1, N, d_v]
     else:
-        out = _by_batch(torch.bmm(_by_head(z, H), weight.view(H, -1, channels).mT), B)
+        out = _by_batch(torch.bmm(_by_head(z, H), weight.view(H, -1, channels).mT), B, N)
         if b_v is not None and rho is None:
             out = out + b_v.view(H, 1, -1)
     if b_v is not None and rho is not None:
-        out = out + (b_v.view(H, 1, -1) * rho.view(B, H, -1, 1)).to(out.dtype)
+        out = out + (b_v.view(H, 1, -1) * rho.view(B, H, N, 1)).to(out.dtype)
     return out

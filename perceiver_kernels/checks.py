@@ -47,14 +47,23 @@ def _with_sizes(layout: str, shape: _Shape) -> str:
     return f"{layout[: stop + 1]} with {told}{layout[stop + 1 :]}" if told else layout
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU they would have to be waited for, and fake, traced and vmapped have none.
+
+    The type does not tell the vmapped.
+    """
+    if type(tensor) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" and tensor.numel() > 0
+
+
 def check_indices(name: str, values: Tensor, rule: str, count: int) -> None:
-    """Raise where integers on a CPU are not in 0..count-1; a GPU is not asked, which would have to be waited for.
+    """Raise where integers are not in 0..count-1, if they have values to look at.
 
     Args:
         rule: the upper end as it is told, for example "vocab_size-1".
     """
-    # Tensors that stand for others (fake, traced, vmapped) have no values to look at.
-    if type(values) is not Tensor or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+    if not has_values(values):
         return
     least, most = values.aminmax()
     if least < 0 or most >= count:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from perceiver_kernels.checks import (
     is_integer,
 )
 from perceiver_kernels.positions import FourierPositions, check_coordinates, constant, grid_coordinates
+from perceiver_kernels.tensors import Tensors
 
 
 def _check_visibility(key_mask: Tensor | None, lengths: Tensor | None, batch: int, length: int) -> None:
@@ -31,21 +31,8 @@ def _check_visibility(key_mask: Tensor | None, lengths: Tensor | None, batch: in
         check_tensor("lengths", lengths, "[B]", (batch,), dtypes=(torch.int32,))
 
 
-def _summary(self: Any) -> str:
-    """The fields that are given; of a tensor its dtype, shape and device."""
-    given = ((field.name, getattr(self, field.name)) for field in fields(self))
-    told = (f"{name}={_brief(value)}" for name, value in given if value is not None)
-    return f"{type(self).__name__}({', '.join(told)})"
-
-
-def _brief(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
-
-
-@dataclass(frozen=True, eq=False)
-class PackedInputs:
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedInputs(Tensors):
     """Inputs ready for any number of cross-attentions: joined with positions, normalised, padded and cast.
 
     Args:
@@ -81,8 +68,6 @@ class PackedInputs:
             raise TypeError(f"normalized must be a bool, got {self.normalized!r}")
         _check_visibility(self.key_mask, self.lengths, batch, length)
 
-    __repr__ = _summary
-
 
 @dataclass(frozen=True, eq=False)
 class TokenSlice:
@@ -101,8 +86,8 @@ class TokenSlice:
     key_mask: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class InputArray:
+@dataclass(frozen=True, eq=False, repr=False)
+class InputArray(Tensors):
     """Raw inputs and where they are; content may be uint8 and in host memory, positions are made on the fly.
 
     The named constructors (image, video, audio, points, tokens) take torch's layouts and add positions.
@@ -147,8 +132,6 @@ class InputArray:
         _check_visibility(self.key_mask, self.lengths, self.batch, self.length)
         for name in ("mean", "std"):
             self._check_moments(name)
-
-    __repr__ = _summary
 
     def _check_coordinates(self, fourier: FourierPositions) -> None:
         axes = fourier.num_axes

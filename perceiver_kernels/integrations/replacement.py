@@ -62,7 +62,8 @@ def replace_attention(model: nn.Module, *, dry_run: bool = False) -> Report:
         dry_run: change nothing, only report.
 
     Returns:
-        What was converted and what was not. ``report.undo()`` puts everything back.
+        What was converted and what was not. ``report.undo()`` puts everything back, but for modules whose class something
+            else has changed since, which it names in a warning.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -142,9 +143,13 @@ def _replace(name: str, module: nn.Module, adapters: dict[type[nn.Module], Adapt
         module.__dict__[SHADOW] = adapter.assembled(module)
     if adapter.replacement is not None:
         module.__class__ = adapter.replacement
-        report._undo.append(functools.partial(_restore, module, adapter.original))
+        report._undo.append(functools.partial(_restore, name, module, adapter))
 
 
-def _restore(module: Any, original: type[nn.Module]) -> None:
-    module.__class__ = original
+def _restore(name: str, module: Any, adapter: Adapter) -> str | None:
+    """Put a module's class back; its name where it has another than the replacement now, and stays."""
+    if type(module) is not adapter.replacement:
+        return name
+    module.__class__ = adapter.original
     module.__dict__.pop(SHADOW, None)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,12 +35,20 @@ class Report:
     converted: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
     dry_run: bool = False
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _undo: list[Callable[[], str | None]] = field(default_factory=list, repr=False)
+    """Each puts one thing back, or returns the name of the module that it had to leave."""
 
     def undo(self) -> None:
-        """Put everything back as it was; again, or after a dry run, it does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        """Put everything back as it was; again, or after a dry run, it does nothing.
+
+        A module whose class something else has changed since, as parametrizations and FSDP do, is left as it is, with a warning
+        that names it: it would lose what was put there. Where that has been taken away, another ``undo`` puts it back.
+        """
+        left = [(back, name) for back in reversed(self._undo) if (name := back()) is not None]
+        self._undo = [back for back, _ in reversed(left)]
+        if left:
+            names = ", ".join(name or "(the model)" for _, name in reversed(left))
+            warnings.warn(f"left as they are, since something else has changed their class since: {names}", stacklevel=2)
 
     def __str__(self) -> str:
         if not self.converted and not self.kept:

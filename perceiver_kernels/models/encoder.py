@@ -213,7 +213,7 @@ class PerceiverEncoder(Model):
             "out_dropout": config.attention_result_dropout, "qkv_bias": config.qkv_bias, "eps": config.eps, **where,
         }  # fmt: skip
         self.latents = nn.Parameter(torch.empty(1, config.num_latents, config.latent_dim, **where))
-        nn.init.trunc_normal_(self.latents, std=0.02, a=-2.0, b=2.0)
+        self.reset_parameters()
         self.cross_blocks = nn.ModuleList(
             CrossBlock(
                 config.latent_dim, config.input_dim, num_heads=config.cross_heads, qk_channels=config.qk_channels,
@@ -234,6 +234,10 @@ class PerceiverEncoder(Model):
             )
             for _ in range(max(config.block_weights(), default=-1) + 1)
         )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Start the latents; layers have a method of their own."""
+        nn.init.trunc_normal_(self.latents, std=0.02, a=-2.0, b=2.0)
 
     def forward(
         self,

@@ -81,7 +81,11 @@ class TokenHead(nn.Module):
     ) -> None:
         super().__init__()
         check_count("vocab_size", vocab_size)
-        self.bias = nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
 
     def forward(self, decoded: Tensor, source: Source) -> Tensor:
         """[B, O, C] -> [B, O, vocab_size]; the source is of a TextPreprocessor."""

@@ -97,8 +97,6 @@ class Linformer(Model):
                 one_kv_head=config.one_kv_head, share_kv=config.share_kv, dropout=config.dropout, **where,
             )  # fmt: skip
             feed_forward = FeedForward(config.dim, 4, hidden_dropout=config.dropout, **where)
-            for linear in (feed_forward.up_proj, feed_forward.down_proj):
-                nn.Linear.reset_parameters(linear)
             self.layers.append(LinformerLayer(attention, feed_forward))
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -129,6 +127,12 @@ class LinformerLayer(nn.Module):
     def __init__(self, attention: LinformerAttention, feed_forward: FeedForward) -> None:
         super().__init__()
         self.attention, self.feed_forward = attention, feed_forward
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the feed-forward's linear layers as torch does, after their own methods."""
+        for linear in (self.feed_forward.up_proj, self.feed_forward.down_proj):
+            nn.Linear.reset_parameters(linear)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x [B, N, D], key_mask bool [B, N] -> [B, N, D]."""

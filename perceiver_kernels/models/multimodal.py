@@ -50,8 +50,13 @@ class CommonWidth(nn.Module):
         self.names = sorted(channels)
         self.channels = max(channels.values()) + min_padding
         self.padding = nn.ParameterDict(
-            {name: torch.randn(1, self.channels - channels[name], device=device, dtype=dtype) for name in self.names}
+            {name: torch.empty(1, self.channels - channels[name], device=device, dtype=dtype) for name in self.names}
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for vector in self.padding.values():
+            nn.init.normal_(vector)
 
     def forward(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """[B, M_m, C_m] of every modality -> [B, M_m, C]."""
@@ -103,8 +108,14 @@ class MultimodalPreprocessor(nn.Module):
             if probability != 1:
                 check_probability(f"mask_probs[{name!r}]", probability)
         self.mask_tokens = nn.ParameterDict(
-            {name: torch.randn(1, self.channels, **where) for name in sorted(self.mask_probs)}
+            {name: torch.empty(1, self.channels, **where) for name in sorted(self.mask_probs)}
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the learned tokens; modalities have methods of their own."""
+        for token in self.mask_tokens.values():
+            nn.init.normal_(token)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Raw inputs of every modality, one B for all -> [B, M, C], M the tokens of all."""

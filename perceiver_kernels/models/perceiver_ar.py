@@ -135,10 +135,11 @@ class PerceiverAR(Model):
         self.norm = nn.LayerNorm(dim, config.eps, **keywords) if config.final_norm else None
         self.head = None if config.tied_logits else Linear(dim, config.vocab_size, config.logits_bias, **keywords)
         tied_bias = config.tied_logits and config.logits_bias
-        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size, **keywords)) if tied_bias else None
-        self._initialise()
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size, **keywords)) if tied_bias else None
+        self.reset_parameters()
 
-    def _initialise(self) -> None:
+    def reset_parameters(self) -> None:
+        """Start embeddings, positions, logits and what ``init_std`` is for, after the layers' own methods."""
         tables = [self.token_embedding.weight, *(() if self.positions is None else self.positions.parameters())]
         std = self.config.init_std
         for table in tables:
@@ -152,6 +153,8 @@ class PerceiverAR(Model):
                     nn.init.normal_(module.weight, std=std)
         elif self.head is not None:
             nn.init.zeros_(self.head.weight)
+        if self.head_bias is not None:
+            nn.init.zeros_(self.head_bias)
 
     # A method, in a file of its own.
     generate = generate

@@ -264,8 +264,11 @@ class TextPreprocessor(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vocab_size, self.channels, self.max_length = vocab_size, channels, max_length
         self.embedding = nn.Embedding(vocab_size, channels, **where)
-        nn.init.trunc_normal_(self.embedding.weight, std=0.02, a=-2.0, b=2.0)
+        self.reset_parameters()
         self.positions = LearnedPositions(max_length, channels, **where)
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.embedding.weight, std=0.02, a=-2.0, b=2.0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 or int32 [B, M] -> [B, M, C]. Ids out of range are an error on a CPU, and a fault on a GPU."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_tensor
+from perceiver_kernels.checks import check_tensor, has_values
 from perceiver_kernels.nn import LearnedPositions
 from perceiver_kernels.nn.checks import check_choice, check_count
 
@@ -84,7 +84,7 @@ class SequencePositions(nn.Module):
 def mask_of_padding(padding: Tensor, batch: int, prefix_length: int) -> Tensor:
     """Which tokens of the prefix may be read, bool [B, prefix_length], where ``padding`` [B] of them are none."""
     check_tensor("padding", padding, "[B]", (batch,), dtypes=(torch.int64,))
-    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+    if has_values(padding):
         least, most = padding.aminmax()
         if least < 0 or most > prefix_length:
             raise ValueError(f"padding must be in 0..prefix_length={prefix_length}, got {least.item()}..{most.item()}")

@@ -150,7 +150,8 @@ class VecSetAutoencoder(Model):
         cross: dict[str, Any] = {"num_heads": config.cross_heads, "bias": False, "qk_norm": config.qk_norm, **normed}
         forward: dict[str, Any] = {"activation": config.activation, **normed}
         self.point_embedding = PointEmbedding(D, config.num_bands, config.feature_dim, **where)
-        self.queries = nn.Parameter(torch.randn(1, config.num_latents, D, **where)) if config.queries == "learned" else None
+        self.queries = nn.Parameter(torch.empty(1, config.num_latents, D, **where)) if config.queries == "learned" else None
+        self._reset_queries()
         self.read = CrossAttention(D, D, **cross)
         self.read_feed_forward = FeedForward(D, config.widening_factor, **forward)
         self.encoder, self.decoder = (
@@ -173,6 +174,18 @@ class VecSetAutoencoder(Model):
         self.answer = OutputCrossAttention(D, D, **cross)
         self.head_norm = nn.LayerNorm(D, **normed) if config.head_norm else None
         self.head = nn.Linear(D, config.output_dim, **where)
+        self._reset_linears()
+
+    def reset_parameters(self) -> None:
+        """Start learned queries, and linear layers as torch does, after the layers' own methods."""
+        self._reset_queries()
+        self._reset_linears()
+
+    def _reset_queries(self) -> None:
+        if self.queries is not None:
+            nn.init.normal_(self.queries)
+
+    def _reset_linears(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.Linear.reset_parameters(module)

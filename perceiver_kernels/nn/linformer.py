@@ -84,9 +84,13 @@ class LinformerAttention(nn.Module):
         self.v_proj = None if share_kv else nn.Linear(dim, kv_width, bias=False, **where)
         self.mix_values = None if share_kv else nn.Parameter(torch.empty(length, num_keys, **where))
         self.out_proj = nn.Linear(num_heads * head_dim, dim, **where)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start E and F; layers have a method of their own."""
         for mix in (self.mix_keys, self.mix_values):
             if mix is not None:
-                nn.init.uniform_(mix, -(num_keys**-0.5), num_keys**-0.5)
+                nn.init.uniform_(mix, -(self.num_keys**-0.5), self.num_keys**-0.5)
 
     def forward(self, x: Tensor, context: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
         """Attend over the sequence, or over a context in its place.

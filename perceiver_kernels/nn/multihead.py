@@ -91,6 +91,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
 
+    def reset_parameters(self) -> None:
+        """Start as torch's layer does, after ``out_proj``'s own method."""
+        self._reset_parameters()
+
     def forward(
         self,
         query: Tensor,

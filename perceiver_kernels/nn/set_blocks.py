@@ -171,7 +171,12 @@ class ISAB(nn.Module):
         check_count("num_inducing", num_inducing)
         self.read = MAB(dim, input_dim, dim, num_heads, **options)
         self.write = MAB(input_dim, dim, dim, num_heads, **options)
-        self.inducing = _points(num_inducing, dim, self.read)
+        self.inducing = nn.Parameter(self.read.q_proj.weight.new_empty(1, num_inducing, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the inducing points, Xavier's uniform as in the authors' code; layers have a method of their own."""
+        nn.init.xavier_uniform_(self.inducing)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold."""
@@ -206,7 +211,12 @@ class PMA(nn.Module):
         self.attention = MAB(dim, dim, dim, num_heads, **options)
         where: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         self.feed_forward = FeedForward(dim, activation="relu", norm=None, residual=False, **where) if feed_forward else None
-        self.seeds = _points(num_seeds, dim, self.attention)
+        self.seeds = nn.Parameter(self.attention.q_proj.weight.new_empty(1, num_seeds, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the seeds, Xavier's uniform as in the authors' code; layers have a method of their own."""
+        nn.init.xavier_uniform_(self.seeds)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x [B, M, D], key_mask bool [B, M] -> [B, k, D]."""
@@ -214,10 +224,3 @@ class PMA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_seeds={self.seeds.shape[1]}"
-
-
-def _points(count: int, dim: int, attention: MAB) -> nn.Parameter:
-    """Learned elements [1, count, dim], Xavier's uniform start as in the authors' code."""
-    points = nn.Parameter(attention.q_proj.weight.new_empty(1, count, dim))
-    nn.init.xavier_uniform_(points)
-    return points

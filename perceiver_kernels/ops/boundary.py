@@ -72,7 +72,7 @@ class _NoDoubleBackward(Function):
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
             "perceiver_kernels: kernel backends and chunk_size have no second derivative; leave chunk_size None and "
-            'pass backend="reference" or use_backend("sdpa", "reference"), whose double backward torch derives'
+            'pass backend="reference" or use_backend("reference"), whose double backward torch derives'
         )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import perceiver_kernels
 from perceiver_kernels import functional, replace_attention
@@ -218,6 +220,23 @@ def test_a_module_of_two_names_is_replaced_once() -> None:
     assert [entry.name for entry in report.converted] == ["0"]
     report.undo()
     assert type(shared) is nn.MultiheadAttention
+
+
+def test_undo_leaves_what_something_else_has_changed_since() -> None:
+    """A parametrization lives in a class of its own, which the original would have taken the place of."""
+    model, x = nn.ModuleDict({"changed": multihead(), "plain": multihead()}), torch.randn(B, Lk, E)
+    before = read(model["changed"], x, x)[0]
+    report = replace_attention(model)
+    weight_norm(model["changed"], "in_proj_weight")
+    with pytest.warns(UserWarning, match="something else has changed their class since: changed$"):
+        report.undo()
+    assert type(model["plain"]) is nn.MultiheadAttention and SHADOW not in model["plain"].__dict__
+    torch.testing.assert_close(read(model["changed"], x, x)[0], before)
+    remove_parametrizations(model["changed"], "in_proj_weight")
+    report.undo()
+    assert type(model["changed"]) is nn.MultiheadAttention and SHADOW not in model["changed"].__dict__
+    torch.testing.assert_close(read(model["changed"], x, x)[0], before)
+    report.undo()
 
 
 def test_a_model_with_nothing_to_convert_is_no_error() -> None:
