@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "reports", type=options.path, nargs="+", metavar="FILE.json",
-        help="reports of several sizes; of the same case they go into the same charts",
+        help="reports of several sizes; of the same case, fixed sizes and dtype they go into the same charts",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=options.path, required=True, metavar="PATH", help="the picture: its name ends in .png or .svg"
@@ -74,8 +74,9 @@ def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
     look = curves.looks(name for chart in charts for name, line in chart.lines.items() if line.points)
     cases = list(dict.fromkeys(chart.case for chart in charts))
     devices = list(dict.fromkeys(device for chart in charts for device in chart.devices))
-    title = f"{' and '.join(devices)}; {'; '.join(cases)}"
-    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts]
+    several = len(cases) > 1
+    title = " and ".join(devices) if several else f"{' and '.join(devices)}; {cases[0]}"
+    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look, named=several) for chart in charts]
     return _save(path, panels, title, _notes(charts), "; ".join(map(origin, reports)))
 
 
@@ -113,10 +114,10 @@ def save(
 def _notes(charts: Sequence[Chart]) -> str:
     """What dashes and crosses mean, where there are any."""
     lines = [line for chart in charts for line in chart.lines.values() if line.points]
-    predicted = any(line.predicted for line in lines)
-    notes = ["dashed lines are predicted with fake tensors"] if predicted else []
-    if any(line.closed for line in lines):
-        notes.append(f"{'dotted' if predicted else 'thin dashes'}: closed form")
+    notes = ["dashed lines are predicted with fake tensors"] if any(line.predicted for line in lines) else []
+    closed = dict.fromkeys("dotted" if line.predicted else "thin dashes" for line in lines if line.closed)
+    if closed:
+        notes.append(f"{' or '.join(closed)}: closed form")
     if any(line.out_of_memory for line in lines):
         notes.append("cross: out of memory at the next size")
     return "; ".join(notes)
