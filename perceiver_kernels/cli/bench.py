@@ -21,7 +21,7 @@ from perceiver_kernels.cli import compare, info, options, reading
 from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
-from perceiver_kernels.cli.report import CommandError, Report
+from perceiver_kernels.cli.report import CommandError, Report, check_apart
 from perceiver_kernels.cli.rerun import DTYPES, default_dtype
 from perceiver_kernels.cli.subject import Pass
 from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
         help=f"each case at these sizes, like 1024,64K,1M ({_by_regime(lambda regime: str(regime.axis), _has_axis)})",
     )  # fmt: skip
-    parser.add_argument("--csv", type=options.file, metavar="PATH", help="also write the rows as CSV")
+    parser.add_argument(
+        "--csv", type=options.file, action=options.Once, metavar="PATH", help="also write the rows as CSV"
+    )
     parser.add_argument(
         "--compare", type=options.file, metavar="OLD.json", help="show the rows beside those of an older report"
     )
@@ -105,6 +107,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     regimes = list(REGIMES.values()) if arguments.what == ALL else [REGIMES[arguments.what]]
     tasks = planned(regimes, arguments.case, arguments.passes)
     _check_together(arguments, regimes)
+    check_apart({"--json": arguments.json, "--csv": arguments.csv})
     older = reading.load(Path(arguments.compare), "--compare") if arguments.compare else None
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile

@@ -15,7 +15,7 @@ import torch
 
 from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
-from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.report import CommandError, Report, check_apart, unknown_name
 from perceiver_kernels.cli.rerun import DTYPES
 from perceiver_kernels.cli.saved import SAVED_METHOD
 from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
@@ -64,9 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"stock implementations, and the layers of {', '.join(originals.PACKAGES)} (default: {defaults}, and the layers "
         "of those that are installed; 'none' for none)",
     )  # fmt: skip
-    parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG or SVG, as `plot` does")
     parser.add_argument(
-        "--snapshot", type=options.path, metavar="PATH",
+        "--plot", type=options.path, action=options.Once, metavar="PATH", help="also draw a PNG or SVG, as `plot` does"
+    )
+    parser.add_argument(
+        "--snapshot", type=options.path, action=options.Once, metavar="PATH",
         help="also record a snapshot of PyTorch's CUDA allocator, of one forward + backward of ours, packed whole, at the "
         "largest size that ran; on a GPU alone. It opens in the viewer that PyTorch documents",
     )  # fmt: skip
@@ -90,6 +92,7 @@ def _add_fake(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the sweep; exit code 0 also where implementations ran out of memory."""
+    check_apart({"--json": arguments.json, "--plot": arguments.plot, "--snapshot": arguments.snapshot})
     predict = (arguments.device or (None if torch.cuda.is_available() else FAKE)) == FAKE
     device, dtype = _fake_device(arguments) if predict else bench.device_and_dtype(arguments)
     case = ENCODE[arguments.case] if arguments.case else GPU_CASE if predict or device.type == "cuda" else CPU_CASE
@@ -100,7 +103,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.snapshot:
         check_snapshot(Path(arguments.snapshot), device)
     if arguments.plot:
-        plot.check_picture(Path(arguments.plot))
+        plot.check_picture(Path(arguments.plot), sizes)
     with bench.backend_scope(arguments.backend), Report("memory", arguments.json) as report:
         sweep = Sweep(report, console, device, dtype, predict=predict)
         run(sweep, case, sizes, arguments.passes, arguments.peers)

@@ -28,6 +28,18 @@ class Merged(argparse.Action):
         setattr(namespace, self.dest, sorted(merged) if self.type is sizes else merged)
 
 
+class Once(argparse.Action):
+    """The action of a file to write: given again it is refused, as one of the two would not be written."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            raise argparse.ArgumentError(self, f"must be given once, got {before} and {values}")
+        setattr(namespace, self.dest, values)
+
+
 def name_of(kind: str, known: Collection[str]) -> Callable[[str], str]:
     """Return the type of one name."""
 

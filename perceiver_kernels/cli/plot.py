@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from perceiver_kernels.cli import curves, options, reading, series
 from perceiver_kernels.cli.console import Console, format_ms
-from perceiver_kernels.cli.report import CommandError, Report, check_writable
+from perceiver_kernels.cli.report import CommandError, Report, check_apart, check_writable
 from perceiver_kernels.cli.series import Chart
 
 HELP = "draw time and memory against a size, from reports that `bench --sizes` and `memory` wrote with --json"
@@ -30,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reports of several sizes; of the same case, fixed sizes and dtype they go into the same charts",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=options.path, required=True, metavar="PATH", help="the picture: its name ends in .png or .svg"
-    )
+        "--output", type=options.path, action=options.Once, required=True, metavar="PATH",
+        help="the picture: its name ends in .png or .svg",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Draw reports into one picture."""
     path = Path(arguments.output)
+    for name in arguments.reports:
+        check_apart({"FILE.json": name, "--output": arguments.output, "--json": arguments.json})
     reports = [reading.load(Path(name), "FILE.json") for name in arguments.reports]
     for name, report in zip(arguments.reports, reports, strict=True):
         if not series.charts([report]):
@@ -53,11 +57,22 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def check_picture(path: Path) -> None:
-    """Raise the CommandError of a picture that cannot be written, or of no known kind, before the work."""
+def check_picture(path: Path, sizes: Sequence[int] | None = None) -> None:
+    """Raise the CommandError of a picture that cannot be drawn or written, before the work.
+
+    Args:
+        path: where it goes; its end must name a known kind.
+        sizes: what is to be drawn against; None where it is drawn from reports.
+    """
     check_writable(path)
     if path.suffix.lower() not in SUFFIXES:
         raise CommandError(f"a picture's name must end in {' or '.join(SUFFIXES)}, got {path}")
+    if sizes is not None and len(sizes) < 2:
+        raise CommandError(f"argument --plot: must have two sizes at least to draw, got {', '.join(map(str, sizes))}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise CommandError(f"cannot draw {path}: matplotlib is not installed ({error})") from None
 
 
 def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:

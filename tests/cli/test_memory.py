@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,27 @@ def test_a_line_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.Monke
     ended = rows["backward", "eager", 2048]
     assert ended["failure"] == "out of memory" and ended["peak_extra_bytes"] is ended["saved_bytes"] is None
     assert ("backward", "eager", 4096) not in rows and rows["backward", "eager", 256]["saved_bytes"] > 0
+
+
+class TestPlot:
+    CALL = ("memory", "--device", "fake", "--peers", "none", "--passes", "forward")
+
+    @pytest.mark.parametrize("sizes", [["--sizes", "1K"], ["--max-inputs", "2000"]])
+    def test_one_size_is_refused_before_the_work(
+        self, sizes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*self.CALL, *sizes, "--plot", str(tmp_path / "p.png")]) == 2
+        captured = capsys.readouterr()
+        assert "argument --plot: must have two sizes at least to draw, got 1024\n" in captured.err and captured.out == ""
+
+    def test_no_matplotlib_is_told_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert main([*self.CALL, "--sizes", "1K,2K", "--plot", str(tmp_path / "p.png")]) == 2
+        captured = capsys.readouterr()
+        assert "p.png: matplotlib is not installed" in captured.err and captured.out == ""
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestSnapshot:

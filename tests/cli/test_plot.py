@@ -277,6 +277,16 @@ class TestCommand:
         assert main(["plot", str(tmp_path / "none.json"), "--output", str(tmp_path / "x.png")]) == 2
         assert f"argument FILE.json: {tmp_path / 'none.json'} cannot be read: No such file" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("option", ["--json", "--output"])
+    def test_a_report_is_not_written_over(
+        self, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = written(tmp_path / "0.json", report(*(memory_row("ours", M, M) for M in (1, 2))))
+        given = {"--output": str(tmp_path / "p.png"), option: path}
+        assert main(["plot", path, *(word for pair in given.items() for word in pair)]) == 2
+        assert f"argument {option}: must be another file than that of FILE.json, got {path}" in capsys.readouterr().err
+        assert len(reading.load(Path(path), "FILE.json")["rows"]) == 2
+
     def test_without_matplotlib(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
