@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
-        help=f"numbers of inputs; 64K and 1M work (default: by fours from {SMALLEST}, while they take half of the memory "
+        help=f"numbers of inputs; 64K, 1M and 1G work (default: by fours from {SMALLEST}, while they take half of the memory "
         f"at most, up to {LARGEST['cuda']} on a GPU and with fake tensors, {LARGEST['cpu']} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
@@ -134,6 +134,9 @@ def run(
     report.set(memory_method=method, saved_method=SAVED_METHOD, predicted=predict)
     where = "fake tensors, predicted" if predict else info.device_line(report.content["environment"])
     sweep.console.line(f"{where}; {method}")
+    dtype = str(sweep.dtype).removeprefix("torch.")
+    sweep.console.heading(f"{case.name}: B={case.B}, {widths_of(case)}, {dtype}")
+    sweep.console.line(f"ours-chunked reads {sweep.chunk(case):,} inputs at a time")
     peers = [Peer.parse(name) for name in names if name not in originals.PACKAGES]
     libraries = [name for name in names if name in originals.PACKAGES]
     sweep.run(case, sizes, passes, peers, libraries)

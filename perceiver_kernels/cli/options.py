@@ -13,6 +13,9 @@ from perceiver_kernels.cli.stock import Peer
 LONGEST_SECONDS = 3600.0
 """A longer sample of one implementation is a slip of the keyboard; the samples are limited too."""
 
+LARGEST_SIZE = 2**30
+"""More inputs than this no device holds, and the chunks of fake ones alone take minutes to count."""
+
 
 class Merged(argparse.Action):
     """The action of a list: given again it adds to what was given before, each value once; numbers stay sorted."""
@@ -90,8 +93,8 @@ def seconds(text: str) -> float:
 
 
 def sizes(text: str) -> list[int]:
-    """Read whole numbers separated by commas, each with a K (2^10) or an M (2^20) where wanted: sorted, each once."""
-    factors = {"K": 2**10, "M": 2**20}
+    """Read whole numbers separated by commas, each with K (2^10), M (2^20) or G (2^30) where wanted: sorted, each once."""
+    factors = {"K": 2**10, "M": 2**20, "G": 2**30}
     try:
         numbers = [
             int(part[:-1]) * factors[part[-1]] if part[-1] in factors else int(part) for part in text.upper().split(",")
@@ -100,6 +103,8 @@ def sizes(text: str) -> list[int]:
         raise CommandError(f"must be numbers like 1024,64K,1M, got {text!r}") from None
     if min(numbers) < 1:
         raise CommandError(f"must be at least 1, got {text!r}")
+    if max(numbers) > LARGEST_SIZE:
+        raise CommandError(f"must be at most {LARGEST_SIZE:,} (1G), got {text!r}")
     return sorted(set(numbers))
 
 

@@ -48,7 +48,11 @@ FILE = "must name a file or folder, got"
         (RUN, "--preset", "smal", "argument --preset: no preset named 'smal'; nearest: small"),
         *((MEMORY, "--sizes", s, f"{SIZES} {s!r}") for s in ("1X", "", "1K,,2K")),
         (MEMORY, "--sizes", "0", "argument --sizes: must be at least 1, got '0'"),
-        (MEMORY, "--sizes", "9999999M", "--sizes must fit into memory, got 10485758951424: "),
+        *(
+            (MEMORY, "--sizes", s, f"argument --sizes: must be at most 1,073,741,824 (1G), got {s!r}")
+            for s in ("99999999999999999999", "1K,2G", "1025M")
+        ),
+        ([*MEMORY, "--case", "imagenet"], "--sizes", "1G", "--sizes must fit into memory, got 1073741824: "),
         (MEMORY, "--max-inputs", "10", "--max-inputs must be at least 1024, the smallest size of the sweep, got 10"),
         (RUN, "--max-inputs", "10", "--max-inputs must be at least 256, the smallest size of the sweep, got 10"),
         *((RUN, o, "", f"argument {o}: {FILE} ''") for o in ("--image", "--output", "--json")),
@@ -73,6 +77,7 @@ def test_wrong_values_are_one_line(
 
 def test_lists_hold_each_name_once() -> None:
     """Twice the same size made the slope between the two largest a division by zero."""
+    assert options.sizes("1g,1023M,3k") == [3072, 1023 * 2**20, 2**30]
     assert options.names_of("pass", PASSES)("backward,forward,backward") == ["backward", "forward"]
     assert build_parser().parse_args([*MEMORY, "--sizes", "2K,1K,2K"]).sizes == [1024, 2048]
     assert options.peers("flash,eager-pad8,flash") == ["flash", "eager-pad8"]
