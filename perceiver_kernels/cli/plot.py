@@ -171,14 +171,19 @@ def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], look: dict[str, tuple
     timed = [row for row in rows if row.get("p50_ms") is not None]
     ticks: dict[int, str] = {}
     for which in dict.fromkeys(row["pass"] for row in timed):
-        # An empty place stands between the passes.
-        start = max(ticks, default=-2) + 2
+        # The name of a pass stands in a place of its own: beside each bar it took most of the picture.
+        start = max(ticks, default=-1) + 2
         for place, row in enumerate((row for row in timed if row["pass"] == which), start):
             spread = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
             axes.barh(place, row["p50_ms"], xerr=spread, color=look[row["implementation"]][0])
-            ticks[place] = f"{row['implementation']}, {series.pass_title(row)}: {format_ms(row['p50_ms'])} ms"
+            ticks[place] = f"{row['implementation']}: {format_ms(row['p50_ms'])} ms"
+        title = series.pass_title(next(row for row in timed if row["pass"] == which))
+        axes.text(
+            0.01, start - 1, title, transform=axes.get_yaxis_transform(), va="center", fontsize=9, fontweight="bold"
+        )
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
-    axes.invert_yaxis()
+    # The first at the top, below the panel's title; a bar is 0.8 high.
+    axes.set_ylim(max(ticks, default=0) + 0.6, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="ms (median, whiskers p20 to p80)")
     axes.set_title(
