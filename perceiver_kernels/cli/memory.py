@@ -183,10 +183,7 @@ def _check_fits(case: EncodeCase, size: int, device: torch.device, dtype: torch.
 
 def _peers(text: str) -> list[str]:
     """Read names of stock implementations and of libraries; 'none' is the empty list."""
-    if text == "none":
-        return []
-    names = dict.fromkeys(text.split(","))
-    return [name if name in originals.PACKAGES else _stock(name) for name in names]
+    return [name if name in originals.PACKAGES else _stock(name) for name in options.names_or_none(text)]
 
 
 def _stock(name: str) -> str:

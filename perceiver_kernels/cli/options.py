@@ -67,7 +67,15 @@ def names(text: str) -> list[str]:
 
 def peers(text: str) -> list[str]:
     """Read names of stock implementations; 'none' is the empty list."""
-    return [] if text == "none" else [Peer.parse(name).name for name in _split(text)]
+    return [Peer.parse(name).name for name in names_or_none(text)]
+
+
+def names_or_none(text: str) -> list[str]:
+    """Read names; 'none' is the empty list."""
+    found = _split(text)
+    if "none" in found and len(found) > 1:
+        raise CommandError(f"'none' must stand alone, got {text!r}")
+    return [] if found == ["none"] else found
 
 
 def count(text: str) -> int:
@@ -135,4 +143,7 @@ def path(text: str) -> str:
 
 def _split(text: str) -> list[str]:
     """The names, each once."""
-    return list(dict.fromkeys(text.split(",")))
+    found = list(dict.fromkeys(text.split(",")))
+    if "" in found and len(found) > 1:
+        raise CommandError(f"must be names with one comma between two of them, got {text!r}")
+    return found

@@ -18,6 +18,7 @@ MEMORY, CHECK = ["memory", "--device", "cpu"], ["check", "--device", "cpu"]
 COUNT = "argument --max-inputs: must be a whole number, at least 1, got"
 SECONDS = "argument --seconds: must be above 0 and at most 3600, got"
 SIZES = "argument --sizes: must be numbers like 1024,64K,1M, got"
+COMMAS = "must be names with one comma between two of them, got"
 FILE = "must name a file or folder, got"
 
 
@@ -31,7 +32,11 @@ FILE = "must name a file or folder, got"
         (BENCH, "--backend", "none", "argument --backend: no backend named 'none'; nearest: "),
         (BENCH, "--backend", "tritn", "argument --backend: no backend named 'tritn'; nearest: triton"),
         (CHECK, "--backend", "sdpa,tritn", "argument --backend: no backend named 'tritn'; nearest: triton"),
-        (BENCH, "--backend", "sdpa,", "argument --backend: no backend named ''"),
+        (BENCH, "--backend", "sdpa,", f"argument --backend: {COMMAS} 'sdpa,'"),
+        (BENCH, "--case", "c64,", f"argument --case: {COMMAS} 'c64,'"),
+        *((call, "--peers", "math,,eager", f"argument --peers: {COMMAS} 'math,,eager'") for call in (BENCH, MEMORY)),
+        *((call, "--peers", "none,eager", "argument --peers: 'none' must stand alone, got 'none,eager'")
+          for call in (BENCH, MEMORY)),
         (BENCH, "--passes", "none", "argument --passes: no pass named 'none'"),
         (BENCH, "--passes", "", "argument --passes: no pass named ''"),
         (BENCH, "--passes", "backwards", "argument --passes: no pass named 'backwards'; nearest: backward"),
@@ -129,7 +134,9 @@ class TestHelp:
         encode = dataclasses.replace(REGIMES["encode"], default_cases=("flow", "c64"), cpu_inputs=777)
         monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
-        assert "on a CPU encode: 777; layers: 2048; decode: 512" in self.of("bench", "--max-inputs")
+        told = self.of("bench", "--max-inputs")
+        assert "on a CPU encode: 777; layers: 2048; decode: 512" in told
+        assert "there the batch, and latents and their channels, or heads, are cut too" in told
         told = self.of("bench", "--case")
         assert "encode: flow c64" in told and "all for every case of the regime" in told
         assert "default: 0.125" in self.of("bench", "--seconds")
