@@ -80,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=options.path, metavar="PATH", help="also write the results as JSON ('-' for stdout)"
-    )
+        "--json", type=options.path, action=options.Once, metavar="PATH",
+        help="also write the results as JSON ('-' for stdout)",
+    )  # fmt: skip
     parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
     parser.add_argument(
         "--progress",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from perceiver_kernels.cli import compare, info, options, reading
 from perceiver_kernels.cli.bencher import Bench
 from perceiver_kernels.cli.console import Console
 from perceiver_kernels.cli.regimes import REGIMES, Regime
-from perceiver_kernels.cli.report import CommandError, Report
+from perceiver_kernels.cli.report import CommandError, Report, check_apart
 from perceiver_kernels.cli.rerun import DTYPES, default_dtype
 from perceiver_kernels.cli.subject import Pass
 from perceiver_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, backends, candidates, use_backend
@@ -61,13 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument(
         "--max-inputs", type=options.count, metavar="M",
         help="cut cases to M inputs, or queries and keys (default: as many as they have on a GPU; on a CPU "
-        f"{_by_regime(lambda regime: str(regime.cpu_inputs), lambda regime: regime.cpu_inputs is not None)})",
+        f"{_by_regime(lambda regime: str(regime.cpu_inputs), lambda regime: regime.cpu_inputs is not None)}; "
+        "there the batch, and latents and their channels, or heads, are cut too)",
     )  # fmt: skip
     lengths.add_argument(
         "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
         help=f"each case at these sizes, like 1024,64K,1M ({_by_regime(lambda regime: str(regime.axis), _has_axis)})",
     )  # fmt: skip
-    parser.add_argument("--csv", type=options.file, metavar="PATH", help="also write the rows as CSV")
+    parser.add_argument(
+        "--csv", type=options.file, action=options.Once, metavar="PATH", help="also write the rows as CSV"
+    )
     parser.add_argument(
         "--compare", type=options.file, metavar="OLD.json", help="show the rows beside those of an older report"
     )
@@ -105,6 +109,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     regimes = list(REGIMES.values()) if arguments.what == ALL else [REGIMES[arguments.what]]
     tasks = planned(regimes, arguments.case, arguments.passes)
     _check_together(arguments, regimes)
+    check_apart({"--json": arguments.json, "--csv": arguments.csv})
     older = reading.load(Path(arguments.compare), "--compare") if arguments.compare else None
     device, dtype = device_and_dtype(arguments)
     compiled = device.type == "cuda" and not arguments.no_compile
@@ -112,7 +117,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     with backend_scope(arguments.backend), report:
         bench = Bench(
             report, console, device, dtype, seconds=arguments.seconds, max_inputs=arguments.max_inputs,
-            backends=arguments.backend,
+            backends=allowed_backends(arguments.backend),
         )  # fmt: skip
         console.line(
             f"{info.device_line(report.content['environment'])}; {str(dtype).removeprefix('torch.')}"
@@ -161,7 +166,7 @@ def planned(regimes: Sequence[Regime], cases: Sequence[str] | None, passes: Sequ
     Raises:
         CommandError: no regime has a case or a pass of that name, or none has both.
     """
-    named = None if cases is None else _named_cases(regimes, options.names(",".join(cases)))
+    named = None if cases is None else _named_cases(regimes, ",".join(cases))
     wanted = None if passes is None else _known("--passes", "pass", [each.passes for each in regimes], passes)
     tasks = []
     for regime in regimes:
@@ -178,13 +183,13 @@ def planned(regimes: Sequence[Regime], cases: Sequence[str] | None, passes: Sequ
     return tasks
 
 
-def _named_cases(regimes: Sequence[Regime], names: Sequence[str]) -> list[str]:
+def _named_cases(regimes: Sequence[Regime], text: str) -> list[str]:
     """Names that regimes have, or ALL alone."""
-    tables = [regime.cases for regime in regimes]
+    names = text.split(",")
     if ALL not in names:
-        return _known("--case", "case", tables, names)
-    if len(names) > 1:
-        raise CommandError(f"argument --case: {ALL} must stand alone, got {','.join(names)}")
+        return _known("--case", "case", [regime.cases for regime in regimes], names)
+    if len(set(names)) > 1:
+        raise CommandError(f"argument --case: {ALL} must stand alone, got {text}")
     return [ALL]
 
 
@@ -222,6 +227,14 @@ def backend_scope(names: Sequence[str] | None) -> Iterator[None]:
             raise CommandError(f"backend {name} is not available: {reason}")
     with use_backend(*names):
         yield
+
+
+def allowed_backends(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Return what --backend restricts to, else what of the environment's backends can run; None where all are allowed."""
+    if names is not None or not os.environ.get(ENVIRONMENT_VARIABLE, "").strip():
+        return names
+    known = backends()
+    return [name for name in candidates("attention", None) if known[name][0]]
 
 
 def _check_environment(known: dict[str, tuple[bool, str]]) -> None:

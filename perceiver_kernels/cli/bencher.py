@@ -48,7 +48,9 @@ class Bench:
 
     def measure_ceilings(self) -> None:
         """Measure the product and copy rates that percentages refer to."""
-        self.ceilings = measure.ceilings(self.device, self.dtype)
+        with self.console.progress("ceilings", 1) as progress:
+            progress.advance("a large product and a large copy", 0)
+            self.ceilings = measure.ceilings(self.device, self.dtype)
         self.report.set(
             ceilings=self.ceilings,
             device=self.device.type,
@@ -83,6 +85,8 @@ class Bench:
                 self._failed(regime.name, case, each, failure)
             return
         self.console.heading(work.title)
+        if told := regime.cut_of(case, self.device):
+            self.console.line(told)
         peers = work.peers(peer_names, compiled=compiled)
         with self.console.progress(case.name, len(passes)) as progress:
             for each in passes:

@@ -7,7 +7,7 @@ compared: older reports hold the dtype beside the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,20 +52,29 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int
     Returns:
         What changed, the worst first; how many rows the old report alone has, and how many the new one.
     """
+    pairs, gone, fresh = _joined(old, new)
+    return _changes_of(pairs), gone, fresh
+
+
+def _changes_of(pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> list[Change]:
+    """What changed between rows that are the same, the worst first."""
+    found = [change for was, row in pairs for change in _changed(was, row)]
+    return sorted(found, key=lambda change: -change.ratio)
+
+
+def _joined(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, int]:
+    """The rows that are the same, older first; how many rows the old report alone has, and how many the new one."""
     before: dict[tuple[Any, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     older, newer = ([row for row in report["rows"] if "kind" in row] for report in (old, new))
     for row in older:
         before.setdefault(_names(row), []).append((row, _sizes(row, old)))
-    found, joined, alone = [], set(), 0
+    pairs = []
     for row in newer:
         mine = _sizes(row, new)
         same = next((was for was, sizes in before.get(_names(row), []) if _agree(mine, sizes)), None)
-        if same is None:
-            alone += 1
-            continue
-        joined.add(id(same))
-        found += list(_changed(same, row))
-    return sorted(found, key=lambda change: -change.ratio), len(older) - len(joined), alone
+        if same is not None:
+            pairs.append((same, row))
+    return pairs, len(older) - len({id(was) for was, _ in pairs}), len(newer) - len(pairs)
 
 
 def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: float | None = None) -> bool:
@@ -77,16 +86,19 @@ def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: 
         tolerance: percent; TOLERANCE when None.
     """
     limit = TOLERANCE if tolerance is None else tolerance
-    found, gone, fresh = changes(old, new)
+    pairs, gone, fresh = _joined(old, new)
+    found = _changes_of(pairs)
     console.heading(f"Beside the report of {old.get('started', 'an unknown day')}")
     for told, read in CONDITIONS.items():
         then, now = read(old), read(new)
         if None not in (then, now) and then != now:
             console.warn(f"{told}: {then} then, {now} now")
-    if not found:
+    if not pairs:
         console.warn("no row of this run is in the older report")
         return True
-    console.table(COLUMNS, [_cells(change, limit) for change in found], spare=("sizes",))
+    _warn_of_backends(pairs, console)
+    if found:
+        console.table(COLUMNS, [_cells(change, limit) for change in found], spare=("sizes",))
     worse = [change for change in found if change.is_regression(limit)]
     ours = sum(change.is_ours for change in worse)
     console.line(
@@ -94,6 +106,19 @@ def show(old: dict[str, Any], new: dict[str, Any], console: Console, tolerance: 
         f"{gone} older rows were not measured now, {fresh} are new"
     )
     return ours > 0
+
+
+def _warn_of_backends(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], console: Console) -> None:
+    """Print one warning where rows of ours were of another backend then."""
+    differing = [
+        (was, row) for was, row in pairs
+        if row.get("implementation") in OWN and None not in (was.get("backend"), row.get("backend"))
+        and was["backend"] != row["backend"]
+    ]  # fmt: skip
+    if differing:
+        was, row = differing[0]
+        first = f"{row.get('case')}, {row.get('pass')}: {was['backend']} then, {row['backend']} now"
+        console.warn(f"{len(differing)} rows of ours are of another backend, the first {first}")
 
 
 def device_of(report: dict[str, Any]) -> str:
@@ -138,7 +163,8 @@ def _names(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _sizes(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    whole = {"regime": row.get("regime"), "dtype": row.get("dtype", report.get("dtype")), "M": row.get("M")}
+    whole = {"regime": row.get("regime"), "dtype": row.get("dtype", report.get("dtype"))}
+    whole |= {name: row.get(name) for name in ("M", "chunk")}
     sizes = {**whole, **row.get("shape", {})}
     return {name: size for name, size in sizes.items() if size is not None}
 

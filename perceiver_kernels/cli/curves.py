@@ -49,13 +49,14 @@ def _family(name: str) -> str:
     return name.split(", ")[0]
 
 
-def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]]) -> Callable[[], None]:
+def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]], *, named: bool = False) -> Callable[[], None]:
     """Draw a chart: a line for each implementation, a cross where it ran out of memory, dashes for closed forms.
 
     Args:
         axes: matplotlib's.
         chart: what to draw.
         look: of every implementation, as `looks` gives it.
+        named: whether the title tells the case, where a picture has several.
 
     Returns:
         What writes the names and sees that all words fit, once the figure has been laid out and places on it are known.
@@ -67,7 +68,8 @@ def draw(axes: Any, chart: Chart, look: dict[str, tuple[str, str]]) -> Callable[
     what, unit = QUANTITY_TITLES[chart.quantity]
     axes.set(xscale="log", yscale="log", xlabel=chart.axis, ylabel=unit)
     told = [what] if chart.quantity == "saved_bytes" else [what, chart.title]
-    title = axes.set_title(", ".join([*told, *(["predicted"] if chart.predicted else [])]), fontsize=11, loc="left")
+    words = ", ".join([*told, *(["predicted"] if chart.predicted else [])])
+    title = axes.set_title(f"{chart.case}\n{words}" if named else words, fontsize=11, loc="left")
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     sizes = sorted({size for line in lines for size in line.points})

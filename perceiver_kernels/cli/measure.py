@@ -32,6 +32,10 @@ Call = Callable[[], Any]
 
 OUT_OF_MEMORY = "out of memory"
 """The failure of what memory does not hold."""
+LONGEST_REASON = 200
+"""Characters that are told of a failure."""
+PROBE, LONGEST_PRODUCT = 384, 1.0
+"""Rows of a small product on a CPU, and the seconds that a larger may take: some dtypes have no library's kernel there."""
 MEMORY_METHOD = {
     "cuda": "torch.cuda.max_memory_allocated above the bytes allocated before the call",
     "cpu": "torch.profiler's record of PyTorch's CPU allocator, above the bytes allocated before the call "
@@ -320,7 +324,7 @@ def _silent_descriptor(descriptor: int) -> Iterator[None]:
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure the device's ceilings: TFLOP/s of a large matrix product, GB/s of a copy (read + written)."""
     on_gpu = device.type == "cuda"
-    size, count = (8192, 2**30) if on_gpu else (1536, 2**26)
+    size, count = (8192, 2**30) if on_gpu else (_cpu_product(dtype), 2**26)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.empty(count, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -330,6 +334,14 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         "tflops": 2 * size**3 / times["product"].p50_ms / 1e9,
         "gbytes_per_s": 2 * count / times["copy"].p50_ms / 1e6,
     }
+
+
+def _cpu_product(dtype: torch.dtype) -> int:
+    """Return the rows of the largest product that a CPU does in LONGEST_PRODUCT."""
+    a, b = (torch.randn(PROBE, PROBE).to(dtype) for _ in range(2))
+    clock = _HostClock()
+    least = min(clock.sample("probe", lambda: a @ b) for _ in range(5))
+    return PROBE * next((factor for factor in (4, 2) if factor**3 * least <= LONGEST_PRODUCT), 1)
 
 
 @contextlib.contextmanager
@@ -375,7 +387,8 @@ def _first_sentence(error: BaseException, caught: list[warnings.WarningMessage])
             return " ".join(told[0].split())
     # Indented lines are items of a list.
     text = " ".join(re.sub(r"\n\s+", "; ", str(error)).split())
-    return (text.split(". ")[0] or type(error).__name__)[:200]
+    sentence = text.split(". ")[0] or type(error).__name__
+    return sentence if len(sentence) <= LONGEST_REASON else sentence[: LONGEST_REASON - 3].rsplit(" ", 1)[0] + "..."
 
 
 def _quantile(ordered: list[float], fraction: float) -> float:

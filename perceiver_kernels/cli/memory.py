@@ -15,7 +15,7 @@ import torch
 
 from perceiver_kernels.cli import bench, info, measure, options, originals, plot
 from perceiver_kernels.cli.console import Console, format_bytes
-from perceiver_kernels.cli.report import CommandError, Report, unknown_name
+from perceiver_kernels.cli.report import CommandError, Report, check_apart, unknown_name
 from perceiver_kernels.cli.rerun import DTYPES
 from perceiver_kernels.cli.saved import SAVED_METHOD
 from perceiver_kernels.cli.snapshot import check_snapshot, snapshot
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sizes", type=options.sizes, action=options.Merged, metavar="M,...",
-        help=f"numbers of inputs; 64K and 1M work (default: by fours from {SMALLEST}, while they take half of the memory "
+        help=f"numbers of inputs; 64K, 1M and 1G work (default: by fours from {SMALLEST}, while they take half of the memory "
         f"at most, up to {LARGEST['cuda']} on a GPU and with fake tensors, {LARGEST['cpu']} on a CPU)",
     )  # fmt: skip
     parser.add_argument(
@@ -64,9 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"stock implementations, and the layers of {', '.join(originals.PACKAGES)} (default: {defaults}, and the layers "
         "of those that are installed; 'none' for none)",
     )  # fmt: skip
-    parser.add_argument("--plot", type=options.path, metavar="PATH", help="also draw a PNG or SVG, as `plot` does")
     parser.add_argument(
-        "--snapshot", type=options.path, metavar="PATH",
+        "--plot", type=options.path, action=options.Once, metavar="PATH", help="also draw a PNG or SVG, as `plot` does"
+    )
+    parser.add_argument(
+        "--snapshot", type=options.path, action=options.Once, metavar="PATH",
         help="also record a snapshot of PyTorch's CUDA allocator, of one forward + backward of ours, packed whole, at the "
         "largest size that ran; on a GPU alone. It opens in the viewer that PyTorch documents",
     )  # fmt: skip
@@ -90,6 +92,7 @@ def _add_fake(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Run the sweep; exit code 0 also where implementations ran out of memory."""
+    check_apart({"--json": arguments.json, "--plot": arguments.plot, "--snapshot": arguments.snapshot})
     predict = (arguments.device or (None if torch.cuda.is_available() else FAKE)) == FAKE
     device, dtype = _fake_device(arguments) if predict else bench.device_and_dtype(arguments)
     case = ENCODE[arguments.case] if arguments.case else GPU_CASE if predict or device.type == "cuda" else CPU_CASE
@@ -100,7 +103,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.snapshot:
         check_snapshot(Path(arguments.snapshot), device)
     if arguments.plot:
-        plot.check_picture(Path(arguments.plot))
+        plot.check_picture(Path(arguments.plot), sizes)
     with bench.backend_scope(arguments.backend), Report("memory", arguments.json) as report:
         sweep = Sweep(report, console, device, dtype, predict=predict)
         run(sweep, case, sizes, arguments.passes, arguments.peers)
@@ -131,6 +134,9 @@ def run(
     report.set(memory_method=method, saved_method=SAVED_METHOD, predicted=predict)
     where = "fake tensors, predicted" if predict else info.device_line(report.content["environment"])
     sweep.console.line(f"{where}; {method}")
+    dtype = str(sweep.dtype).removeprefix("torch.")
+    sweep.console.heading(f"{case.name}: B={case.B}, {widths_of(case)}, {dtype}")
+    sweep.console.line(f"ours-chunked reads {sweep.chunk(case):,} inputs at a time")
     peers = [Peer.parse(name) for name in names if name not in originals.PACKAGES]
     libraries = [name for name in names if name in originals.PACKAGES]
     sweep.run(case, sizes, passes, peers, libraries)
@@ -177,10 +183,7 @@ def _check_fits(case: EncodeCase, size: int, device: torch.device, dtype: torch.
 
 def _peers(text: str) -> list[str]:
     """Read names of stock implementations and of libraries; 'none' is the empty list."""
-    if text == "none":
-        return []
-    names = dict.fromkeys(text.split(","))
-    return [name if name in originals.PACKAGES else _stock(name) for name in names]
+    return [name if name in originals.PACKAGES else _stock(name) for name in options.names_or_none(text)]
 
 
 def _stock(name: str) -> str:

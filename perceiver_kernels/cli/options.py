@@ -13,6 +13,9 @@ from perceiver_kernels.cli.stock import Peer
 LONGEST_SECONDS = 3600.0
 """A longer sample of one implementation is a slip of the keyboard; the samples are limited too."""
 
+LARGEST_SIZE = 2**30
+"""More inputs than this no device holds, and the chunks of fake ones alone take minutes to count."""
+
 
 class Merged(argparse.Action):
     """The action of a list: given again it adds to what was given before, each value once; numbers stay sorted."""
@@ -26,6 +29,18 @@ class Merged(argparse.Action):
             raise argparse.ArgumentError(self, f"'none' must stand alone, got {','.join([*before, *values])} too")
         merged = list(dict.fromkeys([*(before if given else ()), *values]))
         setattr(namespace, self.dest, sorted(merged) if self.type is sizes else merged)
+
+
+class Once(argparse.Action):
+    """The action of a file to write: given again it is refused, as one of the two would not be written."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            raise argparse.ArgumentError(self, f"must be given once, got {before} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def name_of(kind: str, known: Collection[str]) -> Callable[[str], str]:
@@ -52,7 +67,15 @@ def names(text: str) -> list[str]:
 
 def peers(text: str) -> list[str]:
     """Read names of stock implementations; 'none' is the empty list."""
-    return [] if text == "none" else [Peer.parse(name).name for name in _split(text)]
+    return [Peer.parse(name).name for name in names_or_none(text)]
+
+
+def names_or_none(text: str) -> list[str]:
+    """Read names; 'none' is the empty list."""
+    found = _split(text)
+    if "none" in found and len(found) > 1:
+        raise CommandError(f"'none' must stand alone, got {text!r}")
+    return [] if found == ["none"] else found
 
 
 def count(text: str) -> int:
@@ -78,8 +101,8 @@ def seconds(text: str) -> float:
 
 
 def sizes(text: str) -> list[int]:
-    """Read whole numbers separated by commas, each with a K (2^10) or an M (2^20) where wanted: sorted, each once."""
-    factors = {"K": 2**10, "M": 2**20}
+    """Read whole numbers separated by commas, each with K (2^10), M (2^20) or G (2^30) where wanted: sorted, each once."""
+    factors = {"K": 2**10, "M": 2**20, "G": 2**30}
     try:
         numbers = [
             int(part[:-1]) * factors[part[-1]] if part[-1] in factors else int(part) for part in text.upper().split(",")
@@ -88,6 +111,8 @@ def sizes(text: str) -> list[int]:
         raise CommandError(f"must be numbers like 1024,64K,1M, got {text!r}") from None
     if min(numbers) < 1:
         raise CommandError(f"must be at least 1, got {text!r}")
+    if max(numbers) > LARGEST_SIZE:
+        raise CommandError(f"must be at most {LARGEST_SIZE:,} (1G), got {text!r}")
     return sorted(set(numbers))
 
 
@@ -118,4 +143,7 @@ def path(text: str) -> str:
 
 def _split(text: str) -> list[str]:
     """The names, each once."""
-    return list(dict.fromkeys(text.split(",")))
+    found = list(dict.fromkeys(text.split(",")))
+    if "" in found and len(found) > 1:
+        raise CommandError(f"must be names with one comma between two of them, got {text!r}")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from perceiver_kernels.cli import curves, options, reading, series
 from perceiver_kernels.cli.console import Console, format_ms
-from perceiver_kernels.cli.report import CommandError, Report, check_writable
+from perceiver_kernels.cli.report import CommandError, Report, check_apart, check_writable
 from perceiver_kernels.cli.series import Chart
 
 HELP = "draw time and memory against a size, from reports that `bench --sizes` and `memory` wrote with --json"
@@ -27,16 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "reports", type=options.path, nargs="+", metavar="FILE.json",
-        help="reports of several sizes; of the same case they go into the same charts",
+        help="reports of several sizes; of the same case, fixed sizes and dtype they go into the same charts",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=options.path, required=True, metavar="PATH", help="the picture: its name ends in .png or .svg"
-    )
+        "--output", type=options.path, action=options.Once, required=True, metavar="PATH",
+        help="the picture: its name ends in .png or .svg",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace, console: Console) -> int:
     """Draw reports into one picture."""
     path = Path(arguments.output)
+    for name in arguments.reports:
+        check_apart({"FILE.json": name, "--output": arguments.output, "--json": arguments.json})
     reports = [reading.load(Path(name), "FILE.json") for name in arguments.reports]
     for name, report in zip(arguments.reports, reports, strict=True):
         if not series.charts([report]):
@@ -53,11 +57,22 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def check_picture(path: Path) -> None:
-    """Raise the CommandError of a picture that cannot be written, or of no known kind, before the work."""
+def check_picture(path: Path, sizes: Sequence[int] | None = None) -> None:
+    """Raise the CommandError of a picture that cannot be drawn or written, before the work.
+
+    Args:
+        path: where it goes; its end must name a known kind.
+        sizes: what is to be drawn against; None where it is drawn from reports.
+    """
     check_writable(path)
     if path.suffix.lower() not in SUFFIXES:
         raise CommandError(f"a picture's name must end in {' or '.join(SUFFIXES)}, got {path}")
+    if sizes is not None and len(sizes) < 2:
+        raise CommandError(f"argument --plot: must have two sizes at least to draw, got {', '.join(map(str, sizes))}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise CommandError(f"cannot draw {path}: matplotlib is not installed ({error})") from None
 
 
 def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
@@ -74,8 +89,9 @@ def draw(path: Path, reports: Sequence[dict[str, Any]]) -> str:
     look = curves.looks(name for chart in charts for name, line in chart.lines.items() if line.points)
     cases = list(dict.fromkeys(chart.case for chart in charts))
     devices = list(dict.fromkeys(device for chart in charts for device in chart.devices))
-    title = f"{' and '.join(devices)}; {'; '.join(cases)}"
-    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look) for chart in charts]
+    several = len(cases) > 1
+    title = " and ".join(devices) if several else f"{' and '.join(devices)}; {cases[0]}"
+    panels: list[Panel] = [lambda axes, chart=chart: curves.draw(axes, chart, look, named=several) for chart in charts]
     return _save(path, panels, title, _notes(charts), "; ".join(map(origin, reports)))
 
 
@@ -113,10 +129,10 @@ def save(
 def _notes(charts: Sequence[Chart]) -> str:
     """What dashes and crosses mean, where there are any."""
     lines = [line for chart in charts for line in chart.lines.values() if line.points]
-    predicted = any(line.predicted for line in lines)
-    notes = ["dashed lines are predicted with fake tensors"] if predicted else []
-    if any(line.closed for line in lines):
-        notes.append(f"{'dotted' if predicted else 'thin dashes'}: closed form")
+    notes = ["dashed lines are predicted with fake tensors"] if any(line.predicted for line in lines) else []
+    closed = dict.fromkeys("dotted" if line.predicted else "thin dashes" for line in lines if line.closed)
+    if closed:
+        notes.append(f"{' or '.join(closed)}: closed form")
     if any(line.out_of_memory for line in lines):
         notes.append("cross: out of memory at the next size")
     return "; ".join(notes)
@@ -155,14 +171,19 @@ def _draw_times(axes: Any, rows: Sequence[dict[str, Any]], look: dict[str, tuple
     timed = [row for row in rows if row.get("p50_ms") is not None]
     ticks: dict[int, str] = {}
     for which in dict.fromkeys(row["pass"] for row in timed):
-        # An empty place stands between the passes.
-        start = max(ticks, default=-2) + 2
+        # The name of a pass stands in a place of its own: beside each bar it took most of the picture.
+        start = max(ticks, default=-1) + 2
         for place, row in enumerate((row for row in timed if row["pass"] == which), start):
             spread = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
             axes.barh(place, row["p50_ms"], xerr=spread, color=look[row["implementation"]][0])
-            ticks[place] = f"{row['implementation']}, {series.pass_title(row)}: {format_ms(row['p50_ms'])} ms"
+            ticks[place] = f"{row['implementation']}: {format_ms(row['p50_ms'])} ms"
+        title = series.pass_title(next(row for row in timed if row["pass"] == which))
+        axes.text(
+            0.01, start - 1, title, transform=axes.get_yaxis_transform(), va="center", fontsize=9, fontweight="bold"
+        )
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
-    axes.invert_yaxis()
+    # The first at the top, below the panel's title; a bar is 0.8 high.
+    axes.set_ylim(max(ticks, default=0) + 0.6, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="ms (median, whiskers p20 to p80)")
     axes.set_title(

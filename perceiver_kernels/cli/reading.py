@@ -50,7 +50,7 @@ HEADER: dict[str, Rule] = {
     "environment": (_is_environment, "an object whose gpus are a list of objects"),
 }
 ROW: dict[str, Rule] = {
-    **dict.fromkeys(("kind", "regime", "case", "pass", "implementation", "dtype"), TEXT),
+    **dict.fromkeys(("kind", "regime", "case", "pass", "implementation", "dtype", "backend"), TEXT),
     **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "peak_extra_bytes", "saved_bytes"), FIGURE),
     **dict.fromkeys(("predicted_bytes", "predicted_saved_bytes"), FIGURE),
     "failure": (_is_text_or_null, "text or null"),

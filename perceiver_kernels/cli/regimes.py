@@ -16,7 +16,7 @@ from perceiver_kernels.cli.model_workload import MODEL_PASSES
 from perceiver_kernels.cli.models import DEFAULT_MODELS, MODELS
 from perceiver_kernels.cli.replaced import REPLACED, ReplacedWorkload
 from perceiver_kernels.cli.same_model import workload as model_workload
-from perceiver_kernels.cli.subject import Pass, Subject
+from perceiver_kernels.cli.subject import Pass, Subject, shape_of
 from perceiver_kernels.cli.wide_workload import WideCase, WideWorkload
 from perceiver_kernels.cli.workload import PASSES, Workload
 from perceiver_kernels.cli.workload import least_bytes as encode_bytes
@@ -62,6 +62,14 @@ class Regime:
         elif max_inputs:
             case = case.cut(max_inputs)
         return case if size is None or self.axis is None else dataclasses.replace(case, **{self.axis: size})
+
+    def cut_of(self, case: Any, device: torch.device) -> str:
+        """Return in words what of a named case a CPU does not measure; empty where that is nothing."""
+        if device.type != "cpu" or case.name not in self.cases:
+            return ""
+        whole, here = shape_of(self.cases[case.name]), shape_of(case)
+        less = [f"{name} {size:,} to {here[name]:,}" for name, size in whole.items() if here.get(name, size) < size]
+        return f"cut to fit a CPU: {', '.join(less)}" if less else ""
 
     def passes_of(self, case: Any, passes: Iterable[Pass]) -> list[Pass]:
         """Return those of some passes that a case has: all of them, unless it says which."""

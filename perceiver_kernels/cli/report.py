@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -62,6 +62,21 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_apart(files: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Raise the CommandError of two files that are one, of which the later would replace the other, before the work.
+
+    Args:
+        files: name of the argument -> the file; None is nowhere, '-' is stdout.
+    """
+    seen: dict[str, str] = {}
+    for argument, path in files.items():
+        if path is None or path == "-":
+            continue
+        other = seen.setdefault(os.path.realpath(path), argument)
+        if other != argument:
+            raise CommandError(f"argument {argument}: must be another file than that of {other}, got {path}")
 
 
 class Report:

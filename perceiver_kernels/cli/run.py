@@ -21,7 +21,7 @@ import perceiver_kernels as pk
 from perceiver_kernels.cli import bench, info, measure, options, photograph, plot
 from perceiver_kernels.cli.console import Console, format_bytes, format_ms
 from perceiver_kernels.cli.memory import sizes_up_to
-from perceiver_kernels.cli.report import CommandError, Report, check_writable
+from perceiver_kernels.cli.report import CommandError, Report, check_apart, check_writable
 from perceiver_kernels.cli.stock import Peer
 from perceiver_kernels.cli.subject import OURS, shape_of
 from perceiver_kernels.cli.sweep import Sweep
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="photograph to read (default: those that scikit-image ships)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=options.path, metavar="DIR", default=OUTPUT,
+        "--output", type=options.path, action=options.Once, metavar="DIR", default=OUTPUT,
         help="folder for results.json and plot.png (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -113,6 +113,7 @@ def execute(arguments: argparse.Namespace, console: Console) -> int:
     photographs = photograph.load(arguments.image)
     numbers, picture = (Path(arguments.output) / name for name in ("results.json", "plot.png"))
     check_writable(picture)
+    check_apart({"the picture": picture, "--json": arguments.json})
     with bench.backend_scope(arguments.backend), Report("run", numbers, arguments.json) as report:
         console.line(info.device_line(report.content["environment"]))
         console.heading("Backends")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Chart:
         which: name of the pass.
         title: of the pass, as words.
         axis: what is swept, as words.
-        case: the case and the sizes that stay.
+        case: the case, the sizes that stay and the dtype.
         devices: where its lines were measured.
     """
 
@@ -61,7 +61,8 @@ class Chart:
 
     @property
     def predicted(self) -> bool:
-        return any(line.predicted for line in self.lines.values())
+        """Whether all that is drawn is."""
+        return all(line.predicted for line in self.lines.values() if line.points)
 
 
 def charts(reports: Sequence[dict[str, Any]]) -> list[Chart]:
@@ -75,15 +76,16 @@ def charts(reports: Sequence[dict[str, Any]]) -> list[Chart]:
     """
     devices = [device_of(report) for report in reports]
     several = len(set(devices)) > 1
-    found: dict[tuple[str, ...], Chart] = {}
+    found: dict[tuple[Any, ...], Chart] = {}
     for report, device in zip(reports, devices, strict=True):
-        for case, rows in _by_case(report["rows"]).items():
-            axis = _axis(rows)
-            if axis is None:
+        for rows in _by_problem(report):
+            varied = _varied(rows)
+            if not varied:
                 continue
+            problem = _problem(rows[0], report.get("dtype"), varied)
             for row in rows:
                 for quantity in KINDS[row["kind"]]:
-                    _add(found, row, quantity, axis, (case, _case_title(case, rows[0])), device, several)
+                    _add(found, row, quantity, varied[0], problem, device, several)
     order = list(QUANTITIES)
     drawn = [chart for chart in found.values() if any(line.points for line in chart.lines.values())]
     return sorted(drawn, key=lambda chart: (chart.case, order.index(chart.quantity)))
@@ -101,24 +103,29 @@ def device_of(report: dict[str, Any]) -> str:
     return "CPU"
 
 
-def _by_case(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+def _by_problem(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The rows to draw, together where they differ in sizes that a sweep can vary alone."""
+    problems: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
         if row.get("kind") in KINDS and isinstance(row.get("shape"), dict) and "implementation" in row and "pass" in row:
-            cases.setdefault(str(row.get("case", "")), []).append(row)
-    return cases
+            problems.setdefault(_problem(row, report.get("dtype"), tuple(AXES)), []).append(row)
+    return list(problems.values())
 
 
-def _axis(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Which size differs between the rows; of queries and keys that grow together the keys."""
-    varied = [name for name in AXES if len({row["shape"].get(name) for row in rows} - {None}) > 1]
-    return varied[0] if varied else None
+def _varied(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which sizes differ between the rows; of queries and keys that grow together the keys come first."""
+    return [name for name in AXES if len({row["shape"].get(name) for row in rows} - {None}) > 1]
 
 
-def _case_title(case: str, row: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{name}={size}" for name, size in row["shape"].items() if name not in AXES)
-    dtype = f", {row['dtype']}" if "dtype" in row else ""
-    return f"{case}: {sizes}{dtype}"
+def _problem(row: dict[str, Any], dtype: str | None, varied: Sequence[str]) -> tuple[Any, ...]:
+    """What tells charts apart: the case, the sizes that stay, and the dtype, which older reports hold beside their rows."""
+    sizes = tuple((name, size) for name, size in row["shape"].items() if name not in varied)
+    return str(row.get("case", "")), sizes, row.get("dtype", dtype)
+
+
+def _case_title(problem: tuple[Any, ...]) -> str:
+    case, sizes, dtype = problem
+    return f"{case}: {', '.join([*(f'{name}={size}' for name, size in sizes), *([dtype] if dtype else [])])}"
 
 
 def pass_title(row: dict[str, Any]) -> str:
@@ -129,14 +136,16 @@ def pass_title(row: dict[str, Any]) -> str:
 
 
 def _add(
-    found: dict[tuple[str, ...], Chart], row: dict[str, Any], quantity: str, axis: str, case: tuple[str, str], device: str,
-    several: bool,
+    found: dict[tuple[Any, ...], Chart], row: dict[str, Any], quantity: str, axis: str, problem: tuple[Any, ...],
+    device: str, several: bool,
 ) -> None:  # fmt: skip
     size, value, failure = row["shape"].get(axis), row.get(quantity), row.get("failure")
     if size is None:
         return
-    key = (case[0], axis, quantity, row["pass"])
-    chart = found.setdefault(key, Chart(quantity, row["pass"], pass_title(row), AXES[axis], case[1]))
+    # Regimes have passes of one name that are not the same, attention alone and whole layers; their words differ.
+    title = pass_title(row)
+    key = (problem, axis, quantity, row["pass"], title)
+    chart = found.setdefault(key, Chart(quantity, row["pass"], title, AXES[axis], _case_title(problem)))
     name = f"{row['implementation']}, {device}" if several else row["implementation"]
     line = chart.lines.setdefault(name, Line(name))
     line.predicted |= bool(row.get("predicted"))

@@ -22,6 +22,8 @@ from perceiver_kernels.plan.footprint import Footprint, eager_footprint, layer_f
 
 PASSES = {"forward": "forward", "backward": "forward + backward"}
 KERNELS = ("cuda", "triton", fake.BACKEND)
+CPU_CHUNK = 4096
+"""Tokens per chunk on a CPU, whose cases are small: a default sweep is to have several chunks."""
 Layer = Callable[[], tuple[Any, Peer | None]]
 
 
@@ -56,8 +58,7 @@ class Sweep:
         """
         ended: set[tuple[str, str]] = set()
         steps = len(sizes) * len(passes) * (2 + len(peers) + len(libraries))
-        # Several chunks at the two largest sizes, between which the slope is taken.
-        chunk = min(chunk_size(case.B), max(min(sorted(sizes)[-2:]) // 4, 1))
+        chunk = self.chunk(case)
         with self.console.progress("memory", steps) as progress, self._place():
             for size in sizes:
                 work = self._workload(dataclasses.replace(case, M=size), chunk)
@@ -71,6 +72,11 @@ class Sweep:
                             ended.add((which, name))
                 del work, layers
                 self._release()
+
+    def chunk(self, case: Any) -> int:
+        """Return the tokens that are packed and read at a time, whatever else is swept; fewer are one chunk."""
+        size = chunk_size(case.B)
+        return size if self.predict or self.device.type == "cuda" else min(size, CPU_CHUNK)
 
     def _place(self) -> contextlib.AbstractContextManager[None]:
         return fake.tensors() if self.predict else measure.heap_set_aside()
@@ -115,6 +121,8 @@ class Sweep:
             "predicted_saved_bytes": expected.saved if expected and which == "backward" else None,
             "dtype": str(self.dtype).removeprefix("torch."), "predicted": self.predict,
         }  # fmt: skip
+        if name == CHUNKED:
+            row["chunk"] = work.chunk
         self.report.add(**row)
         self.rows.append(row)
         return row

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from perceiver_kernels import dispatch
 from perceiver_kernels.cli import bench, build_parser, flat, main, measure
 from perceiver_kernels.cli.gate import Gate
 from perceiver_kernels.cli.regimes import REGIMES, Regime
@@ -157,10 +158,13 @@ class TestSizes:
         assert all(row["shape"].items() >= other.items() for row in rows)
         assert rows[0]["command"].endswith(f"--case {case} --passes {which} --sizes 33 --device cpu --seconds 0.005")
 
-    def test_what_does_not_fit_is_a_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_does_not_fit_is_a_row(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(measure, "free_bytes", lambda device: 2**36)
         path = tmp_path / "bench.json"
         call = ["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward,backward", "--peers", "none"]
-        assert main([*call, "--sizes", "64,1000000M", "--json", str(path)]) == 0
+        assert main([*call, "--sizes", "64,1G", "--json", str(path)]) == 0
         small, large = ([row for row in rows_of(path) if (row["shape"]["M"] == 64) is small] for small in (True, False))
         assert all(row["failure"] is None for row in small)
         assert [row["pass"] for row in large] == ["forward", "backward"]
@@ -191,8 +195,51 @@ class TestSizes:
             main(["bench", "layers", *QUICK, "--case", "c64", "--passes", "forward", "--peers", "none", "--sizes", "64"])
 
 
+class TestCut:
+    CALL = ("--case", "imagenet", *QUICK, "--passes", "forward", "--peers", "none")
+
+    @pytest.mark.parametrize(
+        ("call", "told"),
+        [
+            (["layers", "--max-inputs", "40"], "B 8 to 2, M 50,176 to 40, N 512 to 16, D 1,024 to 64"),
+            (["layers", "--sizes", "64K"], "B 8 to 2, N 512 to 16, D 1,024 to 64"),
+            (["process"], "B 32 to 2, H 8 to 4"),
+        ],
+    )
+    def test_a_cpu_says_what_it_does_not_measure(
+        self, call: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["bench", *call, *self.CALL]) == 0
+        assert f"\ncut to fit a CPU: {told}\n" in capsys.readouterr().out
+
+    def test_what_is_whole_is_not_cut(self) -> None:
+        regime = REGIMES["layers"]
+        assert regime.cut_of(regime.cases["imagenet"], torch.device("cpu")) == ""
+        assert regime.cut_of(regime.cases["imagenet"].cut(7), torch.device("cuda")) == ""
+
+
 class TestRerun:
     """A row's command, read by the parser, is the call that gave the row."""
+
+    @pytest.mark.parametrize(
+        ("value", "given", "told"),
+        [
+            ("reference", [], ["reference"]), ("reference sdpa", [], ["reference", "sdpa"]),
+            ("reference", ["--backend", "sdpa"], ["sdpa"]), ("cuda,sdpa", [], ["sdpa"]), (" ", [], None),
+        ],
+    )  # fmt: skip
+    def test_the_environment_s_backends_are_told(
+        self, value: str, given: list[str], told: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        monkeypatch.setattr(dispatch, "_environment", tuple(value.replace(",", " ").split()))
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+        path = tmp_path / "bench.json"
+        call = ["bench", "decode", *QUICK, "--case", "peract", "--passes", "forward", "--peers", "none", "--max-inputs", "8"]
+        assert main([*call, *given, "--json", str(path)]) == 0
+        (row,) = rows_of(path)
+        assert build_parser().parse_args(row["command"].split()[1:]).backend == told
 
     @pytest.mark.parametrize(
         ("call", "expected"),

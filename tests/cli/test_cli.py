@@ -295,7 +295,8 @@ class TestRun:
 
 
 class TestMemory:
-    def test_chunked_does_not_grow_and_packed_does(self, tmp_path: Path) -> None:
+    def test_chunked_does_not_grow_and_packed_does(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("perceiver_kernels.cli.sweep.CPU_CHUNK", 512)
         path = tmp_path / "memory.json"
         call = ["memory", "--device", "cpu", "--sizes", "1K,2K,4K", "--peers", "eager", "--json", str(path)]
         assert main(call) == 0
@@ -313,6 +314,7 @@ class TestMemory:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr("perceiver_kernels.cli.measure.free_bytes", lambda device: 2**21)
+        monkeypatch.setattr("perceiver_kernels.cli.sweep.CPU_CHUNK", 256)
         path = tmp_path / "memory.json"
         call = ["memory", "--device", "cpu", "--sizes", "1K,4K", "--passes", "forward", "--peers", "eager"]
         assert main([*call, "--json", str(path)]) == 0

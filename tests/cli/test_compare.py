@@ -150,6 +150,24 @@ class TestShow:
         failed, told = shown(report(), report(row()), capsys)
         assert failed and "! no row of this run is in the older report" in told
 
+    def test_rows_that_fail_alike_are_in_both(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """They have no figure to compare, and were said not to be there."""
+        failed = report(row(failure="out of memory", p50_ms=None, peak_extra_bytes=None))
+        worse, told = shown(failed, failed, capsys)
+        assert not worse and "!" not in told
+        assert "0 of 0 figures are over 5 % worse, 0 of them ours; 0 older rows were not measured now, 0 are new" in told
+
+    def test_another_backend_is_one_warning(self, capsys: pytest.CaptureFixture[str]) -> None:
+        old, new = (
+            report(row(backend=ours), row(case="flow", backend=ours), row(implementation="eager", backend=stock))
+            for ours, stock in (("sdpa", "a"), ("reference", "b"))
+        )
+        failed, told = shown(old, new, capsys)
+        assert not failed and [line for line in told.splitlines() if line.startswith("!")] == [
+            "! 2 rows of ours are of another backend, the first imagenet, forward: sdpa then, reference now"
+        ]
+        assert "another backend" not in shown(old, old, capsys)[1] + shown(report(row()), report(row(backend="x")), capsys)[1]
+
     def test_a_row_that_fails_now_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
         failed, told = shown(report(row()), report(row(failure="out of memory")), capsys)
         assert failed and "REGRESSION: out of memory" in told

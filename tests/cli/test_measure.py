@@ -103,6 +103,13 @@ class TestMemory:
         assert slope(rows[:1], "ours") is None
 
 
+@pytest.mark.parametrize(("seconds", "rows"), [(0.001, 1536), (0.015, 1536), (0.02, 768), (0.12, 768), (0.2, 384)])
+def test_a_slow_product_of_a_cpu_is_a_small_one(seconds: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp16 a product of 1,536 rows took seconds, five times."""
+    monkeypatch.setattr(measure._HostClock, "sample", lambda *_: seconds)
+    assert measure._cpu_product(torch.float32) == rows
+
+
 class TestAttempt:
     def test_success_is_none(self) -> None:
         assert measure.attempt(lambda: 1) is None
@@ -112,6 +119,14 @@ class TestAttempt:
             raise ValueError("too wide. Try something else.")
 
         assert measure.attempt(call) == "too wide"
+
+    def test_a_long_reason_ends_between_words(self) -> None:
+        def call(text: str) -> Any:
+            raise ValueError(text)
+
+        told = measure.attempt(lambda: call("word " * 60))
+        assert told == "word " * 38 + "word..." and len(told) <= measure.LONGEST_REASON
+        assert measure.attempt(lambda: call("w" * 300)) == "w" * 197 + "..."
 
     def test_indented_lines_are_items(self) -> None:
         def call() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver_kernels.cli import fake, main, measure, memory, originals, snapshot
+from perceiver_kernels.cli import fake, main, measure, memory, originals, snapshot, sweep
 from perceiver_kernels.cli.saved import saved_bytes
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.workload import Workload
+from perceiver_kernels.cli.workload import Workload, chunk_size
 from perceiver_kernels.testing.cases import EncodeCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,6 +205,61 @@ def test_a_line_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.Monke
     ended = rows["backward", "eager", 2048]
     assert ended["failure"] == "out of memory" and ended["peak_extra_bytes"] is ended["saved_bytes"] is None
     assert ("backward", "eager", 4096) not in rows and rows["backward", "eager", 256]["saved_bytes"] > 0
+
+
+class TestChunks:
+    CALL = ("memory", "--device", "cpu", "--peers", "none", "--passes", "backward", "--sizes")
+
+    def test_a_figure_is_of_its_own_size_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A chunk was a quarter of the second largest size of the sweep."""
+        monkeypatch.setattr(sweep, "CPU_CHUNK", 300)
+        found = {}
+        for sizes in ("256,1K", "256,1K,4K", "1K"):
+            path = tmp_path / f"{sizes}.json"
+            assert main([*self.CALL, sizes, "--json", str(path)]) == 0
+            found[sizes] = rows_of(path)
+        each = [rows["backward", "ours-chunked", 1024] for rows in found.values()]
+        assert len({row["peak_extra_bytes"] for row in each}) == len({row["predicted_bytes"] for row in each}) == 1
+        assert {row["chunk"] for row in each} == {300}
+        rows = found["256,1K"]
+        assert "chunk" not in rows["backward", "ours", 256]
+        # Fewer inputs are one chunk.
+        one = rows["backward", "ours-chunked", 256]
+        assert one["peak_extra_bytes"] == pytest.approx(one["predicted_bytes"], rel=0.1)
+
+    def test_default_sizes_show_that_chunks_do_not_grow(self) -> None:
+        """Both of the sizes between which the slope is taken are chunks, and more than one."""
+        assert memory.LARGEST["cpu"] // 4 > sweep.CPU_CHUNK
+        assert min(memory.LARGEST["cuda"], memory.LARGEST[memory.FAKE]) // 4 > chunk_size(memory.GPU_CASE.B)
+
+    def test_a_heading_says_what_was_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*self.CALL, "256"]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert "small: B=1, 69 channels, 64 latents x 128, 1 head of 69/69, float32" in told
+        assert "ours-chunked reads 4,096 inputs at a time" in told
+
+
+class TestPlot:
+    CALL = ("memory", "--device", "fake", "--peers", "none", "--passes", "forward")
+
+    @pytest.mark.parametrize("sizes", [["--sizes", "1K"], ["--max-inputs", "2000"]])
+    def test_one_size_is_refused_before_the_work(
+        self, sizes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*self.CALL, *sizes, "--plot", str(tmp_path / "p.png")]) == 2
+        captured = capsys.readouterr()
+        assert "argument --plot: must have two sizes at least to draw, got 1024\n" in captured.err and captured.out == ""
+
+    def test_no_matplotlib_is_told_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert main([*self.CALL, "--sizes", "1K,2K", "--plot", str(tmp_path / "p.png")]) == 2
+        captured = capsys.readouterr()
+        assert "p.png: matplotlib is not installed" in captured.err and captured.out == ""
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestSnapshot:

@@ -18,6 +18,7 @@ MEMORY, CHECK = ["memory", "--device", "cpu"], ["check", "--device", "cpu"]
 COUNT = "argument --max-inputs: must be a whole number, at least 1, got"
 SECONDS = "argument --seconds: must be above 0 and at most 3600, got"
 SIZES = "argument --sizes: must be numbers like 1024,64K,1M, got"
+COMMAS = "must be names with one comma between two of them, got"
 FILE = "must name a file or folder, got"
 
 
@@ -31,7 +32,11 @@ FILE = "must name a file or folder, got"
         (BENCH, "--backend", "none", "argument --backend: no backend named 'none'; nearest: "),
         (BENCH, "--backend", "tritn", "argument --backend: no backend named 'tritn'; nearest: triton"),
         (CHECK, "--backend", "sdpa,tritn", "argument --backend: no backend named 'tritn'; nearest: triton"),
-        (BENCH, "--backend", "sdpa,", "argument --backend: no backend named ''"),
+        (BENCH, "--backend", "sdpa,", f"argument --backend: {COMMAS} 'sdpa,'"),
+        (BENCH, "--case", "c64,", f"argument --case: {COMMAS} 'c64,'"),
+        *((call, "--peers", "math,,eager", f"argument --peers: {COMMAS} 'math,,eager'") for call in (BENCH, MEMORY)),
+        *((call, "--peers", "none,eager", "argument --peers: 'none' must stand alone, got 'none,eager'")
+          for call in (BENCH, MEMORY)),
         (BENCH, "--passes", "none", "argument --passes: no pass named 'none'"),
         (BENCH, "--passes", "", "argument --passes: no pass named ''"),
         (BENCH, "--passes", "backwards", "argument --passes: no pass named 'backwards'; nearest: backward"),
@@ -48,7 +53,11 @@ FILE = "must name a file or folder, got"
         (RUN, "--preset", "smal", "argument --preset: no preset named 'smal'; nearest: small"),
         *((MEMORY, "--sizes", s, f"{SIZES} {s!r}") for s in ("1X", "", "1K,,2K")),
         (MEMORY, "--sizes", "0", "argument --sizes: must be at least 1, got '0'"),
-        (MEMORY, "--sizes", "9999999M", "--sizes must fit into memory, got 10485758951424: "),
+        *(
+            (MEMORY, "--sizes", s, f"argument --sizes: must be at most 1,073,741,824 (1G), got {s!r}")
+            for s in ("99999999999999999999", "1K,2G", "1025M")
+        ),
+        ([*MEMORY, "--case", "imagenet"], "--sizes", "1G", "--sizes must fit into memory, got 1073741824: "),
         (MEMORY, "--max-inputs", "10", "--max-inputs must be at least 1024, the smallest size of the sweep, got 10"),
         (RUN, "--max-inputs", "10", "--max-inputs must be at least 256, the smallest size of the sweep, got 10"),
         *((RUN, o, "", f"argument {o}: {FILE} ''") for o in ("--image", "--output", "--json")),
@@ -73,6 +82,7 @@ def test_wrong_values_are_one_line(
 
 def test_lists_hold_each_name_once() -> None:
     """Twice the same size made the slope between the two largest a division by zero."""
+    assert options.sizes("1g,1023M,3k") == [3072, 1023 * 2**20, 2**30]
     assert options.names_of("pass", PASSES)("backward,forward,backward") == ["backward", "forward"]
     assert build_parser().parse_args([*MEMORY, "--sizes", "2K,1K,2K"]).sizes == [1024, 2048]
     assert options.peers("flash,eager-pad8,flash") == ["flash", "eager-pad8"]
@@ -124,7 +134,9 @@ class TestHelp:
         encode = dataclasses.replace(REGIMES["encode"], default_cases=("flow", "c64"), cpu_inputs=777)
         monkeypatch.setitem(REGIMES, "encode", encode)
         monkeypatch.setattr(bench.Bench, "seconds", 0.125)
-        assert "on a CPU encode: 777; layers: 2048; decode: 512" in self.of("bench", "--max-inputs")
+        told = self.of("bench", "--max-inputs")
+        assert "on a CPU encode: 777; layers: 2048; decode: 512" in told
+        assert "there the batch, and latents and their channels, or heads, are cut too" in told
         told = self.of("bench", "--case")
         assert "encode: flow c64" in told and "all for every case of the regime" in told
         assert "default: 0.125" in self.of("bench", "--seconds")

@@ -93,12 +93,18 @@ class TestMainJob:
     def test_medians_are_named_where_the_bars_are(self, panels: list[Any]) -> None:
         """The median was written at p80, where it read as p80."""
         _, times = panels
-        assert list(times.texts) == []
-        assert [label.get_text() for label in times.get_yticklabels()][:2] == [
-            "ours, forward: 1.50 ms",
-            "eager, forward: 12.2 ms",
-        ]
-        assert list(times.get_yticks()) == [0, 1, 2, 4, 5, 6]
+        assert [label.get_text() for label in times.get_yticklabels()][:2] == ["ours: 1.50 ms", "eager: 12.2 ms"]
+        assert list(times.get_yticks()) == [1, 2, 3, 5, 6, 7]
+
+    def test_a_pass_is_named_above_its_bars(self, panels: list[Any]) -> None:
+        """Beside each bar the names of passes left two fifths of the picture empty."""
+        _, times = panels
+        assert [(text.get_text(), text.get_position()[1]) for text in times.texts] == [
+            ("forward", 0), ("forward + backward", 4),
+        ]  # fmt: skip
+        assert times.get_position().width > 0.35 and times.get_ylim() == (7.6, -0.6)
+        renderer = times.figure.canvas.get_renderer()
+        assert not times.texts[0].get_window_extent(renderer).overlaps(times._left_title.get_window_extent(renderer))
 
     def test_a_cross_stands_at_the_end_of_a_line_that_ran_out_of_memory(self, panels: list[Any]) -> None:
         memory, _ = panels
@@ -155,6 +161,57 @@ class TestCommand:
         assert self.draw(tmp_path, *each) == 0
         assert [text.get_text() for text in figures[0].axes[0].texts] == ["ours, A", "ours, B"]
         assert figures[0].get_suptitle().startswith("A and B; ")
+
+    @pytest.mark.parametrize(
+        ("change", "title"),
+        [
+            ({"shape": {"N": 99}}, "small: B=1, C=8, N=99, float32"),
+            ({"shape": {"D": 7}}, "small: B=1, C=8, N=4, D=7, float32"),
+            ({"dtype": "bfloat16"}, "small: B=1, C=8, N=4, bfloat16"),
+        ],
+    )
+    def test_other_problems_are_other_charts(
+        self, change: dict[str, Any], title: str, tmp_path: Path, figures: list[Any]
+    ) -> None:
+        """Two reports of one case's name were lines of one chart, under the title of the first."""
+        rows = [memory_row("ours", M, M, dtype="float32") for M in (10, 100)]
+        others = [{**row, **change, "shape": {**row["shape"], **change.get("shape", {})}} for row in rows]
+        assert self.draw(tmp_path, report(*rows), report(*others)) == 0
+        assert {each.get_title(loc="left") for each in figures[0].axes} == {
+            f"{case}\nextra peak memory, forward" for case in ("small: B=1, C=8, N=4, float32", title)
+        }
+        assert figures[0].get_suptitle() == "CPU" and all(len(each.texts) == 1 for each in figures[0].axes)
+        # In one report as in two.
+        assert {chart.case for chart in series.charts([report(*rows, *others)])} == {"small: B=1, C=8, N=4, float32", title}
+
+    def test_other_regimes_are_other_charts(self) -> None:
+        each = [[bench_row("ours", 1, M=M) | {"regime": regime} for M in (8, 32)] for regime in ("decode", "layers")]
+        found = series.charts([report(*rows) for rows in each])
+        assert [chart.title for chart in found if chart.quantity == "p50_ms"] == [
+            "attention over given keys and values, forward", "forward",
+        ]  # fmt: skip
+
+    def test_a_dtype_beside_the_rows_is_theirs(self) -> None:
+        each = [report(*(bench_row("ours", 1, M=M) for M in (8, 32)), dtype=dtype) for dtype in ("float32", "bfloat16")]
+        assert {chart.case for chart in series.charts(each)} == {
+            f"small: B=1, C=8, N=4, {dtype}" for dtype in ("float32", "bfloat16")
+        }
+
+    def test_a_length_that_stays_is_told(self) -> None:
+        rows = [bench_row("ours", 1, Lq=Lq, Lk=64) for Lq in (8, 32)]
+        (chart,) = [chart for chart in series.charts([report(*rows)]) if chart.quantity == "p50_ms"]
+        assert (chart.axis, chart.case) == ("queries", "small: B=1, C=8, N=4, Lk=64")
+
+    def test_a_chart_is_predicted_where_all_of_it_is(self, tmp_path: Path, figures: list[Any]) -> None:
+        rows = [memory_row("ours", M, M, predicted_bytes=M) for M in (10, 100)]
+        fake = [{**row, "predicted": True} for row in rows]
+        assert self.draw(tmp_path, report(*rows, gpu="H200"), report(*fake, predicted=True)) == 0
+        (axes,) = figures[0].axes
+        assert axes.get_title(loc="left") == "extra peak memory, forward"
+        assert line_of(axes, "ours, fake tensors").get_linestyle() == "--"
+        assert figures[0].get_supxlabel() == (
+            "dashed lines are predicted with fake tensors; thin dashes or dotted: closed form"
+        )
 
     @pytest.mark.parametrize(
         ("sizes", "axis"),
@@ -226,6 +283,16 @@ class TestCommand:
         assert main(["plot", str(tmp_path / "none.json"), "--output", str(tmp_path / "x.png")]) == 2
         assert f"argument FILE.json: {tmp_path / 'none.json'} cannot be read: No such file" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("option", ["--json", "--output"])
+    def test_a_report_is_not_written_over(
+        self, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = written(tmp_path / "0.json", report(*(memory_row("ours", M, M) for M in (1, 2))))
+        given = {"--output": str(tmp_path / "p.png"), option: path}
+        assert main(["plot", path, *(word for pair in given.items() for word in pair)]) == 2
+        assert f"argument {option}: must be another file than that of FILE.json, got {path}" in capsys.readouterr().err
+        assert len(reading.load(Path(path), "FILE.json")["rows"]) == 2
+
     def test_without_matplotlib(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -276,6 +343,11 @@ class TestReadable:
             for sizes in [(1000, 1024, *(2**power for power in range(14, 27)))]
         ]
         plot.draw(tmp_path / "p.png", each)
+        self.check(figures[0])
+
+    def test_several_problems(self, tmp_path: Path, figures: list[Any]) -> None:
+        rows = [memory_row("ours", M, M, dtype=dtype) for dtype in ("float32", "bfloat16") for M in (1024, 4096)]
+        plot.draw(tmp_path / "p.png", [report(*rows)])
         self.check(figures[0])
 
     def test_a_long_title(self, tmp_path: Path, figures: list[Any]) -> None:

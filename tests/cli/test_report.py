@@ -66,6 +66,43 @@ class TestFiles:
         assert captured.out == ""
         assert not list(tmp_path.glob("**/*.partial"))
 
+    @pytest.mark.parametrize(
+        ("call", "first", "second"),
+        [
+            (BENCH, ("--json", "x"), ("--csv", "x")),
+            (BENCH, ("--json", "x"), ("--csv", "./x")),
+            (BENCH, ("--json", "x"), ("--csv", "link")),
+            (MEMORY, ("--json", "p.png"), ("--plot", "p.png")),
+            (MEMORY, ("--plot", "p.png"), ("--snapshot", "below/../p.png")),
+        ],
+    )
+    def test_two_that_are_one_are_refused(
+        self, call: list[str], first: tuple[str, str], second: tuple[str, str], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        """One was written over the other, and the exit code was 0."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "link").symlink_to("x")
+        assert main([*call, *first, *second]) == 2
+        captured = capsys.readouterr()
+        told = f"argument {second[0]}: must be another file than that of {first[0]}, got {second[1]}\n"
+        assert captured.err == f"perceiver-kernels {call[0]}: {told}" and captured.out == ""
+        assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+    def test_the_picture_of_the_main_job_is_no_json(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("skimage")
+        assert main([*RUN, "--output", str(tmp_path), "--json", str(tmp_path / "plot.png")]) == 2
+        assert "argument --json: must be another file than that of the picture" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("call", "option"), [(BENCH, "--json"), (BENCH, "--csv"), (MEMORY, "--plot"), (MEMORY, "--snapshot"), (RUN, "--output")]
+    )
+    def test_are_given_once(self, call: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main([*call, option, "a", option, "b"])
+        assert stopped.value.code == 2
+        assert f"argument {option}: must be given once, got a and b\n" in capsys.readouterr().err
+
     def test_checking_leaves_nothing_and_changes_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "old").write_text("kept")
         for name in ("old", "new"):
