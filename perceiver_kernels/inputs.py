@@ -68,6 +68,11 @@ class PackedInputs(Tensors):
             raise TypeError(f"normalized must be a bool, got {self.normalized!r}")
         _check_visibility(self.key_mask, self.lengths, batch, length)
 
+    @property
+    def length(self) -> int:
+        """M, the tokens of each sequence."""
+        return self.data.shape[1]
+
 
 @dataclass(frozen=True, eq=False)
 class TokenSlice:

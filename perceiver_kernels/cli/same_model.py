@@ -5,6 +5,7 @@ A result is held against the model written out, in the next wider dtype, with th
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 from collections.abc import Mapping, Sequence
@@ -35,13 +36,14 @@ def workload(case: ModelCase | GridCase | SameCase, device: torch.device, dtype:
     return kinds[type(case)](case, device, dtype)
 
 
-class _Same(WholeModel):
+class _Same(WholeModel, abc.ABC):
     """What both kinds share: the peer is our own call with other backends."""
 
     original = SDPA
 
+    @abc.abstractmethod
     def ours(self, which: str) -> Call:
-        raise NotImplementedError
+        """Return our callable for a pass."""
 
     def _as_called(self, name: str, call: Call) -> dict[str, Call]:
         return {name: call}

@@ -91,8 +91,7 @@ def hide(
 ) -> tuple[InputArray | PackedInputs, Tensor | None]:
     """The source with its mask, and the mask of every batch entry."""
     if query_mask is None:
-        length = source.length if isinstance(source, InputArray) else source.data.shape[1]
-        seen = visible(source.key_mask, source.lengths, length)
+        seen = visible(source.key_mask, source.lengths, source.length)
         return source, None if seen is None else seen.expand(B, -1)
     if isinstance(source, InputArray):
         # Queries that the batch shares are packed if any of its entries asks them.

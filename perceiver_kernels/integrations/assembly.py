@@ -25,7 +25,7 @@ class LinearRows(nn.Module):
     """
 
     is_product = True
-    """See ``nn.called.is_plain``; whether the other layer is plain has been asked before."""
+    """For ``nn.called.is_plain``: a replacement asks that of the other layer before it runs this one."""
 
     def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
         super().__init__()

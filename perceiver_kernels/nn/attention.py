@@ -220,8 +220,7 @@ class CrossAttention(nn.Module):
         if self.norm_query is not None and not isinstance(inputs, Tensor):
             raise TypeError(f"inputs must be a torch.Tensor with qk_norm, got {type(inputs).__name__}")
         source = as_source(inputs, key_mask, lengths)
-        M = source.length if isinstance(source, InputArray) else source.data.shape[1]
-        seen = visible(source.key_mask, source.lengths, M)
+        seen = visible(source.key_mask, source.lengths, source.length)
         rows = normed_tokens("inputs", source, self.norm_inputs, seen, parameter_of(self.q_proj))
         return attend_called(self, normed, *called_heads(self, rows), seen)
 

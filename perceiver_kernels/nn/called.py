@@ -24,8 +24,9 @@ def is_plain(*modules: nn.Module | None) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     kind: Any = type(module)
-    if kind.forward not in _FORWARDS and not getattr(kind, "is_product", False):
-        return False
+    if kind.forward not in _FORWARDS:
+        # Of parts of another layer, which has been asked.
+        return getattr(kind, "is_product", False)
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     if "forward" in module.__dict__:

@@ -47,10 +47,6 @@ class PreparedLatents:
     kept: Kept = field(default_factory=dict, repr=False)
 
 
-def _tensor_of(queries: Tensor | PackedInputs) -> Tensor:
-    return queries.data if isinstance(queries, PackedInputs) else queries
-
-
 class OutputCrossAttention(nn.Module):
     """Output queries, any number of them, read the latents.
 
@@ -234,11 +230,10 @@ class OutputCrossAttention(nn.Module):
     def _attend_called(
         self, queries: Tensor | InputArray | PackedInputs, latents: PreparedLatents, query_mask: Tensor | None
     ) -> Tensor:
-        key, value = latents.key, latents.value
-        B, O = key.shape[0], queries.length if isinstance(queries, InputArray) else _tensor_of(queries).shape[1]
-        check_query_mask(query_mask, "B, O", B, O, "key", key)
-        source, query_mask = hide(as_queries(queries, query_mask), query_mask, B)
-        asked = visible(source.key_mask, source.lengths, O)
+        key, value, source = latents.key, latents.value, as_queries(queries, query_mask)
+        check_query_mask(query_mask, "B, O", key.shape[0], source.length, "key", key)
+        source, query_mask = hide(source, query_mask, key.shape[0])
+        asked = visible(source.key_mask, source.lengths, source.length)
         rows = normed_tokens("queries", source, self.norm_queries, asked, parameter_of(self.q_proj))
         seen = visible(latents.key_mask, latents.lengths, key.shape[2])
         return self.out_proj(attend_called(self, rows, key, value, seen, query_mask=query_mask))

@@ -330,8 +330,14 @@ def encoder(channels: int) -> PerceiverEncoder:
             lambda: MODELS["flow"][0]()(MODELS["flow"][1](), points=torch.tensor([1])), TypeError,
             "points must be a slice or None where the inputs are the queries",
         ),
-        (lambda: given()(torch.zeros(2, 4, 9)), TypeError, r"points must be a tensor \[B, O, C\] or .* C=7, the queries, got NoneType"),
-        (lambda: given()(torch.zeros(2, 4, 9), points=torch.zeros(3, 6)), ValueError, r"points must be .* C=7, the queries, got \(3, 6\)"),
+        (
+            lambda: given()(torch.zeros(2, 4, 9)), TypeError,
+            r"points must be a tensor \[B, O, C\] or .* C=7, the queries, got NoneType",
+        ),
+        (
+            lambda: given()(torch.zeros(2, 4, 9), points=torch.zeros(3, 6)), ValueError,
+            r"points must be .* C=7, the queries, got \(3, 6\)",
+        ),
         (lambda: given()([1.0]), TypeError, "inputs must be a Tensor or InputArray, got list"),
         (lambda: given()(torch.zeros(2, 4, 8), points=torch.zeros(3, 7)), ValueError, "inputs must have input_dim=9 channels"),
         (lambda: PerceiverIO.imagenet_fourier(like="keras"), ValueError, "like must be one of 'deepmind', 'transformers'"),
