@@ -15,7 +15,7 @@ from perceiver_kernels.cli.regimes import REGIMES, Regime
 from perceiver_kernels.cli.report import Report
 from perceiver_kernels.cli.rerun import SECONDS, Conditions
 from perceiver_kernels.cli.stock import Peer
-from perceiver_kernels.cli.subject import GRAPHED, OURS, OWN, Pass, Subject, shape_of
+from perceiver_kernels.cli.subject import COMPILED, GRAPHED, OURS, OWN, Pass, Subject, shape_of
 from perceiver_kernels.cli.workload import Workload, chunk_size
 
 
@@ -174,8 +174,8 @@ class Bench:
         verdicts, failures = self._judge(work, each, calls)
         running = {name: call for name, call in calls.items() if name not in failures}
         timings = measure.time_calls(running, self.device, seconds=self.seconds)
-        # A graph's memory is taken once, at its capture.
-        counted = {name: call for name, call in running.items() if not name.endswith(GRAPHED)}
+        # A graph's memory is taken once, at its capture; whole models are compiled to graphs.
+        counted = {name: call for name, call in running.items() if not name.endswith((GRAPHED, COMPILED))}
         memory = {name: self._memory(work, call) for name, call in counted.items()}
         kernels = {
             name: measure.kernel_times(call, self.device) for name, call in running.items() if name in OWN

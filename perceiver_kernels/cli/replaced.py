@@ -198,8 +198,8 @@ class ReplacedWorkload(WholeModel):
             if peer.attention != ORIGINAL:
                 calls[peer.name] = self._refused(peer)
             elif peer.compiled:
-                calls[OURS + COMPILED] = self._call(torch.compile(self.replaced), self.inputs, which)
-                calls[ORIGINAL + COMPILED] = self._call(torch.compile(self.stock), self.inputs, which)
+                calls[OURS + COMPILED] = self._call(self._compiled(self.replaced), self.inputs, which)
+                calls[ORIGINAL + COMPILED] = self._call(self._compiled(self.stock), self.inputs, which)
             else:
                 calls |= self._with_graph(ORIGINAL, self._call(self.stock, self.inputs, which), self.stock)
         return calls

@@ -225,13 +225,13 @@ class StockCrossAttention(nn.Module):
         return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Any:
     """torch.compile a module or function: static shapes, as many variants as there are peers and passes."""
     try:
         import torch._dynamo as dynamo
 
         # Each is a variant of one forward; the default limit of 8 would send the ninth to eager.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, mode=mode)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise CommandError(f"torch.compile is not available here: {error}") from error

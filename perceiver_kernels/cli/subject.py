@@ -20,7 +20,7 @@ OURS = "ours"
 CHUNKED = "ours-chunked"
 ON_TRITON = "ours-triton"
 GRAPHED, COMPILED = "-graphed", "-compiled"
-"""Ends of the names of a whole model as a CUDA graph, and through torch.compile."""
+"""Ends of the names of a whole model as a CUDA graph, and through torch.compile with mode "reduce-overhead"."""
 OWN = (OURS, CHUNKED, ON_TRITON, OURS + GRAPHED, OURS + COMPILED)
 """Implementations whose wrong result fails a command; the others are stock."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.cudagraph_trees import get_manager
 
 from perceiver_kernels.cli import main, measure
 from perceiver_kernels.cli.gate import Gate
@@ -199,13 +200,32 @@ class TestMemory:
 class TestPeers:
     def test_a_compiled_peer_comes_with_ours_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("transformers")
-        monkeypatch.setattr(torch, "compile", lambda model: model)
+        monkeypatch.setattr(torch, "compile", lambda model, **_: model)
         work = small("imagenet-fourier-b8")
         assert work.peers(None, compiled=True) == [Peer("transformers"), Peer("transformers", compiled=True)]
         assert list(work.calls("forward", work.peers(None, compiled=True))) == [
             "ours", "transformers", "ours-compiled", "transformers-compiled"
         ]  # fmt: skip
         assert small("imagenet-conv-b8").peers(None, compiled=True) == [Peer("transformers")]
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("which", ["forward", "training"])
+    def test_compiled_models_are_graphs_with_the_same_results(self, which: str) -> None:
+        pytest.importorskip("transformers")
+        gpu = torch.device("cuda")
+        work = workload(REGIMES["models"].sizes("imagenet-fourier-b8", CPU, None), gpu, torch.float32)
+        calls = work.calls(which, work.peers(None, compiled=True))
+        # What the original copies from the host cannot be captured.
+        del calls["transformers-graphed"]
+        for _ in range(3):
+            for call in calls.values():
+                call()
+        verdicts = Gate(work).judge(which, work.results(which, calls))
+        assert {name: verdict.failure for name, verdict in verdicts.items()} == {
+            "ours": None, "ours-graphed": None, "transformers": None, "ours-compiled": None, "transformers-compiled": None
+        }  # fmt: skip
+        assert get_manager(torch.cuda.current_device(), create_if_none_exists=False) is not None
+        torch.compiler.reset()
 
     @pytest.mark.parametrize(("name", "peer"), [("imagenet-conv-b8", "sdpa"), ("shape-decoder-129", "transformers")])
     def test_another_peer_is_a_reason(self, name: str, peer: str) -> None:
