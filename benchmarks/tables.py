@@ -126,8 +126,18 @@ def attention(results: Results) -> list[str]:
 
 
 def models(results: Results) -> list[str]:
-    """Whole models beside their originals: milliseconds of every implementation, and memory of the first two."""
-    parts = [part for part in ("models", "grids", "relatives") if _rows(results, part)]
+    """Whole models beside their originals."""
+    return _whole_models(results, "models")
+
+
+def relatives(results: Results) -> list[str]:
+    """Whole models beside themselves through PyTorch's attention."""
+    return _whole_models(results, "grids", "relatives")
+
+
+def _whole_models(results: Results, *names: str) -> list[str]:
+    """Milliseconds of every implementation, and memory of ours."""
+    parts = [part for part in names if _rows(results, part)]
     rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
     # Ours first: as called, as a graph, compiled.
     others = sorted(dict.fromkeys(name for _, _, name in rows if name != "ours"), key=lambda name: not name.startswith("ours"))
@@ -243,6 +253,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "two-backends": two_backends,
     "host": host,
     "models": models,
+    "relatives": relatives,
     "replaced": replaced,
     "examples": examples,
 }
