@@ -62,6 +62,9 @@ def lie_side_by_side(first: Tensor, second: Tensor) -> bool:
 
 def heads_of_rows(rows: Tensor, heads: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
     """Views [B, H, L, d] of rows [B, L, E], for each (H, d) the next H*d channels."""
+    if all(one == heads[0] for one in heads):
+        parts = rows.unflatten(-1, (len(heads), *heads[0])).unbind(-3)
+        return tuple(part.transpose(1, 2) for part in parts)
     parts = rows.split([H * d for H, d in heads], -1)
     return tuple(part.unflatten(-1, one).transpose(1, 2) for part, one in zip(parts, heads, strict=True))
 
