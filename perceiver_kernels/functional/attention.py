@@ -75,7 +75,7 @@ def attention(
     """Attention of queries over keys and values of any lengths: ``softmax(scale q k^T + mask) v``.
 
     Args:
-        query: ``[B, H, Lq, d_qk]``, float16, bfloat16, float32 (float64 on reference and sdpa).
+        query: ``[B, H, Lq, d_qk]``, float16, bfloat16, float32 (float64 on reference and sdpa); a batch of 1 is shared.
         key: ``[B, H, Lk, d_qk]``; batch and heads may be 1 and are then shared. A pair of tensors is two segments, read one
             after the other as if they were concatenated along Lk; masks count the keys of both.
         value: ``[B, H, Lk, d_v]``, or a pair; ``d_v`` may differ from ``d_qk``.
