@@ -14,7 +14,7 @@ from perceiver_kernels.functional.heads import merge_heads, split_heads, split_p
 from perceiver_kernels.nn.attention import Linear
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.called import parameter_of
-from perceiver_kernels.nn.checks import check_count, check_sequence
+from perceiver_kernels.nn.checks import check_batch, check_count, check_sequence
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
 from perceiver_kernels.problem import check_eps, check_probability
@@ -124,6 +124,7 @@ class JointAttention(nn.Module):
         check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.q_proj))
         check_sequence("context", context, "B, M, D", self.dim, parameter_of(self.q_proj))
         B, N, M = x.shape[0], x.shape[1], context.shape[1]
+        check_batch("context", "B, M, D", context.shape[0], B, shared=False)
         length = M + N if self.own_keys else M
         if length < N:
             raise ValueError(f"context must hold the sequence's N={N} tokens without own_keys, got M={M}")

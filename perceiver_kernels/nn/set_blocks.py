@@ -18,7 +18,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.cross_attention import Method, as_source, check_reading
 from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
-from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
+from perceiver_kernels.nn.checks import check_batch, check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.problem import check_eps
 
@@ -90,6 +90,7 @@ class MAB(nn.Module):
         """
         check_sequence("queries", queries, "B, N, C", self.query_dim, parameter_of(self.q_proj))
         check_sequence("inputs", inputs, "B, M, C", self.input_dim, parameter_of(self.q_proj))
+        check_batch("queries", "B, N, C", queries.shape[0], inputs.shape[0])
         query = self.q_proj(queries)
         hidden = query + merge_heads(self._attended(split_heads(query, self.num_heads), inputs, key_mask))
         hidden = hidden if self.norm_attention is None else self.norm_attention(hidden)
