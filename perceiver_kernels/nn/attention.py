@@ -350,7 +350,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [B, N, D].
-            key_mask: bool [B, N], True where a token may be read; not beside a cache.
+            key_mask: bool [B, N], True where a token may be read; not beside a cache. Hidden tokens must be finite in training:
+                they are queries too, and weights would get gradients of 0 * NaN.
             rotary: positions of the N tokens.
             cache: tokens that came before these, which read them too and are appended; ``causal`` layers only.
 

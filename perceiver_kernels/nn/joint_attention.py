@@ -111,7 +111,8 @@ class JointAttention(nn.Module):
         Args:
             x: [B, N, D].
             context: [B, M, D]; M may be 0, and is at least N without ``own_keys``.
-            context_mask: bool [B, M], True where a token of the context may be read; not beside a cache.
+            context_mask: bool [B, M], True where a token of the context may be read; not beside a cache. Hidden tokens must be
+                finite in training: norm and projection see them, whose weights would get gradients of 0 * NaN.
             rotary: positions of the M + N tokens, context first; of the M without ``own_keys``.
             cache: tokens that came before all of these, which read them too and are appended; ``causal`` layers only.
 

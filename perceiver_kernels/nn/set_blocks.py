@@ -147,7 +147,10 @@ class SAB(nn.Module):
         self.attention = MAB(input_dim, input_dim, dim, num_heads, **options)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold."""
+        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold.
+
+        In training that must be finite, or weights would get gradients of 0 * NaN.
+        """
         return self.attention(x, x, key_mask)
 
 
@@ -180,7 +183,7 @@ class ISAB(nn.Module):
         nn.init.xavier_uniform_(self.inducing)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold."""
+        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold, see ``SAB``."""
         return self.write(x, self.read(self.inducing, x, key_mask))
 
     def extra_repr(self) -> str:
@@ -220,7 +223,7 @@ class PMA(nn.Module):
         nn.init.xavier_uniform_(self.seeds)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, D], key_mask bool [B, M] -> [B, k, D]."""
+        """x [B, M, D], key_mask bool [B, M] -> [B, k, D]; hidden elements must be finite in training with ``feed_forward``."""
         return self.attention(self.seeds, x if self.feed_forward is None else self.feed_forward(x), key_mask)
 
     def extra_repr(self) -> str:
