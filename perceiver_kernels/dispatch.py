@@ -45,7 +45,7 @@ _environment = tuple(name for name in os.environ.get(ENVIRONMENT_VARIABLE, "").r
 
 @contextmanager
 def use_backend(*names: str) -> Iterator[None]:
-    """Restrict every call inside the block to ``names``, tried in that order; a call that none can serve raises.
+    """Restrict every call, of all threads, inside the block to ``names``, tried in that order; one that none can serve raises.
 
     A backend that lacks an operation altogether is passed over for that operation only if another name in the list has it.
     The environment variable ``PERCEIVER_KERNELS_BACKEND`` (names separated by commas) does the same for a process.

@@ -21,6 +21,7 @@ import pytest
 import perceiver_kernels
 from perceiver_kernels import dispatch
 from perceiver_kernels.cli import build_parser, main
+from perceiver_kernels.integrations.replacement import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
@@ -243,6 +244,17 @@ def test_toml_blocks_are_toml(document: str) -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
     for block in (block for block in blocks_of(document) if block.language == "toml"):
         assert tomllib.loads(block.code), str(block)
+
+
+def test_every_class_that_is_replaced_is_named() -> None:
+    page = (ROOT / "docs" / "integrations" / "index.md").read_text()
+    adapted: set[str] = set()
+    for library, file in LIBRARIES.items():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+            adapters = importlib.import_module(f"perceiver_kernels.integrations.{file}").ADAPTERS
+            adapted |= {adapter.original.__name__ for adapter in adapters}
+    assert adapted and adapted <= set(re.findall(r"`(\w+)`", page))
 
 
 def test_gpu_blocks_are_few_and_named() -> None:

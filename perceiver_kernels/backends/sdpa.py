@@ -77,6 +77,9 @@ def attention(
     Whatever torch has no argument for becomes one mask of at most [B, 1, Lq, Lk]; two segments are concatenated.
     """
     key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
+    if key.shape[0] == 0:
+        # Of one query's entry beside an empty batch of keys torch's attention makes one entry (torch 2.13).
+        query = query.expand(0, -1, -1, -1)
     if query.is_cuda:
         query, key, value = (_aligned(tensor) for tensor in (query, key, value))
     # What hidden tokens hold must not matter, and torch's kernels multiply it by 0, NaN included.
@@ -107,7 +110,8 @@ def _torch_mask(masks: Masks, Lq: int, Lk: int, query: Tensor) -> tuple[Tensor |
         Lq, Lk, key_mask=masks.key_mask, lengths=masks.lengths, query_mask=masks.query_mask, cu_seqlens_q=masks.cu_seqlens_q,
         cu_seqlens_k=masks.cu_seqlens_k, causal=masks.causal, device=query.device,
     )  # fmt: skip
-    added = masks.attn_mask
+    # torch's attention reads two axes of a mask.
+    added = None if masks.attn_mask is None else torch.atleast_2d(masks.attn_mask)
     if visible is None or added is None:
         return (visible if added is None else added), False
     if added.dtype == torch.bool:

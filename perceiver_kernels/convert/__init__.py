@@ -57,7 +57,7 @@ def load(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, library: 
 
     Args:
         model: one of this package's models.
-        weights: a state dict, or a file of one (safetensors, or torch.save's).
+        weights: a state dict, or a file of one (safetensors, which needs the package of that name, or torch.save's).
         library: whose names they have; None: ours.
 
     Raises:
@@ -73,7 +73,7 @@ def load(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, library: 
 
 
 def save(model: nn.Module, path: str | Path, library: str | None = None) -> None:
-    """Write the weights of ``model`` as safetensors, under our names or those of ``library``."""
+    """Write the weights of ``model`` as safetensors, which needs that package, under our names or those of ``library``."""
     from safetensors.torch import save_file
 
     state = model.state_dict() if library is None else to_library(model, library)

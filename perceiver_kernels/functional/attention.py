@@ -75,14 +75,15 @@ def attention(
     """Attention of queries over keys and values of any lengths: ``softmax(scale q k^T + mask) v``.
 
     Args:
-        query: ``[B, H, Lq, d_qk]``, float16, bfloat16, float32 (float64 on reference and sdpa).
+        query: ``[B, H, Lq, d_qk]``, float16, bfloat16, float32 (float64 on reference and sdpa); a batch of 1 is shared.
         key: ``[B, H, Lk, d_qk]``; batch and heads may be 1 and are then shared. A pair of tensors is two segments, read one
             after the other as if they were concatenated along Lk; masks count the keys of both.
         value: ``[B, H, Lk, d_v]``, or a pair; ``d_v`` may differ from ``d_qk``.
         key_mask: bool ``[B, Lk]``, True where a key is visible. What hidden keys and values hold is never used, NaN included.
         lengths: int32 ``[B]``, instead of ``key_mask``: keys visible from the front, all of them above Lk and none below 0.
         query_mask: bool ``[B, Lq]``, False for queries that see nothing: their result and gradients are 0.
-        attn_mask: bool (True = visible) or additive, broadcastable to ``[B, H, Lq, Lk]``; an additive one may need a gradient.
+        attn_mask: bool (True = visible), or added to the scores (query's dtype or float32; it may need a gradient),
+            broadcastable to ``[B, H, Lq, Lk]``.
         cu_seqlens_q: int32 ``[sequences + 1]``: where each of the sequences starts that lie one after the other in the only
             batch entry, and the token count. A query sees its own sequence.
         cu_seqlens_k: the same for the keys.

@@ -363,7 +363,7 @@ class PerceiverAR(Model):
     def clm_base(
         cls, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **changes: Any
     ) -> PerceiverAR:  # fmt: skip
-        """The language model of krasserm/perceiver-io for C4: 1,024 tokens, 512 latents of 1,280 channels, 20 layers, 455M.
+        """The language model of krasserm/perceiver-io for C4: 1,024 tokens, 512 latents of 1,280 channels, 20 layers, 454M.
 
         Source: docs/training-examples.md there, causal language modeling, model 2.
         """

@@ -19,7 +19,15 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
-from perceiver_kernels.nn.checks import check_array, check_count, check_input_dim, check_sequence, check_widths
+from perceiver_kernels.nn.checks import (
+    batch_of,
+    check_array,
+    check_batch,
+    check_count,
+    check_input_dim,
+    check_sequence,
+    check_widths,
+)
 from perceiver_kernels.nn.drop_path import drop_path
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
@@ -180,6 +188,7 @@ class CrossAttention(nn.Module):
         """
         check_sequence("latents", latents, "B, N, D", self.latent_dim, parameter_of(self.q_proj))
         check_array("inputs", inputs, "B, M, C", "input_dim", self.input_dim)
+        check_batch("latents", "B, N, D", latents.shape[0], batch_of(inputs))
         if isinstance(inputs, PackedInputs) and inputs.normalized != (self.norm_inputs is not None):
             raise ValueError(f"inputs must be packed with normalize={self.norm_inputs is not None}, as norm_inputs says")
         normed = latents if self.norm_latents is None else self.norm_latents(latents)
@@ -341,7 +350,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [B, N, D].
-            key_mask: bool [B, N], True where a token may be read; not beside a cache.
+            key_mask: bool [B, N], True where a token may be read; not beside a cache. Hidden tokens must be finite in training:
+                they are queries too, and weights would get gradients of 0 * NaN.
             rotary: positions of the N tokens.
             cache: tokens that came before these, which read them too and are appended; ``causal`` layers only.
 

@@ -52,6 +52,19 @@ def check_sequence(name: str, x: Tensor, axes: str, channels: int, weight: Tenso
         raise TypeError(f"{name} must have the parameters' dtype {weight.dtype} unless autocast is on, got {x.dtype}")
 
 
+def batch_of(array: Tensor | InputArray | PackedInputs) -> int:
+    """B of an array in any of its three forms."""
+    if isinstance(array, InputArray):
+        return array.batch
+    return (array.data if isinstance(array, PackedInputs) else array).shape[0]
+
+
+def check_batch(name: str, axes: str, size: int, B: int, *, shared: bool = True) -> None:
+    """A batch of ``size`` beside another one of B; with ``shared`` one entry may serve all."""
+    if size != B and not (shared and size == 1):
+        raise ValueError(f"{name} must be [{axes}] with B={B}{' or 1' if shared else ''}, got a batch of {size}")
+
+
 def check_array(name: str, array: Tensor | InputArray | PackedInputs, axes: str, width: str, channels: int) -> None:
     """An array of ``channels`` channels, which the layer calls ``width``, in any of its three forms."""
     if not isinstance(array, (Tensor, InputArray, PackedInputs)):

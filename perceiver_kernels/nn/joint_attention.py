@@ -14,7 +14,7 @@ from perceiver_kernels.functional.heads import merge_heads, split_heads, split_p
 from perceiver_kernels.nn.attention import Linear
 from perceiver_kernels.nn.cache import KeyValueCache
 from perceiver_kernels.nn.called import parameter_of
-from perceiver_kernels.nn.checks import check_count, check_sequence
+from perceiver_kernels.nn.checks import check_batch, check_count, check_sequence
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.nn.rotary import Rotary
 from perceiver_kernels.problem import check_eps, check_probability
@@ -111,7 +111,8 @@ class JointAttention(nn.Module):
         Args:
             x: [B, N, D].
             context: [B, M, D]; M may be 0, and is at least N without ``own_keys``.
-            context_mask: bool [B, M], True where a token of the context may be read; not beside a cache.
+            context_mask: bool [B, M], True where a token of the context may be read; not beside a cache. Hidden tokens must be
+                finite in training: norm and projection see them, whose weights would get gradients of 0 * NaN.
             rotary: positions of the M + N tokens, context first; of the M without ``own_keys``.
             cache: tokens that came before all of these, which read them too and are appended; ``causal`` layers only.
 
@@ -124,6 +125,7 @@ class JointAttention(nn.Module):
         check_sequence("x", x, "B, N, D", self.dim, parameter_of(self.q_proj))
         check_sequence("context", context, "B, M, D", self.dim, parameter_of(self.q_proj))
         B, N, M = x.shape[0], x.shape[1], context.shape[1]
+        check_batch("context", "B, M, D", context.shape[0], B, shared=False)
         length = M + N if self.own_keys else M
         if length < N:
             raise ValueError(f"context must hold the sequence's N={N} tokens without own_keys, got M={M}")

@@ -113,6 +113,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             key: likewise [Lk, B, kdim].
             value: likewise [Lk, B, vdim].
             key_padding_mask: [B, Lk] (or [Lk]), bool, **True where a key is hidden**, or float, added to the scores.
+                Hidden keys must be finite in training: weights would get gradients of 0 * NaN.
             need_weights: also return the weights of attention.
             attn_mask: [Lq, Lk] or [B*H, Lq, Lk], bool, **True where a key is hidden**, or float, added to the scores.
             average_attn_weights: average the weights over the heads.

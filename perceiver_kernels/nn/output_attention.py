@@ -18,7 +18,7 @@ from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.attention import Linear, attend_called, called_heads
 from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
-from perceiver_kernels.nn.checks import check_array, check_count, check_sequence, check_widths
+from perceiver_kernels.nn.checks import batch_of, check_array, check_batch, check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
 from perceiver_kernels.nn.norms import NormKind, make_norm
 from perceiver_kernels.problem import check_eps, check_key_visibility, check_probability, check_query_mask, pad_channels
@@ -231,6 +231,7 @@ class OutputCrossAttention(nn.Module):
         self, queries: Tensor | InputArray | PackedInputs, latents: PreparedLatents, query_mask: Tensor | None
     ) -> Tensor:
         key, value, source = latents.key, latents.value, as_queries(queries, query_mask)
+        check_batch("queries", "B, O, C", batch_of(source), key.shape[0])
         check_query_mask(query_mask, "B, O", key.shape[0], source.length, "key", key)
         source, query_mask = hide(source, query_mask, key.shape[0])
         asked = visible(source.key_mask, source.lengths, source.length)

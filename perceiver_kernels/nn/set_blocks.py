@@ -18,7 +18,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.cross_attention import Method, as_source, check_reading
 from perceiver_kernels.functional.heads import merge_heads, split_heads
 from perceiver_kernels.nn.called import is_plain, normed_tokens, parameter_of
-from perceiver_kernels.nn.checks import check_count, check_flag, check_input_dim, check_sequence, check_widths
+from perceiver_kernels.nn.checks import check_batch, check_count, check_flag, check_input_dim, check_sequence, check_widths
 from perceiver_kernels.nn.feed_forward import FeedForward
 from perceiver_kernels.problem import check_eps
 
@@ -90,6 +90,7 @@ class MAB(nn.Module):
         """
         check_sequence("queries", queries, "B, N, C", self.query_dim, parameter_of(self.q_proj))
         check_sequence("inputs", inputs, "B, M, C", self.input_dim, parameter_of(self.q_proj))
+        check_batch("queries", "B, N, C", queries.shape[0], inputs.shape[0])
         query = self.q_proj(queries)
         hidden = query + merge_heads(self._attended(split_heads(query, self.num_heads), inputs, key_mask))
         hidden = hidden if self.norm_attention is None else self.norm_attention(hidden)
@@ -146,7 +147,10 @@ class SAB(nn.Module):
         self.attention = MAB(input_dim, input_dim, dim, num_heads, **options)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold."""
+        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold.
+
+        In training that must be finite, or weights would get gradients of 0 * NaN.
+        """
         return self.attention(x, x, key_mask)
 
 
@@ -179,7 +183,7 @@ class ISAB(nn.Module):
         nn.init.xavier_uniform_(self.inducing)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold."""
+        """x [B, M, C], key_mask bool [B, M] -> [B, M, D]; rows of hidden elements follow from what these hold, see ``SAB``."""
         return self.write(x, self.read(self.inducing, x, key_mask))
 
     def extra_repr(self) -> str:
@@ -219,7 +223,7 @@ class PMA(nn.Module):
         nn.init.xavier_uniform_(self.seeds)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, M, D], key_mask bool [B, M] -> [B, k, D]."""
+        """x [B, M, D], key_mask bool [B, M] -> [B, k, D]; hidden elements must be finite in training with ``feed_forward``."""
         return self.attention(self.seeds, x if self.feed_forward is None else self.feed_forward(x), key_mask)
 
     def extra_repr(self) -> str:

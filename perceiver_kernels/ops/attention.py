@@ -252,10 +252,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Differentiable attention on kernel backends: (out, lse); see functional.attention.
 
-    ``backends`` serve the forward and the backward. A batch of 1 beside a larger one is expanded here, so that autograd sums
+    ``backends`` serve the forward and the backward. A batch of 1 beside another one is expanded here, so that autograd sums
     its gradient.
     """
-    B = max(query.shape[0], keys[0].shape[0])
+    B = keys[0].shape[0] if query.shape[0] == 1 else query.shape[0]
     if query.shape[0] != B or keys[0].shape[0] != B:
         query, *rest = [t if t.shape[0] == B else t.expand(B, -1, -1, -1) for t in (query, *keys, *values)]
         keys, values = tuple(rest[: len(keys)]), tuple(rest[len(keys) :])

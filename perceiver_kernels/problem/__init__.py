@@ -1,7 +1,7 @@
 """Problems: what one call asks for, checked once, with every axis named.
 
 ``Problem.of(...)`` is the only place that validates tensors. A problem holds plain values, no tensors. Its *static* part (all
-but the sizes that vary between calls) decides which backend serves it; the sizes decide how (plan.py).
+but the sizes that vary between calls) decides which backend serves it; the sizes decide how (plan/).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class AttentionProblem(Problem):
             check_shape(value_name, value, "B, H, Lk, d_v", (key_B, H_kv, Lk, d_v))
             check_like(key_name, key, "query", query)
             check_like(value_name, value, "query", query)
-        B = max(B, key_B)
+        B = key_B if B == 1 else B
         if key_B not in (1, B) or query.shape[0] not in (1, B):
             raise ValueError(f"query and key must have one batch size (or 1), got {query.shape[0]} and {key_B}")
         if H_kv not in (1, H) and not (enable_gqa and H_kv and H % H_kv == 0):

@@ -140,6 +140,14 @@ def test_masks_together(target: Target, masks: tuple[str, str]) -> None:
     check(target, attention_call(REGIMES[2], target, masks=both))
 
 
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize("shape", [(), (SMALL.Lk,)], ids=["one number", "of the keys"])
+def test_masks_of_less_than_two_axes(target: Target, shape: tuple[int, ...], kind: str) -> None:
+    added = torch.linspace(-1, 1, SMALL.Lk)[slice(None) if shape else 7].view(shape)
+    mask = added > -0.5 if kind == "boolean" else added
+    check(target, attention_call(SMALL, target, masks=Masks(attn_mask=mask)))
+
+
 @pytest.mark.parametrize("scale", [0.7, -0.3, 0.0])
 def test_scale(target: Target, scale: float) -> None:
     check(target, attention_call(SMALL, target, scale=scale))
@@ -218,6 +226,17 @@ def test_queries_shared_by_the_batch_are_not_copied(target: Target, axis: int) -
     eps = torch.finfo(target.dtype).eps
     expected = found["dquery"].double().sum(axis, keepdim=True)
     assert (dquery.double() - expected).abs().max() <= 4 * eps * found["dquery"].double().abs().sum(axis).max()
+
+
+def test_a_batch_of_none_reads_a_shared_one_and_is_read_by_it(target: Target) -> None:
+    none, one = (attention_call(replace(SMALL, B=size), target) for size in (0, 1))
+    skip_if_refused(target, none)
+    for asked, read in ((none, one), (one, none)):
+        leaves = [tensor.detach().requires_grad_() for tensor in (asked.query, read.key, read.value)]
+        out = pk.attention(*leaves, backend=target.backend)
+        assert out.shape == (0, SMALL.H, SMALL.Lq, SMALL.d_v)
+        out.sum().backward()
+        assert not any(leaf.grad.any() for leaf in leaves)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["none", "key_mask", "lengths", "causal"])

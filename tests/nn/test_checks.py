@@ -11,7 +11,17 @@ import torch
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import PerceiverConfig
-from perceiver_kernels.nn import CrossAttention, CrossBlock, FeedForward, LatentBlock, LearnedPositions, SelfAttention
+from perceiver_kernels.nn import (
+    MAB,
+    CrossAttention,
+    CrossBlock,
+    FeedForward,
+    JointAttention,
+    LatentBlock,
+    LearnedPositions,
+    OutputCrossAttention,
+    SelfAttention,
+)
 
 B, N, M, D, C = 2, 5, 9, 24, 21
 LATENTS, INPUTS = torch.zeros(B, N, D), torch.zeros(B, M, C)
@@ -87,6 +97,23 @@ def test_inputs_of_another_width_are_refused(width: int, chunk_size: int | None)
 def test_cross_attention_refuses(latents: Any, inputs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CrossAttention(D, C)(latents, inputs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "others", "message"),
+    [
+        (CrossAttention(D, C), INPUTS, r"latents must be \[B, N, D\] with B=2 or 1"),
+        (CrossAttention(D, C), functional.pack_inputs(INPUTS), r"latents must be \[B, N, D\] with B=2 or 1"),
+        (CrossAttention(D, C, qk_norm="rms"), INPUTS, r"latents must be \[B, N, D\] with B=2 or 1"),
+        (OutputCrossAttention(D, D), LATENTS, r"queries must be \[B, O, C\] with B=2 or 1"),
+        (OutputCrossAttention(D, D, qk_norm="rms"), LATENTS, r"queries must be \[B, O, C\] with B=2 or 1"),
+        (MAB(D, C, D), INPUTS, r"queries must be \[B, N, C\] with B=2 or 1"),
+        (JointAttention(D), LATENTS, r"context must be \[B, M, D\] with B=3"),
+    ],
+)
+def test_batches_of_two_sizes_are_refused_by_name(layer: torch.nn.Module, others: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message + ", got a batch of [23]"):
+        layer(torch.zeros(3, N, D), others)
 
 
 @pytest.mark.parametrize("layer", [SelfAttention(D), FeedForward(D)], ids=["self", "feed forward"])
