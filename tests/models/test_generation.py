@@ -195,6 +195,23 @@ def test_an_ended_sequence_is_filled_and_all_ended_stop() -> None:
             assert all(t == token for t in row[end + 1 :])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", ["paper", "lucidrains"])
+def test_gradients_beside_caches_are_those_without(case: str, checkpointing: bool) -> None:
+    whole = {"dropout": 0.0, "prefix_dropout": 0.0, "activation_checkpointing": checkpointing}
+    model, tokens = tiny(**CASES[case] | whole).train(), torch.randint(VOCAB, (B, M))
+    found, expected = (
+        torch.autograd.grad(
+            model.extend(tokens, 0, M - N, caches=caches).square().sum(), list(model.parameters()), allow_unused=True
+        )
+        for caches in (model.new_caches(), None)
+    )
+    for a, e in zip(found, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e)
+
+
 def test_caches_are_no_larger_than_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     model, built = tiny(), []
     original = model.new_caches
