@@ -96,9 +96,10 @@ def test_greedy_tokens_are_those_of_whole_forwards(case: str) -> None:
         token = model(expected[:, start:], boundary - start)[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat((expected, token), 1)
     assert len(expected[:, 5:].unique()) > 1, "or none could have been wrong"
-    model.train()
+    model.train().perceiver_layers.eval()
+    modes = [module.training for module in model.modules()]
     assert torch.equal(model.generate(x, 30, temperature=0.0, stride=3), expected)
-    assert model.training, "as it was before"
+    assert [module.training for module in model.modules()] == modes, "as they were before, frozen parts too"
 
 
 def test_a_step_computes_one_token() -> None:
