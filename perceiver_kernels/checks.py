@@ -18,6 +18,12 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise for a nested tensor: it has no shape to look at, and where sequences end is told in other ways here."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it, with a mask or lengths, or pack it")
+
+
 def check_tensor(
     name: str, value: object, layout: str, *shapes: _Shape, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> None:
@@ -29,6 +35,7 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {_with_sizes(layout, shapes[-1])}, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         hint = ", True = visible" if dtypes == (torch.bool,) else ""

@@ -15,6 +15,7 @@ from perceiver_kernels.dispatch import use_backend
 from perceiver_kernels.functional.explanation import described
 from perceiver_kernels.nn.attention import CrossAttention, Method
 from perceiver_kernels.nn.checks import check_count
+from perceiver_kernels.nn.modes import evaluating
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
 
 
@@ -72,15 +73,9 @@ def summary(model: nn.Module, *inputs: Any, depth: int = 1, method: Method = "pr
     check_count("depth", depth, 0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False, depth=depth + 1)
-
-    training = model.training
     arguments, options = described(list(inputs), mode), described(keywords, mode)
-    try:
-        model.eval()
-        with _counted(model, method), use_backend("reference"), mode, counter:
-            model(*arguments, **options)
-    finally:
-        model.train(training)
+    with evaluating(model), _counted(model, method), use_backend("reference"), mode, counter:
+        model(*arguments, **options)
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     root = type(model).__name__
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -37,10 +37,34 @@ def _parse_names(names: tuple[str, ...], source: str) -> tuple[str, ...]:
     return names
 
 
-_active: tuple[str, ...] | None = None
-"""Backends that the surrounding ``use_backend`` allows, in order; None: all, in the table's order."""
+class _Block:
+    """Backends that calls are restricted to, in order, until it ends; None: all, in the table's order."""
+
+    def __init__(self, names: tuple[str, ...] | None) -> None:
+        self.names = names
+
+
+_blocks: list[_Block] = []
+"""Those that have not ended, of all threads: autograd has some of its own. The last is in force."""
 
 _environment = tuple(name for name in os.environ.get(ENVIRONMENT_VARIABLE, "").replace(",", " ").split())
+
+
+def _in_force() -> tuple[str, ...] | None:
+    for block in _blocks[-1:]:
+        return block.names
+    return None
+
+
+@contextmanager
+def _restricted(names: tuple[str, ...] | None) -> Iterator[None]:
+    block = _Block(names)
+    _blocks.append(block)
+    try:
+        yield
+    finally:
+        # Threads end theirs in any order.
+        _blocks.remove(block)
 
 
 @contextmanager
@@ -48,19 +72,28 @@ def use_backend(*names: str) -> Iterator[None]:
     """Restrict every call, of all threads, inside the block to ``names``, tried in that order; one that none can serve raises.
 
     A backend that lacks an operation altogether is passed over for that operation only if another name in the list has it.
+    The restriction holds for the process, all threads; of blocks that overlap, the one that began last is in force. What
+    activation checkpointing computes again for a gradient runs as it did at first, inside of the block or after it.
     The environment variable ``PERCEIVER_KERNELS_BACKEND`` (names separated by commas) does the same for a process.
 
     Raises:
         ValueError: a name that is not one of cuda, triton, sdpa, reference.
     """
-    global _active
     if not names:
         raise ValueError("use_backend needs at least one backend name")
-    previous, _active = _active, _parse_names(names, "use_backend")
-    try:
+    with _restricted(_parse_names(names, "use_backend")):
         yield
-    finally:
-        _active = previous
+
+
+def computed_as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, restricted at every call to the backends that are in force now."""
+    names = _in_force()
+
+    def restricted(*args: Any, **kwargs: Any) -> Any:
+        with _restricted(names):
+            return function(*args, **kwargs)
+
+    return restricted
 
 
 _fused_operators = False
@@ -149,8 +182,8 @@ def candidates(op: str, backend: str | None) -> tuple[str, ...]:
     """The backends that may serve ``op``: the explicit one, or those in force, or all of the table."""
     if backend is not None:
         return _parse_names((backend,), "backend")
-    if _active is not None:
-        return _active
+    if (names := _in_force()) is not None:
+        return names
     return _parse_names(_environment, ENVIRONMENT_VARIABLE) or tuple(TABLE[op])
 
 

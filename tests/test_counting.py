@@ -58,12 +58,15 @@ def test_shared_parameters_count_once() -> None:
 
 def test_a_model_is_as_it_was() -> None:
     model = perceiver().train()
+    model.latent_blocks.eval()
+    modes = [module.training for module in model.modules()]
     model.cross_blocks[0].attention.method = "absorbed"
     x = torch.randn(2, 32, 16)
     torch.manual_seed(0)
     before = model(x)
     summary(model, torch.empty(2, 32, 16))
-    assert model.training and [block.attention.method for block in model.cross_blocks] == ["absorbed", None]
+    assert [module.training for module in model.modules()] == modes
+    assert [block.attention.method for block in model.cross_blocks] == ["absorbed", None]
     torch.manual_seed(0)
     assert torch.equal(model(x), before) and all(p.grad is None for p in model.parameters())
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -166,12 +167,32 @@ class TestUseBackend:
             with use_backend("reference"):
                 assert select(SHARED) == "reference"
             assert select(SHARED) == "sdpa"
-        assert dispatch._active is None
+        assert dispatch._in_force() is None
 
     def test_is_put_back_after_an_error(self) -> None:
         with pytest.raises(KeyError), use_backend("reference"):
             raise KeyError
-        assert dispatch._active is None
+        assert dispatch._in_force() is None
+
+    def test_blocks_of_two_threads_leave_nothing_behind(self) -> None:
+        """The first to begin is the first to end."""
+        begun, inside, ended = threading.Event(), threading.Event(), threading.Event()
+
+        def first() -> None:
+            with use_backend("reference"):
+                begun.set()
+                inside.wait(10)
+            ended.set()
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert begun.wait(10)
+        with use_backend("sdpa"):
+            inside.set()
+            assert ended.wait(10)
+            assert select(SHARED) == "sdpa"
+        thread.join()
+        assert dispatch._in_force() is None
 
     def test_explicit_argument_wins(self) -> None:
         with use_backend("sdpa"):

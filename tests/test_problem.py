@@ -151,6 +151,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ("pack", {"content": pk.InputArray.tokens(zeros(B, M, 5)), "positions": zeros(M, 2)}, ValueError, ("an InputArray brings its own",)),
     ("pack", {"positions": pk.FourierPositions(2, (4.0,)), "coordinates": zeros(M, 2)}, ValueError, ("coordinates must be", "axes=1", "(7, 2)")),
     ("pack", {"backend": "gpu"}, ValueError, ("backend must name backends", "'gpu'")),
+    ("attend", {"query": torch.nested.nested_tensor([zeros(H, N, 4)])}, TypeError, ("query must be a dense tensor", "nested", "mask or lengths")),
     ("attend", {"query": zeros(B, N, 4)}, ValueError, ("query must be [B, H, Lq, d_qk]", "(2, 3, 4)")),
     ("attend", {"key": zeros(3, H, M, 4), "value": zeros(3, H, M, 6)}, ValueError, ("query and key must have one batch size", "2 and 3")),
     ("attend", {"key": zeros(B, H, M, 5)}, ValueError, ("key must be [B, H, Lk, d_qk]", "d_qk=4", "(2, 2, 7, 5)")),

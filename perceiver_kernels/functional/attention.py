@@ -132,7 +132,7 @@ _MOST_SERVED = 4096
 def _signature(query: Any, key: Any, value: Any, options: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that checking a call without masks, and choosing its backend, depend on; None where that is not so plain."""
     for tensor in (query, key, value):
-        if type(tensor) not in (Tensor, Parameter):
+        if type(tensor) not in (Tensor, Parameter) or tensor.is_nested:
             return None
     if torch.compiler.is_compiling() or autocasts(query.device):
         return None

@@ -214,7 +214,8 @@ _EXPLAINERS: dict[Callable[..., Any], Callable[..., Explanation]] = {
 def described(value: Any, mode: FakeTensorMode) -> Any:
     """``value`` with tensors that have every property but memory: what is computed from them costs nothing."""
     if isinstance(value, Tensor):
-        return mode.from_tensor(value)
+        # Nested ones cannot be described, and are refused as they are.
+        return value if value.is_nested else mode.from_tensor(value)
     if isinstance(value, (tuple, list)):
         return type(value)(described(item, mode) for item in value)
     if isinstance(value, dict):

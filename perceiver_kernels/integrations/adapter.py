@@ -24,7 +24,8 @@ class Adapter:
             stays, see ``changes``.
         runs: what the module then runs, for the report.
         refuses: why a module is left alone, or None.
-        assembled: makes what a replaced module keeps, a layer of ours of its own submodules as a rule, see ``shadow_of``.
+        assembled: makes what a replaced module keeps, a layer of ours of its own submodules as a rule. These are the module's
+            by reference: parameters that are loaded, moved or trained there are those here.
         whole: the replacement runs all that is inside the module, so that nothing in there is replaced by itself.
         changes: for a class whose modules have a setting for their attention: sets it, and returns what sets it back.
         concerns: False for modules of the class that hold nothing to replace; what is inside them is still looked at.
@@ -38,16 +39,6 @@ class Adapter:
     whole: bool = True
     changes: Callable[[Any], Callable[[], None]] | None = None
     concerns: Callable[[Any], bool] = lambda module: True
-
-
-def shadow_of(module: nn.Module, layer: Any = None) -> Any:
-    """The layer of ours that a replaced module keeps, or one of several, in the module's mode.
-
-    Its submodules are the module's own, by reference: parameters that are loaded, moved or trained there are those here.
-    """
-    layer = module.__dict__[SHADOW] if layer is None else layer
-    layer.training = module.training
-    return layer
 
 
 def are_plain(*parts: nn.Module | None) -> bool:

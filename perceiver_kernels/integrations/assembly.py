@@ -110,12 +110,12 @@ def output_attention_of(
 
 def _assembled(
     kind: Any, many: nn.LayerNorm | None, *, q_proj: nn.Linear, k_proj: Projection, v_proj: Projection, out_proj: nn.Linear,
-    num_heads: int, residual: bool, dropout: float = 0.0, **norms: nn.LayerNorm | None,
+    num_heads: int, residual: bool, **norms: nn.LayerNorm | None,
 ) -> Any:  # fmt: skip
     """A layer of a class of ours; ``many`` is the norm on the longer side, which its kernels apply themselves."""
     layer = kind(
         q_proj.in_features, k_proj.in_features, num_heads=num_heads, qk_channels=q_proj.out_features,
-        v_channels=v_proj.out_features, out_channels=out_proj.out_features, residual=residual, dropout=dropout,
+        v_channels=v_proj.out_features, out_channels=out_proj.out_features, residual=residual,
         eps=1e-5 if many is None else many.eps, device="meta",
     )  # fmt: skip
     layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj = q_proj, k_proj, v_proj, out_proj

@@ -15,7 +15,7 @@ from transformers.models.perceiver.modeling_perceiver import (
 
 from perceiver_kernels import functional
 from perceiver_kernels.functional.heads import merge_heads, split_heads
-from perceiver_kernels.integrations.adapter import SHADOW, Adapter, shadow_of, unlike
+from perceiver_kernels.integrations.adapter import SHADOW, Adapter, dropout_of, dropping, unlike
 from perceiver_kernels.integrations.assembly import Readers, heads_of
 from perceiver_kernels.integrations.filled import attend_filled, blind_entries
 from perceiver_kernels.nn import CrossAttention
@@ -49,7 +49,8 @@ class FusedPerceiverLayer(PerceiverLayer):
         mask = attention_mask if inputs is None else inputs_mask
         own = self.attention.self
         parts = (own.layernorm1, own.layernorm2, own.query, own.key, own.value, self.attention.output.dense)
-        if output_attentions or not _hides_keys_alone(mask) or not self.__dict__[SHADOW].are_of(*parts):
+        elsewhere = output_attentions or dropout_of(own.dropout) == 1.0 or not _hides_keys_alone(mask)
+        if elsewhere or not self.__dict__[SHADOW].are_of(*parts):
             return super().forward(hidden_states, attention_mask, inputs, inputs_mask, output_attentions)
         seen = _seen(mask)
         attended = self._attend(hidden_states, None, seen) if inputs is None else self._read(hidden_states, inputs, seen)
@@ -67,7 +68,7 @@ class FusedPerceiverLayer(PerceiverLayer):
         else:
             query = split_heads(own.query(normed), heads)
             key, value = heads_of(own.layernorm2(inputs), heads, (own.key, 1), (own.value, 1))
-        return self._result(attend_filled(query, key, value, seen, dropout_p=self._dropout_p()), hidden_states)
+        return self._result(attend_filled(query, key, value, seen, dropout_p=dropout_of(own.dropout)), hidden_states)
 
     def _read(self, hidden_states: Tensor, inputs: Tensor, seen: Tensor | None) -> Tensor:
         layers: Readers = self.__dict__[SHADOW]
@@ -77,7 +78,7 @@ class FusedPerceiverLayer(PerceiverLayer):
         latents = hidden_states[:1] if B == 1 or shared else hidden_states
         layer = layers.of(N, inputs.shape[1])
         if seen is None:
-            return shadow_of(self, layer)(latents, inputs)
+            return dropping(layer, dropout_of(self.attention.self.dropout))(latents, inputs)
         if not isinstance(layer, CrossAttention):
             return self._attend(hidden_states, inputs, seen)
         own = self.attention.self
@@ -88,12 +89,9 @@ class FusedPerceiverLayer(PerceiverLayer):
         attended = functional.input_cross_attention(
             query, inputs, own.key.weight, own.value.weight, b_k=own.key.bias, b_v=own.value.bias,
             norm_weight=own.layernorm2.weight, norm_bias=own.layernorm2.bias, eps=own.layernorm2.eps,
-            key_mask=seen | blind[:, None], dropout_p=self._dropout_p(),
+            key_mask=seen | blind[:, None], dropout_p=dropout_of(own.dropout),
         )  # fmt: skip
         return self._result(attended, hidden_states)
-
-    def _dropout_p(self) -> float:
-        return self.attention.self.dropout.p if self.training else 0.0
 
     def _result(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
         """Of values that were read [B, H, N, d]: projected, with the residual."""
@@ -105,7 +103,7 @@ def _readers(layer: Any) -> Readers:
     own, output = layer.attention.self, layer.attention.output
     return Readers(
         norm_queries=own.layernorm1, norm_inputs=own.layernorm2, q_proj=own.query, k_proj=own.key, v_proj=own.value,
-        out_proj=output.dense, num_heads=own.num_heads, residual=layer.attention.use_query_residual, dropout=own.dropout.p,
+        out_proj=output.dense, num_heads=own.num_heads, residual=layer.attention.use_query_residual,
     )  # fmt: skip
 
 
@@ -151,13 +149,19 @@ class KeptFourierPositionEncoding(PerceiverFourierPositionEncoding):
         """Features [1, M, C]. Compiled, they are a constant: the original makes them on the CPU."""
         tables = self.__dict__[SHADOW]
         key = (index_dims, device, dtype)
-        if key not in tables:
-            while len(tables) >= MOST_TABLES:
-                tables.pop(next(iter(tables)))
+        table = tables.get(key)
+        if table is None:
             # An inference tensor could never be saved for a later backward pass.
             with torch.inference_mode(False):
-                tables[key] = super().forward(list(index_dims), 1, device, dtype)
-        return tables[key]
+                table = tables[key] = super().forward(list(index_dims), 1, device, dtype)
+            # Another thread may be doing the same.
+            for oldest in list(tables)[:-MOST_TABLES]:
+                tables.pop(oldest, None)
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files make their own: an image's features take 50 MB."""
+        return {**self.__dict__, SHADOW: {}}
 
 
 ADAPTERS = [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perceiver_kernels.checks import is_integer
 from perceiver_kernels.nn.checks import check_count
+from perceiver_kernels.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from perceiver_kernels.models.perceiver_ar import PerceiverAR
@@ -213,9 +214,7 @@ def generate(
     if config.grid is not None and length > config.max_length:
         limit = f"max_length={config.max_length} with a grid, the prompt having M={prompt.shape[1]}"
         raise ValueError(f"max_new_tokens must leave at most {limit}, got {max_new_tokens}")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
             token = _sample(decoder.logits(), temperature, top_k, top_p, generator)
@@ -225,8 +224,6 @@ def generate(
             decoder.append(token)
             if eos_token is not None and bool(ended.all()):
                 break
-    finally:
-        model.train(training)
     return decoder.tokens
 
 

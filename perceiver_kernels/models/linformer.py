@@ -202,5 +202,6 @@ class LinformerLM(Model):
         if tokens.shape[1] > self.config.length:
             raise ValueError(f"tokens must have at most length={self.config.length} places, got {tokens.shape[1]}")
         check_indices("tokens", tokens, "vocab_size-1", self.config.vocab_size)
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(places)
         return self.head(self.linformer(x, key_mask))

@@ -233,7 +233,8 @@ class PerceiverAR(Model):
         own = None if rotary is None else Rotary(rotary.cos[prefix_length:], rotary.sin[prefix_length:], rotary.interleaved)
         turned = self.config.num_layers if self.config.num_rotary_layers is None else self.config.num_rotary_layers
         cache = iter((None,) * (self.config.num_perceiver_layers + self.config.num_layers) if caches is None else caches)
-        run = functools.partial(run_block, checkpointing=self.config.activation_checkpointing)
+        # A second run would append the same tokens again.
+        run = functools.partial(run_block, checkpointing=self.config.activation_checkpointing and caches is None)
         layers: list[Any] = list(self.perceiver_layers)
         for layer in layers:
             kept = layer.draw(B, prefix_length, context.shape[1], tokens.device)

@@ -125,7 +125,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """time [B] -> [B, D]."""
-        width, weight = self.up_proj.in_features, self.up_proj.weight
+        width, weight = self.up_proj.in_features, parameter_of(self.up_proj)
         # Half precision would leave no correct bit of the phase.
         wide = torch.promote_types(weight.dtype, torch.float32)
         exponents = torch.arange(0, width, 2, device=time.device, dtype=wide) / width

@@ -36,9 +36,14 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def parameter_of(module: nn.Module) -> Tensor:
-    """A parameter whose dtype and device are the layer's: the weight, or where a module has none, the first of any in it."""
+    """A parameter whose dtype and device are the layer's: the weight, or where a module has none, the first of any in it.
+
+    torch's dynamically quantised layers have none at all: they take float32, on a CPU.
+    """
     weight: Any = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(module.parameters())
+    if isinstance(weight, Tensor):
+        return weight
+    return next(module.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def written_out(array: Tensor | InputArray, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from perceiver_kernels.checks import autocasts, is_integer
+from perceiver_kernels.checks import autocasts, check_dense, is_integer
 from perceiver_kernels.inputs import InputArray, PackedInputs
 from perceiver_kernels.problem import MAX_CHANNELS, check_tensor
 
@@ -69,8 +69,10 @@ def check_array(name: str, array: Tensor | InputArray | PackedInputs, axes: str,
     """An array of ``channels`` channels, which the layer calls ``width``, in any of its three forms."""
     if not isinstance(array, (Tensor, InputArray, PackedInputs)):
         raise TypeError(f"{name} must be a Tensor, InputArray or PackedInputs, got {type(array).__name__}")
-    if isinstance(array, Tensor) and array.ndim != 3:
-        raise ValueError(f"{name} must be [{axes}] with C={channels}, got {tuple(array.shape)}")
+    if isinstance(array, Tensor):
+        check_dense(name, array)
+        if array.ndim != 3:
+            raise ValueError(f"{name} must be [{axes}] with C={channels}, got {tuple(array.shape)}")
     found = array.shape[-1] if isinstance(array, Tensor) else array.channels
     if found != channels:
         raise ValueError(f"{name} must have {width}={channels} channels, content and positions together, got {found}")

@@ -151,6 +151,10 @@ class JointAttention(nn.Module):
         if cache is not None:
             if not self.causal or context_mask is not None:
                 raise ValueError(f"cache needs causal=True and no context_mask, got causal={self.causal}")
+            if len(segments) == 2 and torch.is_grad_enabled():
+                # At once: the gradient does not pass to what was appended before.
+                joined = [torch.cat(parts, 2) for parts in zip(*segments, strict=True)]
+                segments = [(joined[0], joined[1])]
             for key, value in segments:
                 keys_values = cache.append(key, value)
             segments = [keys_values]

@@ -127,9 +127,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype or device, named.
         """
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
-        if need_weights:
-            return super().forward(query, key, value, key_padding_mask, True, attn_mask, average_attn_weights, is_causal)
+        nested = isinstance(query, Tensor) and query.is_nested
+        if not nested:
+            self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if need_weights or nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if self._reads_many(query, key, value, key_padding_mask, attn_mask):
             return self._read(query, key, key_padding_mask), None
         q, k, v = self._projected(query, key, value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_kernels.checks import FLOAT_DTYPES, check_tensor
 from perceiver_kernels.nn.aligned import zero_padded
-from perceiver_kernels.nn.called import is_plain
+from perceiver_kernels.nn.called import is_plain, parameter_of
 from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.positions import constant
 
@@ -59,7 +59,7 @@ class PointEmbedding(nn.Module):
             TypeError, ValueError: a wrong type, shape or dtype, named.
         """
         check_tensor("points", points, "[B, M, 3]", (None, None, 3))
-        weight = self.proj.weight
+        weight = parameter_of(self.proj)
         # An embedding is differentiated by its points, twice where surfaces are trained by their gradients.
         wide = points.to(torch.promote_types(weight.dtype, torch.float32))
         frequencies = constant(

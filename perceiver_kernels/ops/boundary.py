@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
 _NAMESPACE = "perceiver_kernels"
@@ -85,7 +85,8 @@ def refuse_double_backward(gradient: Tensor | None, *sources: Tensor | None) -> 
 
 
 def transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func or forward-mode differentiation has a say, which not every autograd.Function here is made for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class BatchFold:

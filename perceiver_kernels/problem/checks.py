@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import is_integer
+from perceiver_kernels.checks import check_dense, is_integer
 
 MAX_CHANNELS = 1024
 CHANNEL_MULTIPLE = 16
@@ -42,6 +42,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_dense(name, value)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

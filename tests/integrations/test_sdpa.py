@@ -51,14 +51,23 @@ def test_torchs_modules_come_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_ours_refuses_is_torchs() -> None:
-    jagged = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
-    expected = F.scaled_dot_product_attention(jagged, jagged, jagged)
     with sdpa_override() as calls:
         assert not F.scaled_dot_product_attention(*tensors(), dropout_p=1.0).any()
-        found = F.scaled_dot_product_attention(jagged, jagged, jagged)
-    torch.testing.assert_close(found.values(), expected.values())
-    assert calls.torchs == 2
-    assert any("dropout_p" in reason for reason in calls.reasons) and calls.reasons["query is a NestedTensor"] == 1
+    assert calls.torchs == 1 and any("dropout_p" in reason for reason in calls.reasons)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_torchs(layout: torch.layout) -> None:
+    shapes = [(n, 2, 8) for n in (3, 5)] if layout == torch.jagged else [(2, n, 8) for n in (3, 5)]
+    nested = torch.nested.nested_tensor([torch.randn(*shape) for shape in shapes], layout=layout)
+    if layout == torch.jagged:  # whose first axis is the ragged one
+        nested = nested.transpose(1, 2)
+    expected = F.scaled_dot_product_attention(nested, nested, nested)
+    with sdpa_override() as calls:
+        found = F.scaled_dot_product_attention(nested, nested, nested)
+    for a, e in zip(found.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(a, e)
+    assert calls.torchs == 1 and "nested" in str(calls.reasons).lower()
 
 
 def test_wrong_arguments_fail_as_torchs_do() -> None:

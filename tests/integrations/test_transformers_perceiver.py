@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -212,6 +214,23 @@ def test_dropout_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(seen) == {0.0}
 
 
+def test_dropout_may_change_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its probability, and whether it drops at all: layers keep neither."""
+    model, inputs = CASES["fourier"].model().train(), CASES["fourier"].data()["inputs"]
+    replace_attention(model)
+    seen, dropouts = dropout_seen(monkeypatch), [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for p in (0.25, 1.0):
+        for dropout in dropouts:
+            dropout.p = p
+        model(inputs)
+        assert seen == (6 * [p] if p < 1.0 else [])
+        seen.clear()
+    for dropout in dropouts:
+        dropout.eval()
+    model(inputs)
+    assert seen == 6 * [0.0]
+
+
 def test_chunked_feed_forward() -> None:
     def build() -> nn.Module:
         model = perceiver("fourier")
@@ -239,6 +258,9 @@ def test_features_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in range(3, 20):
         model(torch.randn(1, 3, size, 4, dtype=torch.float64))
     assert len(tables) == 8
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {} in [module.__dict__.get(SHADOW) for module in each.modules()]
+        torch.testing.assert_close(each(inputs).logits, model(inputs).logits)
 
 
 def test_features_are_a_constant_of_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,9 +96,10 @@ def test_greedy_tokens_are_those_of_whole_forwards(case: str) -> None:
         token = model(expected[:, start:], boundary - start)[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat((expected, token), 1)
     assert len(expected[:, 5:].unique()) > 1, "or none could have been wrong"
-    model.train()
+    model.train().perceiver_layers.eval()
+    modes = [module.training for module in model.modules()]
     assert torch.equal(model.generate(x, 30, temperature=0.0, stride=3), expected)
-    assert model.training, "as it was before"
+    assert [module.training for module in model.modules()] == modes, "as they were before, frozen parts too"
 
 
 def test_a_step_computes_one_token() -> None:
@@ -193,6 +194,23 @@ def test_an_ended_sequence_is_filled_and_all_ended_stop() -> None:
         for row, expected, end in zip(out.tolist(), free.tolist(), ends, strict=True):
             assert row[: end + 1] == expected[: end + 1][: len(row)]
             assert all(t == token for t in row[end + 1 :])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", ["paper", "lucidrains"])
+def test_gradients_beside_caches_are_those_without(case: str, checkpointing: bool) -> None:
+    whole = {"dropout": 0.0, "prefix_dropout": 0.0, "activation_checkpointing": checkpointing}
+    model, tokens = tiny(**CASES[case] | whole).train(), torch.randint(VOCAB, (B, M))
+    found, expected = (
+        torch.autograd.grad(
+            model.extend(tokens, 0, M - N, caches=caches).square().sum(), list(model.parameters()), allow_unused=True
+        )
+        for caches in (model.new_caches(), None)
+    )
+    for a, e in zip(found, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e)
 
 
 def test_caches_are_no_larger_than_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

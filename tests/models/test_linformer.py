@@ -155,6 +155,16 @@ def test_learns_a_batch() -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_the_position_embedding_is_called() -> None:
+    """A hook of it, or an adapter in its place, has its say."""
+    model = ours("default", True)
+    with_hook, given = copy.deepcopy(model), tokens()
+    with_hook.position_embedding.register_forward_hook(lambda module, places, vectors: 2 * vectors)
+    with torch.no_grad():
+        model.position_embedding.weight.mul_(2)
+    assert torch.equal(with_hook(given), model(given))
+
+
 def test_number_of_parameters() -> None:
     for language in (False, True):
         assert ours("shared", language).num_params() == sum(p.numel() for p in theirs("shared", language).parameters())

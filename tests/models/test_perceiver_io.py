@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels import use_backend
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import EncoderConfig, PerceiverEncoder, PerceiverIO, flow_patches
 from perceiver_kernels.models.heads import ClassHead, Source
@@ -359,3 +361,16 @@ def encoder(channels: int) -> PerceiverEncoder:
 def test_wrong_use_is_named(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["backward in the block", "forward in the block"])
+def test_checkpointing_computes_again_on_the_same_backends(forward: bool) -> None:
+    build, inputs = MODELS["fourier"]
+    model, kept, images = build(), build(activation_checkpointing=True), inputs()
+    kept.load_state_dict(model.state_dict())
+    for each in (model, kept):
+        with use_backend("reference") if forward else contextlib.nullcontext():
+            loss = each(images).square().sum()
+        with contextlib.nullcontext() if forward else use_backend("reference"):
+            loss.backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), kept.parameters(), strict=True))

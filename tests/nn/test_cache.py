@@ -58,6 +58,30 @@ def test_a_context_is_read_once(own_keys: bool, pieces: tuple[int, ...]) -> None
     torch.testing.assert_close(torch.cat(outs, 1), layer(x, context, None, angles(0, M + N)), rtol=1e-12, atol=1e-12)
 
 
+def gradients(layer: nn.Module, *outs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(sum(out.square().sum() for out in outs), list(layer.parameters()), allow_unused=True))
+
+
+@pytest.mark.parametrize("own_keys", [True, False])
+def test_the_first_piece_has_all_its_gradients(own_keys: bool) -> None:
+    layer = randomised(JointAttention(D, H, causal=True, own_keys=own_keys, qk_norm="rms"))
+    x, context = sequence(N), sequence(M)
+    expected = gradients(layer, layer(x, context))
+    for a, e in zip(gradients(layer, layer(x, context, cache=KeyValueCache(M + N))), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_passes_to_earlier_pieces() -> None:
+    """Those of a later piece are as if the earlier tokens' keys and values were constants."""
+    layer, cache, x = randomised(SelfAttention(D, H, causal=True)), KeyValueCache(N), sequence(N).requires_grad_()
+    outs = [layer(piece, None, None, cache) for piece in x.split((4, 2), 1)]
+    (gradient,) = torch.autograd.grad(outs[1].square().sum(), x, retain_graph=True)
+    assert not gradient[:, :4].any() and gradient[:, 4:].all()
+    # The first piece's own is not disturbed by what came after it.
+    for a, e in zip(gradients(layer, outs[0]), gradients(layer, layer(x[:, :4])), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
 def test_a_cleared_cache_starts_anew() -> None:
     layer, x, cache = randomised(SelfAttention(D, H, causal=True)), sequence(N), KeyValueCache(N)
     first = layer(x, None, None, cache).clone()

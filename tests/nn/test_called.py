@@ -212,6 +212,17 @@ def test_every_linear_layer_and_norm_of_a_model_is_called(name: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["set transformer", "linformer", "interface", "vector sets"])
+def test_dynamically_quantised_layers_are_called(name: str) -> None:
+    """They have no parameters that would tell a dtype, and their weight is a method."""
+    build, inputs_of = FAMILY[name]
+    model, inputs = build().eval(), inputs_of()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with torch.no_grad():
+        for found, exact in zip(leaves(quantised(*inputs)), leaves(model(*inputs)), strict=True):
+            assert found.isfinite().all() and found.shape == exact.shape and not torch.equal(found, exact)
+
+
 def test_adapters_of_a_whole_model_train() -> None:
     torch.manual_seed(0)
     model: Any = PerceiverIO.imagenet_fourier(

@@ -25,6 +25,7 @@ from perceiver_kernels.nn import (
 
 B, N, M, D, C = 2, 5, 9, 24, 21
 LATENTS, INPUTS = torch.zeros(B, N, D), torch.zeros(B, M, C)
+NESTED = torch.nested.nested_tensor([torch.zeros(n, D) for n in (N, M)])
 
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "cross": lambda **changes: CrossAttention(**{"latent_dim": D, "input_dim": C} | changes),
@@ -89,6 +90,8 @@ def test_inputs_of_another_width_are_refused(width: int, chunk_size: int | None)
         (None, INPUTS, TypeError, "latents must be a torch.Tensor, got NoneType"),
         (LATENTS, None, TypeError, "inputs must be a Tensor, InputArray or PackedInputs, got NoneType"),
         (LATENTS, INPUTS[0], ValueError, r"inputs must be \[B, M, C\] with C=21, got \(9, 21\)"),
+        (LATENTS, NESTED, TypeError, "inputs must be a dense tensor, got a nested one"),
+        (NESTED, INPUTS, TypeError, "latents must be a dense tensor, got a nested one"),
         (LATENTS.half(), INPUTS, TypeError, "latents must have the parameters' dtype torch.float32 unless autocast .*float16"),
         (LATENTS.double(), INPUTS, TypeError, "latents must have the parameters' dtype torch.float32 .*float64"),
         (LATENTS.long(), INPUTS, TypeError, "latents must have the parameters' dtype torch.float32 .*int64"),

@@ -177,6 +177,17 @@ def test_evaluation_without_gradients_equals_training() -> None:
         torch.testing.assert_close(out, expected)
 
 
+@torch.no_grad()
+def test_nested_sequences_are_torchs() -> None:
+    ours, theirs = (module.eval() for module in pair(torch.float32, batch_first=True))
+    nested = torch.nested.nested_tensor([torch.randn(n, E) for n in (3, 5)])
+    (out, _), (expected, _) = (module(nested, nested, nested, need_weights=False) for module in (ours, theirs))
+    for a, e in zip(out.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(a, e)
+    with pytest.raises(TypeError, match="key must be a dense tensor, got a nested one"):
+        ours(torch.randn(2, 5, E), nested, nested)
+
+
 def out_and_parameter_gradients(module: nn.MultiheadAttention, tensors: list[Tensor], **options: Any) -> dict[str, Tensor]:
     """No gradient comes through the weights, where the module returns them."""
     parameters = dict(module.named_parameters())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
 from torch.func import jvp, vjp
 
 from perceiver_kernels import use_backend
@@ -47,6 +47,20 @@ def test_forward(name: str) -> None:
         gradients = vjp(layer, *given)[1](u)
     expected = torch.stack([(gradient * v).sum() for gradient, v in zip(gradients, directions, strict=True)]).sum()
     torch.testing.assert_close((u * along).sum(), expected)
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_dual_numbers(width: int) -> None:
+    """torch's own forward mode, below torch.func's: of an odd width too, whose parameters are padded."""
+    layer = randomised(CrossAttention(6, width, qk_channels=6, method="absorbed").double())
+    given = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 6), (2, 5, width))]
+    directions = [torch.randn_like(each) for each in given]
+    with use_backend("reference"):
+        _, expected = jvp(layer, tuple(given), tuple(directions))
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(each, direction) for each, direction in zip(given, directions, strict=True)]
+            found = forward_ad.unpack_dual(layer(*duals)).tangent
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_penalty_on_a_gradient_in_single_precision() -> None:

@@ -150,6 +150,15 @@ def test_kernels_are_not_specialised_on_the_choice_of_a_backend(target: Target) 
     assert counter.frame_count == len({target.backend, "reference"})
 
 
+def test_a_backend_is_chosen_inside_of_compiled_code(target: Target) -> None:
+    def function(q: Tensor, x: Tensor) -> Tensor:
+        with pk.use_backend("reference"):
+            return pk.shared_kv_attention(q, x)
+
+    q, x = (tensor.detach() for tensor in inputs(target, 40))
+    assert same_bits(torch.compile(function, fullgraph=True, backend="aot_eager")(q, x), function(q, x))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU, and there is no g++")
 def test_inductor(target: Target) -> None:
     function = FUNCTIONS["absorbed"](target)
