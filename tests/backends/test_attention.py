@@ -345,7 +345,7 @@ class Copies(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.cat.default
+        self.count += func in (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
         return func(*args, **(kwargs or {}))
 
 
