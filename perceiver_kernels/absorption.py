@@ -98,7 +98,13 @@ class _ScaledProduct(Function):
         scaled = gradient if g is None else (gradient * g).to(a.dtype)
         dg = None
         if needs_g:
-            dg = torch.mm(a, b, out_dtype=torch.float32).mul_(gradient).sum(0).to(g.dtype)
+            if torch.is_grad_enabled():
+                # torch has no derivative of a product with an out_dtype.
+                with _without_autocast(a.device):
+                    product = torch.mm(a.float(), b.float())
+            else:
+                product = torch.mm(a, b, out_dtype=torch.float32)
+            dg = product.mul_(gradient).sum(0).to(g.dtype)
         return scaled @ b.mT if needs_a else None, a.mT @ scaled if needs_b else None, dg
 
 

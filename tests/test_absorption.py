@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from perceiver_kernels.absorption import absorb_queries, fold_norm, project_values
+from perceiver_kernels.absorption import _ScaledProduct, absorb_queries, fold_norm, project_values
 from perceiver_kernels.testing import same_bits
 
 H, N, D_QK, C = 2, 6, 16, 64
@@ -62,3 +62,22 @@ def test_gradients_of_the_norm_add_up_unrounded(heads: int, device: str) -> None
     truth = torch.autograd.grad(project_values(exact[0], None, heads, *exact[1:]), exact[3:], gradient.double())
     for mine, oracle in zip(actual, truth, strict=True):
         assert (mine - oracle).norm() <= 1e-5 * oracle.norm()
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_product_of_one_head_has_second_derivatives(device: str) -> None:
+    """Layers of one head take it on a GPU, the reference's too; torch's own product with an out_dtype has no derivative."""
+
+    def second(leaves: list[Any], product: Any) -> tuple[Any, ...]:
+        first = torch.autograd.grad(product(*leaves).float().square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), leaves)
+
+    sizes = (N, D_QK), (D_QK, C), (C,)
+    leaves = [torch.randn(size).bfloat16().to(device).requires_grad_() for size in sizes]
+    actual = second(leaves, _ScaledProduct.apply)
+    assert [each.shape for each in actual] == [leaf.shape for leaf in leaves]
+    if device == "meta":
+        return
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for mine, oracle in zip(actual, second(exact, lambda a, b, g: (a @ b) * g), strict=True):
+        assert (mine - oracle).norm() <= 2**-5 * oracle.norm()
