@@ -19,7 +19,8 @@ class _BiasGradient(Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, bias: Tensor) -> Tensor:
         ctx.dtype = bias.dtype
-        return out.view_as(out)
+        # Not a view: torch lets nobody change those of a function in place.
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,16 @@ def test_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(with_bias, tensors)
 
 
+def test_its_result_may_be_changed_in_place() -> None:
+    """As torch's own: layers without a residual return it."""
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 5), (4, 5), (4,)))
+    gradients = [
+        torch.autograd.grad(product(x, weight, bias).mul_(2.0).square().sum(), (x, weight, bias))
+        for product in (with_bias, F.linear)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_no_rows() -> None:
     bias = torch.ones(4, requires_grad=True)
     with_bias(torch.zeros(2, 0, 5), torch.zeros(4, 5), bias).sum().backward()
