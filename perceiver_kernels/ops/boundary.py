@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,18 +27,26 @@ class Operation:
         return self.implementation(*args) if is_plain_call(args) else self.overload(*args)
 
 
-_PLAIN_TYPES = frozenset({Tensor, Parameter, type(None), bool, int, float, str, torch.dtype})
+_PLAIN_TYPES = frozenset({type(None), bool, int, float, str, torch.dtype})
 
 
 def is_plain_call(args: tuple[Any, ...]) -> bool:
-    """Whether no compiler, mode, transform, profiler or subclass of Tensor has a say."""
+    """Whether no compiler, mode, transform, profiler or subclass of Tensor has a say, and tensors are what memory holds.
+
+    The imaginary part of a conjugate is not: torch negates it where it dispatches.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transforms_active():
         return False
-    if torch.autograd._profiler_enabled():
-        return False
-    for arg in args:
-        kind = type(arg)
-        if kind not in _PLAIN_TYPES and not (kind in (list, tuple) and all(type(each) in _PLAIN_TYPES for each in arg)):
+    return not torch.autograd._profiler_enabled() and _are_plain(args)
+
+
+def _are_plain(values: Sequence[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_neg():
+                return False
+        elif kind not in _PLAIN_TYPES and not (kind in (list, tuple) and _are_plain(value)):
             return False
     return True
 

@@ -15,7 +15,7 @@ from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.ops import rotary as rotary_op
 from perceiver_kernels.ops import shared_kv as shared_op
 from perceiver_kernels.positions import FourierPositions
-from perceiver_kernels.testing import permuted
+from perceiver_kernels.testing import permuted, same_bits
 from perceiver_kernels.testing.targets import Target
 
 OP = "shared_kv_attention"
@@ -258,3 +258,22 @@ def test_every_operator_is_covered() -> None:
         if str(name).startswith("perceiver_kernels::")
     }
     assert {name.split(".")[0] for name in names} == OPERATORS.keys()
+
+
+def test_tensors_that_are_negated_lazily(target: Target) -> None:
+    """The memory of a conjugate's imaginary part holds the number's own: plain calls, which nobody dispatches, read it."""
+    spectrum = torch.complex(rows(target, B, M, 7), rows(target, B, M, 7))
+    q, x, dz = (torch._neg_view(randn(target, B, length, C)) for length in (R, M, R))
+
+    def results(content: Tensor, q: Tensor, x: Tensor, dz: Tensor) -> list[Tensor]:
+        packed, _ = pack_op.PACK_FORWARD(content, None, None, None, True, 1e-5, target.dtype, target.backend)
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, x)]
+        out, *_ = shared_op.shared_kv_attention(*leaves, None, None, None, 0.2, 0.0, target.passes)
+        with torch.no_grad():
+            plain, *_ = shared_op.shared_kv_attention(q, x, None, None, None, 0.2, 0.0, target.passes)
+        return [packed, plain, out, *torch.autograd.grad(out, leaves, dz)]
+
+    lazy = spectrum.conj().imag, q, x, dz
+    assert all(tensor.is_neg() for tensor in lazy)
+    for found, expected in zip(results(*lazy), results(*(tensor.resolve_neg() for tensor in lazy)), strict=True):
+        assert same_bits(found, expected)
