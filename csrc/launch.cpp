@@ -31,6 +31,8 @@ void refuse(PkStatus* status, PkCode code, const char* format, Values... values)
 
 void report_cuda(PkStatus* status, const char* function, cudaError_t error) {
   if (error == cudaSuccess) return succeed(status);
+  // What a call returned is the thread's last error too, and the next launch would report it again.
+  static_cast<void>(cudaGetLastError());
   // Error 35 says "driver version is insufficient" on a machine that has no driver at all.
   const char* meaning = error == cudaErrorInsufficientDriver
                             ? "no NVIDIA driver is loaded, or it is too old for this build"
