@@ -54,7 +54,7 @@ def of(**embeddings: int) -> nn.Module:
     return open_flamingo().PerceiverResampler(dim=D, depth=2, dim_head=5, heads=3, num_latents=4, **embeddings)
 
 
-def idefics_config(qk_norm: bool, dim: int = D, heads: int = 3) -> Any:
+def idefics_config(qk_norm: bool, dim: int = D) -> Any:
     from transformers.models.idefics import configuration_idefics as library
 
     perceiver = library.IdeficsPerceiverConfig(qk_layer_norms_perceiver=qk_norm)

@@ -179,7 +179,7 @@ def test_a_row_of_the_lowest_number_gives_the_mean(target: Target) -> None:
     swallowed too, and take each weight for 1.
     """
     tensors = [tensor.to(target.device, target.dtype).requires_grad_() for tensor in standard()]
-    query, key, value = tensors
+    query, _, value = tensors
     mask = rows_masked(torch.finfo(target.dtype).min).to(query)
     with use_backend(target.backend):
         out = scaled_dot_product_attention(*tensors, mask)

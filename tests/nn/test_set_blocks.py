@@ -108,7 +108,7 @@ def test_a_mask_is_truncation(kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_inducing_points_are_projected_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inducing_points_are_projected_once(method: str) -> None:
     rows: list[int] = []
     block = ISAB(C, D, 4, H, method=method)
     block.read.q_proj.register_forward_hook(lambda _, inputs, out: rows.append(out.shape[0]))
