@@ -18,6 +18,7 @@ from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import Perceiver, PerceiverConfig
 from perceiver_kernels.nn import CrossBlock, LatentBlock, LearnedPositions
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.modules import perturbed
 
 B, M, C = 2, 40, 13
 IMAGENET_PIXELS = 224 * 224
@@ -32,12 +33,7 @@ def tiny(**changes: Any) -> PerceiverConfig:
 
 
 def randomised(config: PerceiverConfig, seed: int = 0) -> Perceiver:
-    """A model whose every parameter is random, so that no bias is zero and no LayerNorm weight is one."""
-    model, generator = Perceiver(config), torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
+    return perturbed(Perceiver(config), seed, 0.2)
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
