@@ -67,6 +67,18 @@ def test_sizes_are_told_when_they_are_wrong() -> None:
     assert list(texts_made_at_every_call(source)) == ["line 1: f'[B] with B={B}'"]
 
 
+def test_contracts_of_imports_name_every_module() -> None:
+    """A list that forbids, or is forbidden, lacks a new module until somebody thinks of it."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    listed = {contract["name"]: contract for contract in contracts}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    core = {f"perceiver_kernels.{name}" for name in names - {"__init__", "__main__", "cli", "testing"}}
+    specification = listed["The specification imports torch alone"]
+    assert core == {*specification["source_modules"], *specification["forbidden_modules"]}
+    assert core == {*listed["The core knows neither the command line nor the tests' helpers"]["source_modules"]}
+
+
 def test_cuda_sources_know_nothing_of_torch() -> None:
     """Kernels take plain structs; only names in comments may mention it."""
     found = list(sources("csrc"))
