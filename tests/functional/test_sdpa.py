@@ -33,8 +33,8 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
-def standard(d_v: int = D_V) -> list[Tensor]:
-    return [rand(B, H, LQ, D_QK), rand(B, H, LK, D_QK, seed=1), rand(B, H, LK, d_v, seed=2)]
+def standard() -> list[Tensor]:
+    return [rand(B, H, LQ, D_QK), rand(B, H, LK, D_QK, seed=1), rand(B, H, LK, D_V, seed=2)]
 
 
 def results(function: Any, tensors: list[Tensor], target: Target, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
