@@ -97,6 +97,6 @@ sanitize-%:
 	  $(if $(filter initcheck,$*),,--kernel-name kns=perceiver) $(PYTHON) tests/backends/cuda/sanitized.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	rm -f perceiver_kernels/*.so perceiver_kernels/_build_info.json
-	find perceiver_kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find perceiver_kernels tests benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@ from perceiver_kernels.nn.checks import check_count
 from perceiver_kernels.nn.modes import evaluating
 from perceiver_kernels.nn.output_attention import OutputCrossAttention
 
+__all__ = ["Part", "Summary", "summary"]
+
 
 @dataclass(frozen=True)
 class Part:

@@ -22,7 +22,6 @@ class DeviceFacts:
     capability: tuple[int, int]
     sm_count: int
     smem_bytes: int
-    l2_bytes: int
     matmul_flops: float
     """Dense bf16 products per second, in FLOP/s."""
     memory_bandwidth: float
@@ -35,13 +34,13 @@ class DeviceFacts:
 
 
 # 788 TFLOP/s (8192^3 bf16 product, random data) and 4.3 TB/s (8.6 GB copy) were measured on an H200.
-H200 = DeviceFacts("NVIDIA H200", "cuda", (9, 0), 132, 232_448, 60 << 20, 788e12, 4.3e12)
+H200 = DeviceFacts("NVIDIA H200", "cuda", (9, 0), 132, 232_448, 788e12, 4.3e12)
 # The same on an H100 SXM: 785 TFLOP/s and 3.0 TB/s.
-H100 = DeviceFacts("NVIDIA H100", "cuda", (9, 0), 132, 232_448, 50 << 20, 785e12, 3.0e12)
+H100 = DeviceFacts("NVIDIA H100", "cuda", (9, 0), 132, 232_448, 785e12, 3.0e12)
 # 0.8 of the published peaks of an A100-SXM4-80GB: 312 TFLOP/s and 2.04 TB/s.
-A100 = DeviceFacts("NVIDIA A100", "cuda", (8, 0), 108, 166_912, 40 << 20, 250e12, 1.7e12)
+A100 = DeviceFacts("NVIDIA A100", "cuda", (8, 0), 108, 166_912, 250e12, 1.7e12)
 # Two desktop cores with AVX2: a scale, so that plans can be compared on a machine without GPU.
-CPU = DeviceFacts("cpu", "cpu", (0, 0), 1, 1 << 30, 16 << 20, 0.1e12, 20e9)
+CPU = DeviceFacts("cpu", "cpu", (0, 0), 1, 1 << 30, 0.1e12, 20e9)
 
 
 # A plain dictionary, because torch.compile reads one but sees through functools.cache.
@@ -63,7 +62,6 @@ def _query_cuda(index: int) -> DeviceFacts:
         capability=capability,
         sm_count=properties.multi_processor_count,
         smem_bytes=_SMEM_BYTES.get(capability, getattr(properties, "shared_memory_per_block_optin", 49_152)),
-        l2_bytes=getattr(properties, "L2_cache_size", 6 << 20),
         matmul_flops=0.8 * flops,
         memory_bandwidth=0.85 * bus,
     )

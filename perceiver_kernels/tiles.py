@@ -75,13 +75,13 @@ class ProductTile:
 
 
 @functools.cache
-def column_pieces(channels: int, limit: int = 3) -> tuple[int, ...]:
-    """Powers of two, widest first, whose sum covers ``channels`` (a multiple of 16) in at most ``limit`` pieces.
+def column_pieces(channels: int) -> tuple[int, ...]:
+    """Powers of two, widest first, whose sum covers ``channels`` (a multiple of 16) in at most three pieces.
 
     272 = 256 + 16, 336 = 256 + 64 + 16, 704 = 512 + 128 + 64; 496 would take five and is rounded up to 512.
     """
     units = channels // 16
-    while units.bit_count() > limit:
+    while units.bit_count() > 3:
         units += 1
     return tuple(16 << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1)
 

@@ -19,9 +19,9 @@ pytest.importorskip("triton")
 if reason := why_not_offline():
     pytest.skip(reason, allow_module_level=True)
 
-from perceiver_kernels.masks import NO_MASKS  # noqa: E402
-from perceiver_kernels.testing.attention import masks_of  # noqa: E402
-from perceiver_kernels.testing.offline import Resources, compile_attention  # noqa: E402
+from perceiver_kernels.masks import NO_MASKS
+from perceiver_kernels.testing.attention import masks_of
+from perceiver_kernels.testing.offline import Resources, compile_attention
 
 DEVICES = {"H200": H200, "A100": A100}
 # Keys split; all queries in shared memory; neither; all keys in shared memory. Two chunks of wide heads at least.

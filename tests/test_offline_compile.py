@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if reason := why_not_offline():
     pytest.skip(reason, allow_module_level=True)
 
-from perceiver_kernels.testing.offline import Resources, compile_pack, compile_shared_kv, offline  # noqa: E402
+from perceiver_kernels.testing.offline import Resources, compile_pack, compile_shared_kv, offline
 
 DEVICES = {"H200": H200, "A100": A100}
 SMEM = {"H200": 232_448, "A100": 166_912}

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 if reason := why_not_offline():
     pytest.skip(reason, allow_module_level=True)
 
-from perceiver_kernels.backends.triton import rotary  # noqa: E402
-from perceiver_kernels.testing.offline import Resources, compile_rotary, offline  # noqa: E402
+from perceiver_kernels.backends.triton import rotary
+from perceiver_kernels.testing.offline import Resources, compile_rotary, offline
 
 # B, H, L, d, rotary width: whole vectors, vectors of 8 bytes in one form, of 4, single elements, one head of few tokens.
 SIZES = [

@@ -12,20 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from perceiver_kernels import reference
 from perceiver_kernels.testing import EDGE, ENCODE, EncodeCase
-
-NAN = float("nan")
-close = torch.testing.assert_close
-
-
-def randn(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
-
-
-def some_visible(B: int, M: int) -> Tensor:
-    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(4)) < 0.5
-    mask[:, :1] = True
-    return mask
+from tests.test_reference import NAN, close, randn, some_visible
 
 
 class TestSharedKVAttention:

@@ -224,11 +224,6 @@ def format_ms(milliseconds: float | None) -> str:
     return _three_digits(milliseconds)
 
 
-def format_count(count: int) -> str:
-    """Return a count with thousands separators."""
-    return f"{count:,}"
-
-
 def _three_digits(value: float) -> str:
     magnitude = abs(value)
     decimals = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2 if magnitude >= 1 else 3

@@ -53,7 +53,7 @@ def disassembler() -> Path | None:
     return found[0] if found else None
 
 
-def built_kernels(library: Path = LIBRARY) -> list[Kernel]:
+def built_kernels() -> list[Kernel]:
     """Return every kernel of the library.
 
     Raises:
@@ -65,7 +65,7 @@ def built_kernels(library: Path = LIBRARY) -> list[Kernel]:
     if tool is None:
         raise CommandError("--kernels: cuobjdump is not here; the CUDA toolkit and the package triton bring it")
     usage, code = (
-        subprocess.run([tool, option, library], check=True, capture_output=True, text=True).stdout
+        subprocess.run([tool, option, LIBRARY], check=True, capture_output=True, text=True).stdout
         for option in ("-res-usage", "-sass")
     )
     counts = instructions(code)

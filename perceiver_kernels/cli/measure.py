@@ -124,7 +124,6 @@ def time_calls(
     seconds: float = 0.5,
     min_samples: int = 5,
     max_samples: int = 200,
-    on_sample: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time callables that are known to run, sampling them in turn.
 
@@ -134,7 +133,6 @@ def time_calls(
         seconds: about how long to sample each callable.
         min_samples: at least so many samples each, whatever they cost.
         max_samples: at most so many samples each.
-        on_sample: called after every round over the callables.
 
     Returns:
         name -> Timing.
@@ -153,8 +151,6 @@ def time_calls(
         for name, call in calls.items():
             if turn < wanted[name]:
                 samples[name].append(clock.sample(name, call))
-        if on_sample is not None:
-            on_sample()
     return {
         name: Timing.of(clock.milliseconds(taken), clock.host_us.get(name)) for name, taken in samples.items()
     }

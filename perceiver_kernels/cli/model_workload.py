@@ -59,6 +59,10 @@ class WholeModel:
         with_compiled = compiled and getattr(self.case, "compiles", False)
         return [Peer(self.original), *([Peer(self.original, compiled=True)] if with_compiled else [])]
 
+    def names(self, which: str) -> list[str]:
+        """Return the names of what is judged."""
+        return ["out"] if which == "forward" else ["out", "gradients"]
+
     def terms(self, which: str) -> Mapping[str, Tensor]:
         """Return none: these results are judged as they are."""
         return {}
@@ -135,10 +139,6 @@ class ModelWorkload(WholeModel):
         return calls
 
     # ------ what a result is held against
-
-    def names(self, which: str) -> list[str]:
-        """Return the names of what is judged."""
-        return ["out"] if which == "forward" else ["out", "gradients"]
 
     def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
         """Return calls that give outputs and gradients as vectors, those of the original under our names."""

@@ -224,10 +224,6 @@ class ReplacedWorkload(WholeModel):
         with seeded(2):
             return torch.randn_like(output)
 
-    def names(self, which: str) -> list[str]:
-        """Return the names of what is judged."""
-        return ["out"] if which == "forward" else ["out", "gradients"]
-
     def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
         """Return calls that give outputs and gradients as vectors."""
         return {

@@ -105,10 +105,6 @@ class SameWorkload(_Same):
 
     # ------ what a result is held against
 
-    def names(self, which: str) -> list[str]:
-        """Return the names of what is judged."""
-        return ["out"] if which == "forward" else ["out", "gradients"]
-
     def results(self, which: str, calls: Mapping[str, Call]) -> dict[str, Call]:
         """Return calls that give outputs and gradients as vectors."""
         return {name: functools.partial(vectors, self.model, call) for name, call in calls.items()}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from perceiver_kernels.convert.rules import Rule, check_shapes, to_ours, to_theirs
 
+__all__ = ["LIBRARIES", "load", "rules_of", "save", "to_library"]
+
 LIBRARIES = (
     "diffusers",
     "flamingo_pytorch",
@@ -34,6 +36,10 @@ LIBRARIES = (
 def rules_of(model: nn.Module, library: str) -> list[Rule]:
     """How ``model``'s state dict and that of ``library``'s model correspond.
 
+    Args:
+        model: one of this package's models.
+        library: one of ``LIBRARIES``.
+
     Raises:
         ValueError: no such library, or it has no model like this one.
     """
@@ -48,7 +54,15 @@ def rules_of(model: nn.Module, library: str) -> list[Rule]:
 
 
 def to_library(model: nn.Module, library: str) -> dict[str, Tensor]:
-    """The weights of ``model`` under the names of ``library``; they share memory with the model's."""
+    """The weights of ``model`` under the names of ``library``; they share memory with the model's.
+
+    Args:
+        model: one of this package's models.
+        library: one of ``LIBRARIES``.
+
+    Raises:
+        ValueError: no such library, or it has no model like this one.
+    """
     return to_theirs(rules_of(model, library), model.state_dict())
 
 
@@ -73,7 +87,16 @@ def load(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, library: 
 
 
 def save(model: nn.Module, path: str | Path, library: str | None = None) -> None:
-    """Write the weights of ``model`` as safetensors, which needs that package, under our names or those of ``library``."""
+    """Write the weights of ``model`` as safetensors, which needs the package of that name.
+
+    Args:
+        model: one of this package's models.
+        path: the file to write.
+        library: under whose names; None: ours.
+
+    Raises:
+        ValueError: no such library, or it has no model like this one.
+    """
     from safetensors.torch import save_file
 
     state = model.state_dict() if library is None else to_library(model, library)

@@ -17,7 +17,7 @@ from perceiver_kernels.inputs import PackedInputs
 from perceiver_kernels.masks import ALIGNMENTS, CAUSAL_MASKS, NO_MASKS, Causal, Masks
 from perceiver_kernels.ops import attention as attention_op
 from perceiver_kernels.ops import shared_kv as shared_kv_op
-from perceiver_kernels.problem import AttentionProblem, SharedKVProblem, check_tensor, needs_gradient, pad_channels
+from perceiver_kernels.problem import AttentionProblem, SharedKVProblem, check_is_tensor, needs_gradient, pad_channels
 
 Segments = Tensor | tuple[Tensor, Tensor]
 
@@ -184,13 +184,13 @@ def resolve_shared_kv(
     return_lse: bool,
 ) -> tuple[SharedKVProblem, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Check every argument of shared_kv_attention: the problem; q and x as autocast has them; which tokens are visible."""
-    check_tensor("q", q)
+    check_is_tensor("q", q)
     if isinstance(x, PackedInputs):
         if key_mask is not None or lengths is not None:
             raise ValueError("key_mask and lengths must be given to pack_inputs, whose PackedInputs carry them")
         data, key_mask, lengths = x.data, x.key_mask, x.lengths
     else:
-        check_tensor("x", x)
+        check_is_tensor("x", x)
         data = x
     q, data = cast_for_autocast(q, data)
     return SharedKVProblem.of(q, data, key_mask, lengths, scale, dropout_p, return_lse), q, data, key_mask, lengths

@@ -23,9 +23,9 @@ from perceiver_kernels.problem import (
     CrossAttentionProblem,
     check_device,
     check_eps,
+    check_is_tensor,
     check_probability,
     check_scale,
-    check_tensor,
     check_vectors,
     needs_gradient,
 )
@@ -70,7 +70,7 @@ def as_source(inputs: Inputs, key_mask: Tensor | None, lengths: Tensor | None) -
         if key_mask is not None or lengths is not None:
             raise ValueError(f"key_mask and lengths must come with the {type(inputs).__name__}, not beside it")
         return inputs
-    check_tensor("inputs", inputs)
+    check_is_tensor("inputs", inputs)
     return InputArray.tokens(inputs, key_mask=key_mask, lengths=lengths)
 
 
@@ -90,7 +90,7 @@ def describe(
     lengths: Tensor | None = None,
 ) -> tuple[CrossAttentionProblem, InputArray | PackedInputs]:
     """The checked problem of one call and its inputs in one of two forms."""
-    check_tensor("q", q)
+    check_is_tensor("q", q)
     source = as_source(inputs, key_mask, lengths)
     if isinstance(source, PackedInputs):
         check_device("inputs", source.data, "q", q)

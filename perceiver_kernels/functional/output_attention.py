@@ -23,12 +23,12 @@ from perceiver_kernels.problem import (
     OutputCrossAttentionProblem,
     check_device,
     check_eps,
+    check_is_tensor,
     check_key_visibility,
     check_probability,
     check_query_mask,
     check_rank,
     check_scale,
-    check_tensor,
     check_vectors,
 )
 
@@ -81,7 +81,7 @@ def as_queries(queries: Inputs, query_mask: Tensor | None) -> InputArray | Packe
         if query_mask is not None and not (queries.key_mask is None and queries.lengths is None):
             raise ValueError(f"query_mask and a mask or lengths of the {type(queries).__name__} exclude each other")
         return queries
-    check_tensor("queries", queries)
+    check_is_tensor("queries", queries)
     check_rank("queries", queries, "B, O, C")
     return InputArray.tokens(queries)
 
@@ -112,7 +112,7 @@ def resolve(
     check_scale(scale)
     check_probability("dropout_p", dropout_p)
     source = as_queries(queries, query_mask)
-    check_tensor("key", key)
+    check_is_tensor("key", key)
     if isinstance(source, PackedInputs):
         check_device("queries", source.data, "key", key)
         (batch, O, _), dtype, constants = source.data.shape, source.data.dtype, source.constants

@@ -16,7 +16,7 @@ from perceiver_kernels.functional.common import autocast_dtype, float_dtype, vis
 from perceiver_kernels.inputs import InputArray, PackedInputs, TokenSlice
 from perceiver_kernels.ops import pack as pack_op
 from perceiver_kernels.positions import FourierPositions, check_coordinates, grid_coordinates
-from perceiver_kernels.problem import PackProblem, check_eps, check_tensor, needs_gradient, pad_channels, shape_of
+from perceiver_kernels.problem import PackProblem, check_eps, check_is_tensor, needs_gradient, pad_channels, shape_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def resolve(
         dtype = dtype or autocast_dtype(raw) or (raw.dtype if raw.is_floating_point() else torch.get_default_dtype())
         part = content.slice(dtype=float_dtype(content, dtype))
     else:
-        check_tensor("content", content)
+        check_is_tensor("content", content)
         if content.ndim < 3:
             raise ValueError(f"content must be [B, M, C_content] or [B, *grid, C_content], got {shape_of(content)}")
         fourier = None

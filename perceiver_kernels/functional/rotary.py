@@ -68,5 +68,5 @@ def rotary_embedding(
     name = select(call.problem, backend)
     module = load(call.problem.OP, name)
     if module.COMPOSITE:
-        return module.rotary_embedding(call.x, call.cos, call.sin, interleaved=interleaved, inverse=inverse)
-    return rotary_op.rotary_embedding(call.x, call.cos, call.sin, interleaved, inverse, name)
+        return module.rotary_embedding(call.x, call.cos, call.sin, interleaved=call.interleaved, inverse=call.inverse)
+    return rotary_op.rotary_embedding(call.x, call.cos, call.sin, call.interleaved, call.inverse, name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from perceiver_kernels.functional.attention import attention
-from perceiver_kernels.problem import check_tensor, shape_of
+from perceiver_kernels.problem import check_is_tensor, shape_of
 
 
 def _leading_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
@@ -19,7 +19,7 @@ def _leading_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     tensors = {"query": query, "key": key, "value": value}
     least, axes = (3, "[..., H, L, d]") if enable_gqa else (2, "[..., L, d]")
     for name, tensor in tensors.items():
-        check_tensor(name, tensor)
+        check_is_tensor(name, tensor)
         if tensor.ndim < least:
             hint = " with enable_gqa" if enable_gqa else ""
             raise ValueError(f"{name} must be {axes}, {least} axes or more{hint}, got {shape_of(tensor)}")
@@ -48,7 +48,7 @@ def _flattened(tensor: Tensor, leading: Sequence[int], has_heads: bool) -> Tenso
 
 def _flattened_mask(attn_mask: Tensor, leading: tuple[int, ...], Lq: int, Lk: int, has_heads: bool) -> Tensor:
     """A mask that broadcasts to [*leading, Lq, Lk] as one that broadcasts to [B, H, Lq, Lk]; H, Lq and Lk are checked later."""
-    check_tensor("attn_mask", attn_mask)
+    check_is_tensor("attn_mask", attn_mask)
     scores = (*leading, Lq, Lk)
     if not 2 <= attn_mask.ndim <= len(scores):
         raise ValueError(f"attn_mask must have 2 to {len(scores)} axes, to broadcast to {scores}, got {shape_of(attn_mask)}")

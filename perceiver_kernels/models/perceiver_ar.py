@@ -205,14 +205,15 @@ class PerceiverAR(Model):
         self, tokens: Tensor, start: int, prefix_length: int, prefix_mask: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None, padding: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The latents of tokens start, start + 1, .. of a sequence, of which the first ``prefix_length`` are prefix.
+        """The latents of tokens start, start + 1, .. of a sequence.
 
         Args:
             tokens: int64 or int32 [B, M].
             start: tokens before these; they must be in ``caches``.
+            prefix_length: how many of these tokens are prefix, the first ones.
             prefix_mask: as in ``forward``; not beside caches.
-            padding: as in ``forward``, hidden by ``prefix_mask``; rotary positions, which are relative, need not know it.
             caches: those of ``new_caches``, to which the tokens are appended.
+            padding: as in ``forward``, hidden by ``prefix_mask``; rotary positions, which are relative, need not know it.
 
         Returns:
             [B, M - prefix_length, D], after all layers.

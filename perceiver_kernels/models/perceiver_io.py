@@ -179,6 +179,8 @@ class PerceiverIO(Model):
 
         Args:
             image_size: H = W of the images for which the highest frequency is chosen; any size may be read.
+            num_classes: logits.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.5 and appendix A.
@@ -197,6 +199,8 @@ class PerceiverIO(Model):
 
         Args:
             image_size: H = W of the images, a learned position for every pixel.
+            num_classes: logits.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.5 and appendix A.
@@ -213,6 +217,8 @@ class PerceiverIO(Model):
 
         Args:
             image_size: H = W of the images for which the highest frequency is chosen; any size may be read.
+            num_classes: logits.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.5 and appendix A.
@@ -231,7 +237,11 @@ class PerceiverIO(Model):
         """The language model's encoder with the classification decoder, as transformers fine-tunes it.
 
         Args:
+            num_classes: logits.
+            vocab_size: ids there are.
             channels: of the embeddings.
+            max_length: places with a learned position.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.1; PerceiverForSequenceClassification of transformers.
@@ -252,9 +262,12 @@ class PerceiverIO(Model):
         As many outputs as the input has tokens; transformers always gives ``max_length``.
 
         Args:
+            vocab_size: ids there are, and logits.
             channels: of the embeddings and of the output queries.
+            max_length: places with a learned position, and with a learned query.
             decoder_heads: H of the decoder.
             decoder_qk_channels: width of its queries and keys; its values have ``channels`` channels.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.1 and appendix F.
@@ -281,6 +294,7 @@ class PerceiverIO(Model):
 
         Args:
             size: (H, W) of training, for which the highest frequency is chosen.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.2 and appendix H.
@@ -311,8 +325,10 @@ class PerceiverIO(Model):
             image_size: H = W of the video, in patches of 1 x 4 x 4 pixels.
             samples_per_frame: of the audio.
             samples_per_patch: of the audio.
+            num_classes: of the label.
             hidden_channels: of the layer between decoder and heads.
             label_query_channels: of the label's learned query.
+            like: "deepmind" or "transformers", see the class.
             changes: other values for fields of ``EncoderConfig``.
 
         Source: arXiv 2107.14795, section 4.3 and appendix; bands as in DeepMind's code.

@@ -49,7 +49,9 @@ def perceiver_pytorch_lm(
     """PerceiverLM of lucidrains/perceiver-pytorch with the sizes of its README: the embedded tokens are the queries.
 
     Args:
-        channels: of the embeddings and queries (dim there).
+        vocab_size: ids there are, and logits (num_tokens there).
+        channels: of the embeddings and queries (dim).
+        max_length: places with a learned position (max_seq_len).
         decoder_feed_forward: see ``PerceiverIO.perceiver_pytorch``.
         changes: likewise.
 
@@ -84,6 +86,9 @@ def mnist(
 
     Args:
         image_size: (H, W) of the images for which the highest frequencies are chosen; any size may be read.
+        in_channels: Ch of the images.
+        num_bands: frequencies of the positions, of each axis.
+        num_classes: logits.
         query_channels: of the decoder, whose attention is as wide as its query.
         decoder_heads: H of the decoder.
         changes: other values for fields of ``EncoderConfig``.
@@ -108,7 +113,10 @@ def imdb(
     """The text classifier of krasserm/perceiver-io for IMDb: the language model's encoder, a decoder of one query of 768.
 
     Args:
+        vocab_size: ids there are.
         channels: of the embeddings.
+        max_length: places with a learned position.
+        num_classes: logits.
         query_channels: see ``PerceiverIO.mnist``.
         decoder_heads: likewise.
         changes: likewise.

@@ -11,15 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import check_positive
-from perceiver_kernels.checks import check_tensor as check_layout
+from perceiver_kernels.checks import check_positive, check_tensor
 from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn import FeedForward, JointAttention, Linear
 from perceiver_kernels.nn.checkpointing import run_block
 from perceiver_kernels.nn.checks import check_choice, check_count, check_flag, check_sequence
 from perceiver_kernels.nn.feed_forward import Activation, check_activation
 from perceiver_kernels.nn.norms import NormKind, make_norm
-from perceiver_kernels.problem import check_eps, check_probability, check_tensor
+from perceiver_kernels.problem import check_eps, check_is_tensor, check_probability
 
 
 @dataclass(frozen=True)
@@ -304,14 +303,14 @@ class PerceiverResampler(Model):
 
     def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Projected media with their embeddings, [B*T, M, D] of the tokens of all frames, and their mask [B*T, M]."""
-        check_tensor("media", media)
+        check_is_tensor("media", media)
         C = self.config.media_dim
         if media.ndim not in (3, 4, 5) or media.shape[-1] != C:
             layouts = "[B, M, C], [B, T, M, C] or [B, T, F, M, C]"
             raise ValueError(f"media must be {layouts} with C={C}, got {tuple(media.shape)}")
         if mask is not None:
             masks = ("[B, M]", "[B, T, M]", "[B, T, F, M]")
-            check_layout("mask", mask, masks[media.ndim - 3], tuple(media.shape[:-1]), dtypes=(torch.bool,))
+            check_tensor("mask", mask, masks[media.ndim - 3], tuple(media.shape[:-1]), dtypes=(torch.bool,))
         B, M = media.shape[0], media.shape[-2]
         T = media.shape[1] if media.ndim > 3 else 1
         frames = media.shape[2] if media.ndim == 5 else 1

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import FLOAT_DTYPES, check_indices, check_tensor
+from perceiver_kernels.checks import check_indices, check_tensor
 from perceiver_kernels.models.model import Model, changed
 from perceiver_kernels.nn.called import is_plain, parameter_of
 from perceiver_kernels.nn.checkpointing import run_block
@@ -262,9 +262,9 @@ class RIN(Model):
     def _check(self, images: Tensor, time: Tensor, labels: Tensor | None) -> None:
         config, size = self.config, self.config.image_size
         shape = (None, config.channels, size, size)
-        check_tensor("images", images, "[B, Ch, H, W]", shape, dtypes=FLOAT_DTYPES)
+        check_tensor("images", images, "[B, Ch, H, W]", shape)
         B = images.shape[0]
-        check_tensor("time", time, "[B]", (B,), dtypes=FLOAT_DTYPES)
+        check_tensor("time", time, "[B]", (B,))
         if (labels is None) != (config.num_classes is None):
             raise ValueError(
                 f"labels must be given if num_classes={config.num_classes} is not None, and only then, got "

@@ -54,10 +54,16 @@ class SequencePositions(nn.Module):
         self.tables = nn.ModuleList(LearnedPositions(count, dim, **where) for count in rows) if learned else None
 
     def forward(self, start: int, stop: int, like: Tensor, padding: Tensor | None = None) -> Tensor:
-        """The vectors of the tokens start..stop, [stop - start, D], sinusoids in the dtype and on the device of ``like``.
+        """The vectors of the tokens start..stop.
 
         Args:
-            padding: int64 [B], places before the first one of each sequence: the result is then [B, stop - start, D].
+            start: the first of the tokens.
+            stop: the one after the last, at most ``length``.
+            like: whose dtype sinusoids get, and whose device.
+            padding: int64 [B], places before the first one of each sequence.
+
+        Returns:
+            [stop - start, D]; with ``padding`` [B, stop - start, D].
         """
         if padding is None:
             return self._vectors(start, stop, like)

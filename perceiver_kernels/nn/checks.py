@@ -6,7 +6,7 @@ from torch import Tensor
 
 from perceiver_kernels.checks import autocasts, check_dense, is_integer
 from perceiver_kernels.inputs import InputArray, PackedInputs
-from perceiver_kernels.problem import MAX_CHANNELS, check_tensor
+from perceiver_kernels.problem import MAX_CHANNELS, check_is_tensor
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -45,7 +45,7 @@ def check_widths(num_heads: int, **channels: int) -> None:
 
 def check_sequence(name: str, x: Tensor, axes: str, channels: int, weight: Tensor) -> None:
     """A sequence of a layer whose parameters are as ``weight``; autocast takes any dtype."""
-    check_tensor(name, x)
+    check_is_tensor(name, x)
     if x.ndim != axes.count(",") + 1 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]}={channels}, got {tuple(x.shape)}")
     if x.dtype != weight.dtype and not autocasts(weight.device):

@@ -12,7 +12,7 @@ from perceiver_kernels import functional
 from perceiver_kernels.functional.common import autocast_dtype
 from perceiver_kernels.nn.checks import check_count, check_sequence, check_widths
 from perceiver_kernels.nn.linear import linear
-from perceiver_kernels.problem import MAX_CHANNELS, check_device, check_probability, check_shape, check_tensor
+from perceiver_kernels.problem import MAX_CHANNELS, check_device, check_is_tensor, check_probability, check_shape
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,7 +213,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:  # fmt: skip
-        check_tensor("query", query)
+        check_is_tensor("query", query)
         if query.ndim not in (2, 3):
             raise ValueError(f"query must be a sequence [Lq, embed_dim] or a batch of them, got {tuple(query.shape)}")
         batched = query.ndim == 3
@@ -231,7 +231,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is None:
                 continue
-            check_tensor(name, mask)
+            check_is_tensor(name, mask)
             check_device(name, mask, "query", query)
             if mask.dtype not in (torch.bool, torch.float32, query.dtype, autocast_dtype(query)):
                 raise TypeError(f"{name} must be bool, float32 or query's dtype {query.dtype}, got {mask.dtype}")

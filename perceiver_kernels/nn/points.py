@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.checks import FLOAT_DTYPES, check_tensor
+from perceiver_kernels.checks import check_tensor
 from perceiver_kernels.nn.aligned import zero_padded
 from perceiver_kernels.nn.called import is_plain, parameter_of
 from perceiver_kernels.nn.checks import check_count
@@ -128,7 +128,7 @@ def farthest_points(points: Tensor, count: int, first: Tensor | None = None) -> 
 
     Source: Eldar et al. 1997, the farthest point strategy; PointNet++, arXiv 1706.02413, section 3.2. N passes over the cloud.
     """
-    check_tensor("points", points, "[B, M, 3]", (None, None, 3), dtypes=FLOAT_DTYPES)
+    check_tensor("points", points, "[B, M, 3]", (None, None, 3))
     check_count("count", count)
     B, M = points.shape[:2]
     if count > M:

@@ -199,9 +199,9 @@ class PMA(nn.Module):
         dim: D, channels of the elements and of the result, at most 1024.
         num_seeds: k.
         num_heads: see ``MAB``.
-        **options: see ``MAB``.
         feed_forward: the paper's row-wise layer before pooling, two linear layers with a ReLU between them. The authors'
             code has none.
+        **options: see ``MAB``.
 
     Source: arXiv 1810.00825, equation 11.
     """

@@ -13,6 +13,7 @@ from perceiver_kernels.problem.base import Problem
 from perceiver_kernels.problem.checks import (
     check_device,
     check_floating,
+    check_is_tensor,
     check_key_visibility,
     check_like,
     check_probability,
@@ -20,7 +21,6 @@ from perceiver_kernels.problem.checks import (
     check_rank,
     check_scale,
     check_shape,
-    check_tensor,
     constant,
     is_positive,
     needs_gradient,
@@ -70,7 +70,7 @@ class AttentionProblem(Problem):
         if len(keys) != len(values) or len(keys) not in (1, 2):
             raise ValueError(f"key and value must be tensors or pairs of segments alike, got {len(keys)} and {len(values)}")
         names = [("key", "value")] if len(keys) == 1 else [("key[0]", "value[0]"), ("key[1]", "value[1]")]
-        check_tensor("query", query)
+        check_is_tensor("query", query)
         check_floating("query", query)
         check_rank("query", query, "B, H, Lq, d_qk")
         B, H, Lq, d_qk = query.shape
@@ -78,7 +78,7 @@ class AttentionProblem(Problem):
             raise ValueError(f"query must be [B, H, Lq, d_qk] with H and d_qk at least 1, got {shape_of(query)}")
         for (key_name, value_name), key, value in zip(names, keys, values, strict=True):
             for name, tensor, axes in ((key_name, key, "B, H, Lk, d_qk"), (value_name, value, "B, H, Lk, d_v")):
-                check_tensor(name, tensor)
+                check_is_tensor(name, tensor)
                 check_floating(name, tensor)
                 check_rank(name, tensor, axes)
             key_B, H_kv, Lk, d_v = keys[0].shape[0], keys[0].shape[1], key.shape[2], values[0].shape[3]
@@ -121,7 +121,7 @@ def _check_masks(masks: Masks, B: int, H: int, Lq: int, Lk: int, query: Tensor, 
     check_query_mask(masks.query_mask, "B, Lq", B, Lq, "query", query)
     if masks.attn_mask is not None:
         mask = masks.attn_mask
-        check_tensor("attn_mask", mask)
+        check_is_tensor("attn_mask", mask)
         if mask.dtype not in (torch.bool, query.dtype, torch.float32):
             raise TypeError(f"attn_mask must be bool, float32 or query's dtype {query.dtype}, got {mask.dtype}")
         check_device("attn_mask", mask, "query", query)
@@ -146,7 +146,7 @@ def _check_packing(masks: Masks, B: int, Lq: int, Lk: int, query: Tensor, segmen
         if getattr(masks, name) is not None:
             raise ValueError(f"{name} excludes cu_seqlens_q and cu_seqlens_k: leave hidden tokens out of the sequences")
     for name, value in starts.items():
-        check_tensor(name, value)
+        check_is_tensor(name, value)
         assert value is not None
         if value.dtype != torch.int32:
             raise TypeError(f"{name} must be torch.int32 [sequences + 1], got {value.dtype}")

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver_kernels.checks import check_dense, is_integer
+from perceiver_kernels.checks import FLOAT_DTYPES, check_dense, is_integer
 
 MAX_CHANNELS = 1024
 CHANNEL_MULTIPLE = 16
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pad_channels(channels: int) -> int:
@@ -39,14 +38,14 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def check_tensor(name: str, value: Any) -> None:
+def check_is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     check_dense(name, value)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
@@ -102,7 +101,7 @@ def check_key_visibility(key_mask: Tensor | None, lengths: Tensor | None, B: int
     if key_mask is not None and lengths is not None:
         raise ValueError("key_mask and lengths exclude each other: give one of them")
     if key_mask is not None:
-        check_tensor("key_mask", key_mask)
+        check_is_tensor("key_mask", key_mask)
         if key_mask.dtype != torch.bool:
             raise TypeError(
                 f"key_mask must be torch.bool (True = the token is visible), got {key_mask.dtype}, "
@@ -112,7 +111,7 @@ def check_key_visibility(key_mask: Tensor | None, lengths: Tensor | None, B: int
         if key_mask.device != device:
             raise ValueError(f"key_mask must be on {device}, got {key_mask.device}")
     if lengths is not None:
-        check_tensor("lengths", lengths)
+        check_is_tensor("lengths", lengths)
         if lengths.dtype != torch.int32:
             raise TypeError(f"lengths must be torch.int32 [B], got {lengths.dtype}")
         check_shape("lengths", lengths, "B", (B,))
@@ -124,7 +123,7 @@ def check_query_mask(mask: Tensor | None, axes: str, B: int, length: int, name: 
     """A query mask is bool [B, length], on the device of the tensor ``query`` that is called ``name``."""
     if mask is None:
         return
-    check_tensor("query_mask", mask)
+    check_is_tensor("query_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"query_mask must be torch.bool (True = the query sees keys), got {mask.dtype}")
     check_shape("query_mask", mask, axes, (B, length))
@@ -138,7 +137,7 @@ def check_vectors(name: str, other: Tensor, *vectors: tuple[str, Tensor | None, 
     """
     for vector_name, vector, axis, size in vectors:
         if vector is not None:
-            check_tensor(vector_name, vector)
+            check_is_tensor(vector_name, vector)
             check_floating(vector_name, vector)
             check_device(vector_name, vector, name, other)
             if axis != "C" or vector.shape != (pad_channels(size),):

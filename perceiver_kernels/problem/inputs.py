@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from perceiver_kernels.checks import FLOAT_DTYPES
 from perceiver_kernels.problem.base import Problem
 from perceiver_kernels.problem.checks import (
-    FLOATS,
     MAX_CHANNELS,
     check_constants,
     check_device,
     check_floating,
+    check_is_tensor,
     check_key_visibility,
     check_like,
     check_probability,
@@ -22,7 +23,6 @@ from perceiver_kernels.problem.checks import (
     check_rank,
     check_scale,
     check_shape,
-    check_tensor,
     constant,
     is_positive,
     needs_gradient,
@@ -73,13 +73,13 @@ class PackProblem(Problem):
         constants: int = 0,
     ) -> PackProblem:
         """Check the tensors of one pack: content [B, M, C_content], positions [M, P] or [B, M, P], fourier [3, F]."""
-        check_tensor("content", content)
+        check_is_tensor("content", content)
         check_floating("content", content)
         check_rank("content", content, "B, M, C_content")
         B, M, C_content = *content.shape[:2], constant(content.shape[2])
         C_positions, batched = 0, False
         if positions is not None:
-            check_tensor("positions", positions)
+            check_is_tensor("positions", positions)
             check_floating("positions", positions)
             check_device("positions", positions, "content", content)
             batched = positions.ndim == 3
@@ -93,7 +93,7 @@ class PackProblem(Problem):
         if not 1 <= channels <= MAX_CHANNELS:
             raise ValueError(f"content and positions must have 1 to {MAX_CHANNELS} channels together, got {channels}")
         check_constants(constants, channels)
-        if dtype is not None and dtype not in FLOATS:
+        if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         check_key_visibility(key_mask, lengths, B, M, content.device)
         return cls(
@@ -130,7 +130,7 @@ class SharedKVProblem(Problem):
     ) -> SharedKVProblem:  # fmt: skip
         """Check q [B, R, C], x [B, M, C], key_mask bool [B, M] or lengths int32 [B]."""
         for name, tensor, axes in (("q", q, "B, R, C"), ("x", x, "B, M, C")):
-            check_tensor(name, tensor)
+            check_is_tensor(name, tensor)
             check_floating(name, tensor)
             check_rank(name, tensor, axes)
         B, R, C = *q.shape[:2], constant(q.shape[2])
@@ -176,7 +176,7 @@ class CrossAttentionProblem(Problem):
     ) -> CrossAttentionProblem:  # fmt: skip
         """Check q [B or 1, H, N, d_qk], w_k [H*d_qk, C] and w_v [H*d_v, C] against inputs of [B, M, C]."""
         for name, tensor, axes in (("q", q, "B, H, N, d_qk"), ("w_k", w_k, "H*d_qk, C"), ("w_v", w_v, "H*d_v, C")):
-            check_tensor(name, tensor)
+            check_is_tensor(name, tensor)
             check_floating(name, tensor)
             check_rank(name, tensor, axes)
             check_device(name, tensor, "q", q)

@@ -13,10 +13,10 @@ from perceiver_kernels.problem.checks import (
     MAX_CHANNELS,
     check_device,
     check_floating,
+    check_is_tensor,
     check_projection,
     check_rank,
     check_shape,
-    check_tensor,
     constant,
     needs_gradient,
     pad_channels,
@@ -81,7 +81,7 @@ class OutputCrossAttentionProblem(Problem):
             ("key", key, "B, H, N, d_qk"), ("value", value, "B, H, N, d_v"), ("w_q", w_q, "H*d_qk, C"),
             ("w_o", w_o, "C_out, H*d_v"),
         ):  # fmt: skip
-            check_tensor(name, tensor)
+            check_is_tensor(name, tensor)
             check_floating(name, tensor)
             check_rank(name, tensor, axes)
             check_device(name, tensor, "key", key)

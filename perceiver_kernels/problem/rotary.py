@@ -13,10 +13,10 @@ from perceiver_kernels.problem.checks import (
     MAX_CHANNELS,
     check_device,
     check_floating,
+    check_is_tensor,
     check_like,
     check_rank,
     check_shape,
-    check_tensor,
     constant,
     needs_gradient,
     shape_of,
@@ -45,14 +45,14 @@ class RotaryProblem(Problem):
     @classmethod
     def of(cls, x: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
         """Check x [B, H, L, d], and cos and sin [L, r/2] or [B or 1, L, r/2] with 2 <= r <= d."""
-        check_tensor("x", x)
+        check_is_tensor("x", x)
         check_floating("x", x)
         check_rank("x", x, "B, H, L, d")
         (B, H, L), d = x.shape[:3], constant(x.shape[3])
         if d > MAX_CHANNELS:
             raise ValueError(f"x must have at most {MAX_CHANNELS} channels, got d={d}")
         for name, table in (("cos", cos), ("sin", sin)):
-            check_tensor(name, table)
+            check_is_tensor(name, table)
             check_floating(name, table)
             check_device(name, table, "x", x)
         if cos.ndim not in (2, 3):

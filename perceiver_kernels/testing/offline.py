@@ -201,8 +201,8 @@ def compile_attention(
 
 
 def compile_pack(
-    C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", normalize: bool = True,
-    masked: bool = False, constants: int = 0,
+    C_content: int, dtype: torch.dtype, facts: DeviceFacts, *, positions: str = "none", masked: bool = False,
+    constants: int = 0,
 ) -> list[Resources]:  # fmt: skip
     """Every launch of pack_inputs, forward and backward; positions: "none", "shared", "batched" or "fourier"."""
     B, M = 8, 1024
@@ -215,10 +215,10 @@ def compile_pack(
     channels = C_content + (0 if given is None else given.shape[-1] if table is None else table.shape[-1])
     with offline(facts) as launches:
         packed, rstd = pack.pack_inputs_forward(
-            content, given, table, key_mask, normalize=normalize, eps=1e-5, dtype=dtype, constants=constants
+            content, given, table, key_mask, normalize=True, eps=1e-5, dtype=dtype, constants=constants
         )
         pack.pack_inputs_backward(
-            packed, packed, rstd, content_channels=C_content, channels=channels, normalize=normalize, dtype=dtype
+            packed, packed, rstd, content_channels=C_content, channels=channels, normalize=True, dtype=dtype
         )
     return launches
 

@@ -15,9 +15,9 @@ import perceiver_kernels as pk
 from perceiver_kernels.testing import same_bits
 
 pytest.importorskip("triton")
-from perceiver_kernels.backends.triton import launch as launching  # noqa: E402
-from perceiver_kernels.backends.triton import repetition  # noqa: E402
-from perceiver_kernels.backends.triton.describe import descriptor  # noqa: E402
+from perceiver_kernels.backends.triton import launch as launching
+from perceiver_kernels.backends.triton import repetition
+from perceiver_kernels.backends.triton.describe import descriptor
 
 
 class _Run:
@@ -49,7 +49,7 @@ class _Kernel:
 def record(run: Callable[[], Any], tensors: tuple[Tensor | None, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The recording of a call on CPU tensors, or None."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    result, recorded = repetition._observe(run, tensors, 0)
+    _, recorded = repetition._observe(run, tensors, 0)
     if recorded is not None:
         recorded.device = torch.device("cpu", 0)
     return recorded

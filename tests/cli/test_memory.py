@@ -210,9 +210,7 @@ def test_a_line_ends_where_memory_does(tmp_path: Path, monkeypatch: pytest.Monke
 class TestChunks:
     CALL = ("memory", "--device", "cpu", "--peers", "none", "--passes", "backward", "--sizes")
 
-    def test_a_figure_is_of_its_own_size_alone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_figure_is_of_its_own_size_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A chunk was a quarter of the second largest size of the sweep."""
         monkeypatch.setattr(sweep, "CPU_CHUNK", 300)
         found = {}

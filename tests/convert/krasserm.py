@@ -56,15 +56,6 @@ needs_perceiver_io = pytest.mark.skipif(
 )
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random: no bias is zero and no norm's weight is one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
-
-
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, data: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of the input and of all parameters."""
     leaf = data.clone().requires_grad_(data.is_floating_point())

@@ -19,8 +19,9 @@ from perceiver_kernels.models.preprocessing import ArrayPreprocessor, PixelPrepr
 from perceiver_kernels.models.queries import GivenQueries, LearnedQueries
 from perceiver_kernels.nn import OutputBlock
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.convert.krasserm import assert_same, gradients, needs_perceiver_io, randomised
+from tests.convert.krasserm import assert_same, gradients, needs_perceiver_io
 from tests.convert.krasserm import theirs as library
+from tests.modules import perturbed
 
 pytestmark = needs_perceiver_io
 
@@ -172,7 +173,7 @@ CASES = {
 
 def models(case: Case, seed: int = 0, **changes: Any) -> tuple[nn.Module, PerceiverIO]:
     torch.manual_seed(seed)
-    theirs, model = randomised(case.theirs(), seed).eval(), case.ours(**changes).eval()
+    theirs, model = perturbed(case.theirs(), seed).eval(), case.ours(**changes).eval()
     convert.load(model, theirs.state_dict(), "perceiver_io")
     return theirs, model
 
@@ -227,7 +228,7 @@ def test_same_outputs_and_gradients(name: str, masked: bool) -> None:
 def test_a_decoder_without_residual() -> None:
     """Its names are others."""
     case = CASES["text classes"]
-    theirs, model = randomised(text_classifier(residual=False)).double().eval(), case.ours().double().eval()
+    theirs, model = perturbed(text_classifier(residual=False)).double().eval(), case.ours().double().eval()
     model.decoder.attention.residual = False
     convert.load(model, theirs.state_dict(), "perceiver_io")
     torch.testing.assert_close(model(drawn(case)), theirs(drawn(case)), rtol=1e-11, atol=1e-11)
@@ -265,7 +266,7 @@ def test_there_and_back(name: str) -> None:
     theirs, model = models(case)
     back, state = convert.to_library(model, "perceiver_io"), theirs.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[key], tensor) for key, tensor in state.items())
-    randomised(model, 5)
+    perturbed(model, 5)
     theirs.load_state_dict(convert.to_library(model, "perceiver_io"))
     again = case.ours()
     convert.load(again, theirs.state_dict(), "perceiver_io")

@@ -14,8 +14,9 @@ from perceiver_kernels import convert
 from perceiver_kernels.models import PerceiverAR
 from perceiver_kernels.models import perceiver_ar as module
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.convert.krasserm import assert_same, gradients, needs_perceiver_io, randomised
+from tests.convert.krasserm import assert_same, gradients, needs_perceiver_io
 from tests.convert.krasserm import theirs as library
+from tests.modules import perturbed
 
 pytestmark = needs_perceiver_io
 
@@ -42,7 +43,7 @@ def original(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "max_seq_len": M, "max_latents": N, "cross_attention_dropout": 0.0, **SIZES}
     config = library.config.CausalSequenceModelConfig(**{**sizes, **CASES[name][0], **changes})
-    return randomised(library.core.CausalSequenceModel(config), seed).eval()
+    return perturbed(library.core.CausalSequenceModel(config), seed).eval()
 
 
 def ours(name: str, theirs: nn.Module, **changes: Any) -> PerceiverAR:
@@ -144,7 +145,7 @@ def test_there_and_back(name: str) -> None:
     model = ours(name, theirs)
     back, state = convert.to_library(model, "perceiver_io"), theirs.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[key], tensor) for key, tensor in state.items())
-    randomised(model, 5)
+    perturbed(model, 5)
     theirs.load_state_dict(convert.to_library(model, "perceiver_io"))
     again = ours(name, theirs)
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())

@@ -15,6 +15,7 @@ from perceiver_kernels import convert
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import EncoderConfig, Perceiver, PerceiverEncoder, PerceiverIO
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.modules import perturbed
 
 library = pytest.importorskip("perceiver_pytorch", reason="perceiver-pytorch is not installed")
 module = pytest.importorskip("perceiver_pytorch.perceiver_pytorch", reason="perceiver-pytorch is not installed")
@@ -140,18 +141,9 @@ def exact_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "fourier_encode", features_as_ours)
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random: no bias is zero and no norm's weight is one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
-
-
 def models(case: Case, seed: int = 0, **changes: Any) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(seed)
-    theirs, model = randomised(case.theirs(), seed).eval(), case.ours(**changes).eval()
+    theirs, model = perturbed(case.theirs(), seed).eval(), case.ours(**changes).eval()
     convert.load(model, theirs.state_dict(), "perceiver_pytorch")
     return theirs, model
 
@@ -239,7 +231,7 @@ def test_dropped_tokens_are_theirs(name: str, masked: bool) -> None:
     case, share = CASES[name], {"seq_dropout_prob": 0.35}
     two_heads = TWO_HEADS[0] if name.startswith("io") else {}
     build = perceiver_io(decoder_ff=True, **two_heads, **share) if name.startswith("io") else language(**share)
-    theirs, model = randomised(build()).double().train(), case.ours(input_dropout=0.35).double().train()
+    theirs, model = perturbed(build()).double().train(), case.ours(input_dropout=0.35).double().train()
     convert.load(model, theirs.state_dict(), "perceiver_pytorch")
     mask = visible(case) if masked else None
     assert_same(case, theirs, model, mask, seed=3)
@@ -281,7 +273,7 @@ def test_there_and_back(name: str) -> None:
     theirs, model = models(case)
     back, state = convert.to_library(model, "perceiver_pytorch"), theirs.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[key], tensor) for key, tensor in state.items())
-    randomised(model, 5)
+    perturbed(model, 5)
     theirs.load_state_dict(convert.to_library(model, "perceiver_pytorch"))
     again = case.ours()
     convert.load(again, theirs.state_dict(), "perceiver_pytorch")

@@ -18,6 +18,7 @@ from perceiver_kernels import convert
 from perceiver_kernels.convert.rules import Rule, to_ours, to_theirs
 from perceiver_kernels.models import PerceiverResampler
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.modules import perturbed
 
 Call = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
 
@@ -54,7 +55,7 @@ def of(**embeddings: int) -> nn.Module:
     return open_flamingo().PerceiverResampler(dim=D, depth=2, dim_head=5, heads=3, num_latents=4, **embeddings)
 
 
-def idefics_config(qk_norm: bool, dim: int = D, heads: int = 3) -> Any:
+def idefics_config(qk_norm: bool, dim: int = D) -> Any:
     from transformers.models.idefics import configuration_idefics as library
 
     perceiver = library.IdeficsPerceiverConfig(qk_layer_norms_perceiver=qk_norm)
@@ -180,15 +181,6 @@ CASES = {
 }  # fmt: skip
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random: no bias is zero and no norm's weight is one."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
-
-
 def media_of(case: Case, seed: int = 1) -> tuple[Tensor, Tensor | None]:
     """Media, and a mask that hides all of the second medium's tokens but the first two."""
     media = torch.randn(case.media, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -239,7 +231,7 @@ def result_of_ours(ours: PerceiverResampler, media: Tensor, mask: Tensor | None)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_theirs(name: str) -> None:
     case = CASES[name]
-    theirs, ours = randomised(case.theirs()).double(), case.ours(dtype=torch.float64)
+    theirs, ours = perturbed(case.theirs()).double(), case.ours(dtype=torch.float64)
     ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict(), ours.state_dict()))
     media, mask = media_of(case)
     out, gradients = result_of_ours(ours, media, mask)
@@ -260,7 +252,7 @@ def test_is_as_accurate_as_theirs(name: str, dtype: torch.dtype) -> None:
     """Over many models: one may be right by luck. Gradients are compared in float64, where no model has luck."""
     case, compared = CASES[name], []
     for seed in range(12):
-        theirs, ours = randomised(case.theirs(), seed).to(dtype), case.ours(dtype=dtype)
+        theirs, ours = perturbed(case.theirs(), seed).to(dtype), case.ours(dtype=dtype)
         ours.load_state_dict(to_ours(case.rules(ours), theirs.state_dict(), ours.state_dict()))
         media, mask = media_of(case, seed)
         media = media.to(dtype)
@@ -273,13 +265,13 @@ def test_is_as_accurate_as_theirs(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_weights_go_there_and_back(name: str) -> None:
     case = CASES[name]
-    theirs, ours = randomised(case.theirs()), case.ours()
+    theirs, ours = perturbed(case.theirs()), case.ours()
     state, rules = theirs.state_dict(), case.rules(ours)
     converted = to_ours(rules, state, ours.state_dict())
     assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in ours.state_dict().items()}
     back = to_theirs(rules, converted)
     assert back.keys() == state.keys() and all(torch.equal(back[n], tensor) for n, tensor in state.items())
-    written = to_theirs(rules, randomised(ours, 1).state_dict())
+    written = to_theirs(rules, perturbed(ours, 1).state_dict())
     theirs.load_state_dict(written)
     again = to_ours(rules, theirs.state_dict(), ours.state_dict())
     assert all(torch.equal(again[n], tensor) for n, tensor in ours.state_dict().items())
@@ -290,7 +282,7 @@ def test_ip_adapters_file_is_read_by_diffusers_as_we_write_it() -> None:
     diffusers()
     unet = pytest.importorskip("diffusers.loaders.unet")
     ours = PerceiverResampler.ip_adapter_plus(dim=D, num_heads=2, num_latents=4, **IP_SIZES)
-    randomised(ours)
+    perturbed(ours)
     written = {n: t.clone() for n, t in convert.to_library(ours, "ip_adapter").items()}
     read = unet.UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers(None, written, low_cpu_mem_usage=False)
     expected = convert.to_library(ours, "diffusers")
@@ -307,7 +299,7 @@ def test_ip_adapters_file_is_read_by_diffusers_as_we_write_it() -> None:
 def test_files(name: str, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     case = {"flamingo_pytorch": "flamingo-pytorch", "ip_adapter": "diffusers"}.get(name, name)
-    ours, copy = randomised(CASES[case].ours()), CASES[case].ours()
+    ours, copy = perturbed(CASES[case].ours()), CASES[case].ours()
     convert.save(ours, tmp_path / "model.safetensors", name)
     convert.load(copy, tmp_path / "model.safetensors", name)
     assert all(torch.equal(t, ours.state_dict()[n]) for n, t in copy.state_dict().items())
@@ -395,5 +387,5 @@ def test_what_a_library_has_no_model_for_is_refused(name: str, build: Callable[[
 def test_the_norm_in_double_is_theirs() -> None:
     from transformers.models.idefics2.modeling_idefics2 import Idefics2RMSNorm
 
-    norm, x = randomised(Idefics2RMSNorm(D, 1e-2)), torch.randn(B, D)
+    norm, x = perturbed(Idefics2RMSNorm(D, 1e-2)), torch.randn(B, D)
     torch.testing.assert_close(rms_norm(norm, x), norm(x))

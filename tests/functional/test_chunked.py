@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from perceiver_kernels import reference
 from perceiver_kernels.absorption import absorb_queries, project_values
 from perceiver_kernels.testing import assert_as_accurate, same_bits
 from perceiver_kernels.testing.targets import Target, machine, only
+from tests.functional.layers import SEED, know_the_seed
 
 OP = "shared_kv_attention"
 B, H, N, M, C = 2, 2, 17, 50, 53
-SEED = torch.tensor([31])
 SIZES = (11, 16, 25, 49, 50, 64)
 
 
@@ -29,9 +28,7 @@ def wanted(target: Target) -> bool:
 
 @pytest.fixture(autouse=True)
 def known_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("attention", "chunked"):
-        module = sys.modules[f"perceiver_kernels.functional.{name}"]
-        monkeypatch.setattr(module, "dropout_seed", lambda p, device: SEED.to(device) if p else None)
+    know_the_seed(monkeypatch)
 
 
 def weights(target: Target, channels: int = C) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,52 +13,32 @@ import perceiver_kernels as pk
 from perceiver_kernels import reference
 from perceiver_kernels.testing import assert_as_accurate, broadcast, same_bits
 from perceiver_kernels.testing.targets import Target, machine, only
+from tests.functional.layers import Layer, know_the_seed
 
 OP = "shared_kv_attention"
 # Latents enough that the largest of an error's elements is a steady measure of it.
 B, N, M, C = (2, 33, 60, 61) if machine() == "interpreter" else (2, 33, 97, 117)
 METHODS = ("absorbed", "projected")
 SHAPES = {"one head": (1, C, C), "heads": (3, 8, 8), "d_qk != d_v": (2, 5, 12), "one head, narrow": (1, 7, 30)}
-SEED = torch.tensor([-77])
 
 
 def wanted(target: Target) -> bool:
     return target.backend != "cuda"
 
 
-@dataclass
-class Layer:
-    """Every tensor of one call, as leaves."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-
-    @classmethod
-    def random(cls, target: Target, shape: str = "heads", batch: int = B, **options: Any) -> Layer:
-        H, d_qk, d_v = SHAPES[shape]
-        generator = torch.Generator().manual_seed(H)
-        sizes = {
-            "q": (batch, H, N, d_qk), "inputs": (B, M, C), "w_k": (H * d_qk, C), "w_v": (H * d_v, C), "b_k": (H * d_qk,),
-            "b_v": (H * d_v,), "norm_weight": (C,), "norm_bias": (C,),
-        }  # fmt: skip
-        drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-        for name in ("w_k", "w_v"):
-            drawn[name] = drawn[name] * C**-0.5
-        # Weights about 1, as training leaves them: attention that is spread over tokens.
-        drawn["norm_weight"] = 1 + 0.2 * drawn["norm_weight"]
-        tensors = {name: value.to(target.device, target.dtype) for name, value in drawn.items()}
-        return cls(tensors, {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in options.items()})
-
-    def without(self, *names: str) -> Layer:
-        return Layer({name: value for name, value in self.tensors.items() if name not in names}, self.options)
-
-    def run(self, function: Any, dtype: torch.dtype | None = None, **more: Any) -> dict[str, Tensor]:
-        """The output and the gradient of every tensor."""
-        leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()}
-        out = function(**leaves, **self.options, **more)
-        gradients = torch.autograd.grad(out, list(leaves.values()), output_gradient(out), allow_unused=True)
-        found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-        return {"out": out.detach(), **{name: g for name, g in found.items() if g is not None}}
+def random_layer(target: Target, shape: str = "heads", batch: int = B, **options: Any) -> Layer:
+    H, d_qk, d_v = SHAPES[shape]
+    generator = torch.Generator().manual_seed(H)
+    sizes = {
+        "q": (batch, H, N, d_qk), "inputs": (B, M, C), "w_k": (H * d_qk, C), "w_v": (H * d_v, C), "b_k": (H * d_qk,),
+        "b_v": (H * d_v,), "norm_weight": (C,), "norm_bias": (C,),
+    }  # fmt: skip
+    drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    for name in ("w_k", "w_v"):
+        drawn[name] = drawn[name] * C**-0.5
+    # Weights about 1, as training leaves them: attention that is spread over tokens.
+    drawn["norm_weight"] = 1 + 0.2 * drawn["norm_weight"]
+    return Layer.on(target, drawn, options, output_gradient)
 
 
 def output_gradient(out: Tensor) -> Tensor:
@@ -93,10 +72,7 @@ def terms_of(layer: Layer, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(layer: Layer, target: Target, **more: Any) -> dict[str, Tensor]:
-    known = {name: value for name, value in layer.options.items() if name != "dropout_p"}
-    if layer.options.get("dropout_p"):
-        known |= {"dropout_p": layer.options["dropout_p"], "dropout_seed": SEED.to(target.device)}
-    judged = Layer(layer.tensors, known)
+    judged = layer.specified()
     actual = layer.run(pk.input_cross_attention, backend=target.backend, **more)
     eager = judged.run(reference.input_cross_attention)
     oracle = judged.run(reference.input_cross_attention, torch.float64)
@@ -124,7 +100,7 @@ def skip_unless_served(target: Target, method: str, **options: Any) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_textbook(target: Target, shape: str, method: str) -> None:
     skip_unless_served(target, method)
-    check(Layer.random(target, shape), target, method=method)
+    check(random_layer(target, shape), target, method=method)
 
 
 SWITCHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -145,7 +121,7 @@ def test_switches(target: Target, switch: str, method: str) -> None:
     """What a switch does to the algebra shows in fp32; how it rounds in 16 bits is the textbook's test."""
     skip_unless_served(target, method)
     absent, options = SWITCHES[switch]
-    check(Layer.random(target, **options).without(*absent), target, method=method)
+    check(random_layer(target, **options).without(*absent), target, method=method)
 
 
 def hidden(kind: str) -> dict[str, Tensor]:
@@ -159,36 +135,30 @@ def hidden(kind: str) -> dict[str, Tensor]:
 def test_hidden_tokens(target: Target, kind: str, method: str) -> None:
     """A latent that sees no token gets exactly 0: no bias reaches it."""
     skip_unless_served(target, method)
-    layer = Layer.random(target, "d_qk != d_v", **hidden(kind))
+    layer = random_layer(target, "d_qk != d_v", **hidden(kind))
     found = check(layer, target, method=method)
     assert not any(found[name][1].any() for name in ("out", "dq", "dinputs"))
     visible = reference.visible_keys(M, layer.options.get("key_mask"), layer.options.get("lengths"))
-    dirty = Layer(dict(layer.tensors), layer.options)
-    dirty.tensors["inputs"] = layer.tensors["inputs"].masked_fill(~visible[..., None], float("nan"))
+    inputs = layer.tensors["inputs"].masked_fill(~visible[..., None], float("nan"))
+    dirty = replace(layer, tensors=layer.tensors | {"inputs": inputs})
     again = dirty.run(pk.input_cross_attention, backend=target.backend, method=method)
     assert [name for name in found if not same_bits(found[name], again[name])] == []
 
 
-@pytest.fixture
-def known_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("attention", "chunked"):
-        module = sys.modules[f"perceiver_kernels.functional.{name}"]
-        monkeypatch.setattr(module, "dropout_seed", lambda p, device: SEED.to(device) if p else None)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", ["one head", "d_qk != d_v"])
-def test_dropout_is_that_of_the_weights(target: Target, known_seed: None, shape: str, method: str) -> None:
+def test_dropout_is_that_of_the_weights(target: Target, shape: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Absorbed, what is dropped of the weights is dropped of both biases too (rho): the same mask gives the same layer."""
     skip_unless_served(target, method, dropout_p=0.3)
-    check(Layer.random(target, shape, dropout_p=0.3), target, method=method)
+    know_the_seed(monkeypatch)
+    check(random_layer(target, shape, dropout_p=0.3), target, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_latents_shared_by_the_batch(target: Target, method: str) -> None:
     """Batch 1, or batch stride 0: no copy is needed, the gradient is summed."""
     skip_unless_served(target, method)
-    layer = Layer.random(target, batch=1)
+    layer = random_layer(target, batch=1)
     found = layer.run(pk.input_cross_attention, backend=target.backend, method=method)
     layer.tensors["q"] = broadcast(layer.tensors["q"].expand(B, -1, -1, -1))
     stretched = check(layer, target, method=method)
@@ -205,7 +175,7 @@ def test_inputs_packed_once_serve_every_layer(target: Target, method: str, kind:
     """The same bits as packing inside the call; the gradient of the inputs adds up over the layers."""
     skip_unless_served(target, method)
     options = {} if kind == "all" else {k: v.to(target.device) for k, v in hidden(kind).items()}
-    layers = [Layer.random(target, shape) for shape in ("heads", "one head")]
+    layers = [random_layer(target, shape) for shape in ("heads", "one head")]
     leaf = layers[0].tensors["inputs"].detach().requires_grad_()
     packed = pk.pack_inputs(leaf, **options, backend=target.backend)
     outs = [
@@ -227,7 +197,7 @@ def test_inputs_packed_once_serve_every_layer(target: Target, method: str, kind:
 
 def test_methods_agree_and_the_planner_takes_one_of_them(target: Target) -> None:
     skip_unless_served(target, "projected")
-    layer = Layer.random(target)
+    layer = random_layer(target)
     by_method = {
         method: layer.run(pk.input_cross_attention, backend=target.backend, method=method)["out"] for method in METHODS
     }
@@ -241,7 +211,7 @@ def test_methods_agree_and_the_planner_takes_one_of_them(target: Target) -> None
 def test_autocast(method: str, heads: int, dtype: torch.dtype) -> None:
     """fp32 parameters under autocast: the result is autocast's dtype whatever the head count, gradients are fp32."""
     target = Target(OP, "reference", "cpu", torch.float32)
-    layer = Layer.random(target, "one head" if heads == 1 else "d_qk != d_v")
+    layer = random_layer(target, "one head" if heads == 1 else "d_qk != d_v")
     with torch.autocast("cpu", dtype=dtype):
         found = layer.run(pk.input_cross_attention, method=method)
     assert found.pop("out").dtype == dtype

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,48 +13,28 @@ import perceiver_kernels as pk
 from perceiver_kernels import reference
 from perceiver_kernels.testing import assert_as_accurate, same_bits
 from perceiver_kernels.testing.targets import Target, machine, only
+from tests.functional.layers import Layer, know_the_seed
 
 OP = "attention"
 # Queries and widths enough that the largest of an error's elements is a steady measure of it.
 B, O, N, C, C_OUT = (2, 65, 33, 29, 18) if machine() == "interpreter" else (2, 300, 97, 109, 90)
 METHODS = ("absorbed", "projected")
 SHAPES = {"one head": (1, 32, 32), "d_qk != d_v": (1, 24, 43), "heads": (3, 8, 12)}
-SEED = torch.tensor([-77])
 
 
-@dataclass
-class Layer:
-    """Every tensor of one call, as leaves."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-
-    @classmethod
-    def random(cls, target: Target, shape: str = "one head", *, batch: int = B, channels: int = C, **options: Any) -> Layer:
-        H, d_qk, d_v = SHAPES[shape]
-        generator = torch.Generator().manual_seed(H + d_qk)
-        sizes = {
-            "queries": (batch, O, channels), "key": (B, H, N, d_qk), "value": (B, H, N, d_v), "w_q": (H * d_qk, channels),
-            "w_o": (C_OUT, H * d_v), "b_q": (H * d_qk,), "b_o": (C_OUT,), "norm_weight": (channels,), "norm_bias": (channels,),
-        }  # fmt: skip
-        drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-        drawn |= {name: drawn[name] * drawn[name].shape[1] ** -0.5 for name in ("w_q", "w_o")}
-        # Weights about 1, as training leaves them: attention that is spread over latents.
-        drawn["norm_weight"] = 1 + 0.2 * drawn["norm_weight"]
-        drawn |= {name: 0.5 * drawn[name] for name in ("key", "b_q", "norm_bias")}
-        tensors = {name: value.to(target.device, target.dtype) for name, value in drawn.items()}
-        return cls(tensors, {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in options.items()})
-
-    def without(self, *names: str) -> Layer:
-        return Layer({name: value for name, value in self.tensors.items() if name not in names}, self.options)
-
-    def run(self, function: Any, dtype: torch.dtype | None = None, **more: Any) -> dict[str, Tensor]:
-        """The output and the gradient of every tensor."""
-        leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()}
-        out = function(**leaves, **self.options, **more)
-        gradients = torch.autograd.grad(out, list(leaves.values()), output_gradient(out))
-        found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-        return {"out": out.detach(), **found}
+def random_layer(target: Target, shape: str = "one head", *, batch: int = B, channels: int = C, **options: Any) -> Layer:
+    H, d_qk, d_v = SHAPES[shape]
+    generator = torch.Generator().manual_seed(H + d_qk)
+    sizes = {
+        "queries": (batch, O, channels), "key": (B, H, N, d_qk), "value": (B, H, N, d_v), "w_q": (H * d_qk, channels),
+        "w_o": (C_OUT, H * d_v), "b_q": (H * d_qk,), "b_o": (C_OUT,), "norm_weight": (channels,), "norm_bias": (channels,),
+    }  # fmt: skip
+    drawn = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    drawn |= {name: drawn[name] * drawn[name].shape[1] ** -0.5 for name in ("w_q", "w_o")}
+    # Weights about 1, as training leaves them: attention that is spread over latents.
+    drawn["norm_weight"] = 1 + 0.2 * drawn["norm_weight"]
+    drawn |= {name: 0.5 * drawn[name] for name in ("key", "b_q", "norm_bias")}
+    return Layer.on(target, drawn, options, output_gradient)
 
 
 def output_gradient(out: Tensor) -> Tensor:
@@ -76,10 +55,7 @@ def largest_lse(layer: Layer) -> float:
 
 
 def check(layer: Layer, target: Target, **more: Any) -> dict[str, Tensor]:
-    known = {name: value for name, value in layer.options.items() if name != "dropout_p"}
-    if layer.options.get("dropout_p"):
-        known |= {"dropout_p": layer.options["dropout_p"], "dropout_seed": SEED.to(target.device)}
-    judged = Layer(layer.tensors, known)
+    judged = layer.specified()
     actual = layer.run(pk.output_cross_attention, backend=target.backend, **more)
     eager = judged.run(reference.output_cross_attention)
     oracle = judged.run(reference.output_cross_attention, torch.float64)
@@ -97,7 +73,7 @@ FORMS = [("one head", "absorbed"), ("d_qk != d_v", "absorbed"), ("d_qk != d_v", 
 
 @pytest.mark.parametrize(("shape", "method"), FORMS)
 def test_textbook(target: Target, shape: str, method: str) -> None:
-    check(Layer.random(target, shape), target, method=method)
+    check(random_layer(target, shape), target, method=method)
 
 
 SWITCHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -118,13 +94,13 @@ SWITCHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def test_switches(target: Target, switch: str, method: str) -> None:
     """What a switch does to the algebra shows in fp32; how it rounds in 16 bits is the textbook's test."""
     absent, options = SWITCHES[switch]
-    check(Layer.random(target, **options).without(*absent), target, method=method)
+    check(random_layer(target, **options).without(*absent), target, method=method)
 
 
 @pytest.mark.parametrize("channels", [46, 47, 48])
 def test_ones_take_spare_channels_or_sixteen_more(target: Target, channels: int) -> None:
     """Two channels of ones fill the padding of 46, and start another 16 after 47, of which only one fits, and 48."""
-    layer = Layer.random(target, channels=channels)
+    layer = random_layer(target, channels=channels)
     problem = pk.explain(pk.output_cross_attention, **layer.tensors).problem
     assert problem.channels == (48 if channels + problem.bias_channels <= 48 else 64)
     check(layer, target, method="absorbed")
@@ -145,14 +121,14 @@ def hidden(kind: str) -> dict[str, Tensor]:
 @only(torch.float32, torch.float16)
 def test_hidden_rows(target: Target, kind: str, method: str) -> None:
     """A query that sees nothing gives b_o and has no gradient; what hidden rows hold, NaN included, changes no bit."""
-    layer = Layer.random(target, "d_qk != d_v", **hidden(kind))
+    layer = random_layer(target, "d_qk != d_v", **hidden(kind))
     found = check(layer, target, method=method)
     keys = reference.visible_keys(N, layer.options.get("key_mask"), layer.options.get("lengths"))
     keys = torch.ones(B, N, dtype=torch.bool, device=target.device) if keys is None else keys
     rows = layer.options.get("query_mask", torch.ones(B, O, dtype=torch.bool, device=target.device))
     blind = ~(rows & keys.any(1, keepdim=True))
     assert blind.any() and (found["out"][blind] == layer.tensors["b_o"]).all() and not found["dqueries"][blind].any()
-    dirty = Layer(dict(layer.tensors), layer.options)
+    dirty = replace(layer, tensors=dict(layer.tensors))
     dirty.tensors["queries"] = layer.tensors["queries"].masked_fill(~rows[..., None], float("nan"))
     for name in ("key", "value"):
         dirty.tensors[name] = layer.tensors[name].masked_fill(~keys[:, None, :, None], float("nan"))
@@ -160,19 +136,14 @@ def test_hidden_rows(target: Target, kind: str, method: str) -> None:
     assert [name for name in found if not same_bits(found[name], again[name])] == []
 
 
-@pytest.fixture
-def known_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["perceiver_kernels.functional.attention"]
-    monkeypatch.setattr(module, "dropout_seed", lambda p, device: SEED.to(device) if p else None)
-
-
 @pytest.mark.parametrize(("shape", "method"), FORMS[1:])
 @only(torch.float32, torch.bfloat16)
-def test_dropout_is_that_of_the_weights(target: Target, known_seed: None, shape: str, method: str) -> None:
+def test_dropout_is_that_of_the_weights(target: Target, shape: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but b_o is weighted: dropped weights take their part of b_v, inside value, with them."""
     if target.backend == "sdpa":
         pytest.skip("sdpa draws its own dropout")
-    check(Layer.random(target, shape, dropout_p=0.3), target, method=method)
+    know_the_seed(monkeypatch)
+    check(random_layer(target, shape, dropout_p=0.3), target, method=method)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -181,7 +152,7 @@ def test_dropout_is_that_of_the_weights(target: Target, known_seed: None, shape:
 def test_queries_shared_by_the_batch(target: Target, method: str, masked: bool) -> None:
     """Batch 1 is packed and, where it is projected, projected once; its gradient is the sum over the batch."""
     options = {} if not masked else hidden("query_mask")
-    layer = Layer.random(target, batch=1, **options)
+    layer = random_layer(target, batch=1, **options)
     if masked:
         nowhere = ~layer.options["query_mask"].any(0)
         assert nowhere.any()
@@ -199,7 +170,7 @@ def test_queries_shared_by_the_batch(target: Target, method: str, masked: bool) 
 @only(torch.float32, torch.bfloat16)
 def test_queries_packed_once_serve_every_layer(target: Target, method: str, kind: str) -> None:
     """The same bits as packing inside the call, and the same gradient of the queries."""
-    layer = Layer.random(target)
+    layer = random_layer(target)
     mask = None if kind == "all" else hidden("query_mask")["query_mask"].to(target.device)
     leaf = layer.tensors["queries"].detach().requires_grad_()
     packed = pk.pack_inputs(leaf, key_mask=mask, constants=2, backend=target.backend)
@@ -228,7 +199,7 @@ def test_packed_queries_are_inputs_too(target: Target, method: str) -> None:
 
 @only(torch.float32, torch.bfloat16)
 def test_packed_queries_without_ones_are_projected(target: Target) -> None:
-    layer = Layer.random(target)
+    layer = random_layer(target)
     bare = layer.tensors | {"queries": pk.pack_inputs(layer.tensors["queries"], backend=target.backend)}
     assert "channels of ones" in str(pk.explain(pk.output_cross_attention, **bare))
     with pytest.raises(ValueError, match=r"method='absorbed' cannot serve .* pack_inputs\(..., constants=[12]\), got 0"):
@@ -248,7 +219,7 @@ def test_pixels_with_fourier_positions_ask(target: Target, method: str, shared: 
     """An image as queries, uint8, its positions computed on the way: the floats they stand for."""
     images = torch.randint(0, 256, (1 if shared else B, 3, 12, 13), dtype=torch.uint8, device=target.device)
     raw = pk.InputArray.image(images, pk.FourierPositions(6, (12.0, 13.0)), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    layer = Layer.random(target, channels=raw.channels)
+    layer = random_layer(target, channels=raw.channels)
     tensors = layer.tensors | {"queries": raw}
     out = pk.output_cross_attention(**tensors, method=method, backend=target.backend)
     whole = raw.slice(dtype=torch.float32)
@@ -264,7 +235,7 @@ def test_pixels_with_fourier_positions_ask(target: Target, method: str, shared: 
 @only(torch.float32, torch.bfloat16)
 def test_queries_of_more_channels_than_are_packed(target: Target) -> None:
     """Decoders of 1,026 channels are projected: their rows are normalised by torch."""
-    layer = Layer.random(target, channels=1026, **hidden("query_mask"))
+    layer = random_layer(target, channels=1026, **hidden("query_mask"))
     check(layer, target)
     with pytest.raises(ValueError, match="more than 1024 channels, got 1040 and 90"):
         layer.run(pk.output_cross_attention, method="absorbed", backend=target.backend)
@@ -275,7 +246,7 @@ def test_queries_of_more_channels_than_are_packed(target: Target) -> None:
 def test_wide_queries_join_their_positions(target: Target, form: str) -> None:
     """What is too wide to be packed is what packing would join: pixels, and trained or computed positions."""
     fourier = pk.FourierPositions(4, (float(O),))
-    layer = Layer.random(target, channels=1026, **hidden("query_mask"))
+    layer = random_layer(target, channels=1026, **hidden("query_mask"))
     content, trained = layer.tensors["queries"].split([1026 - fourier.channels, fourier.channels], -1)
     trained = trained[0].clone().requires_grad_()
     raw = pk.InputArray.tokens(content, trained if form == "trained" else fourier)
@@ -292,7 +263,7 @@ def test_wide_queries_join_their_positions(target: Target, form: str) -> None:
 @pytest.mark.parametrize(("shape", "method"), FORMS[1:])
 def test_autocast(shape: str, method: str, dtype: torch.dtype) -> None:
     """fp32 parameters under autocast: as accurate as the textbook in autocast's dtype, gradients in fp32."""
-    layer = Layer.random(Target(OP, "reference", "cpu", torch.float32), shape)
+    layer = random_layer(Target(OP, "reference", "cpu", torch.float32), shape)
     with torch.autocast("cpu", dtype=dtype):
         found = layer.run(pk.output_cross_attention, method=method)
         eager = layer.run(reference.output_cross_attention)
@@ -305,7 +276,7 @@ def test_autocast(shape: str, method: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mixed", ["queries", "value", "w_q", "w_o", "b_q", "b_o", "norm_weight", "norm_bias"])
 def test_dtypes_may_be_mixed(mixed: str) -> None:
     """The result is in key's dtype, whatever floats the others are."""
-    layer = Layer.random(Target(OP, "reference", "cpu", torch.bfloat16))
+    layer = random_layer(Target(OP, "reference", "cpu", torch.bfloat16))
     layer.tensors[mixed] = layer.tensors[mixed].float()
     for method in METHODS:
         found = layer.run(pk.output_cross_attention, method=method)
@@ -316,7 +287,7 @@ def test_dtypes_may_be_mixed(mixed: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_to_do(sizes: tuple[int, int, int], method: str) -> None:
     b, o, n = sizes
-    layer = Layer.random(Target(OP, "reference", "cpu", torch.float32))
+    layer = random_layer(Target(OP, "reference", "cpu", torch.float32))
     layer.tensors["queries"] = layer.tensors["queries"][:b, :o]
     layer.tensors |= {name: layer.tensors[name][:b, :, :n] for name in ("key", "value")}
     found = layer.run(pk.output_cross_attention, method=method)
@@ -335,7 +306,7 @@ class TestTransforms:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_gradients_of_each(self, method: str) -> None:
-        layer = Layer.random(Target(OP, "reference", "cpu", torch.float64))
+        layer = random_layer(Target(OP, "reference", "cpu", torch.float64))
         weights = {name: t for name, t in layer.tensors.items() if name not in ("queries", "key", "value")}
         data = [layer.tensors[name][:, None, :, :7] for name in ("key", "value")]
         queries = layer.tensors["queries"][:, None, :11]
@@ -348,7 +319,7 @@ class TestTransforms:
 
     def test_second_derivative(self) -> None:
         """Composite backends are differentiated by torch, twice too."""
-        layer = Layer.random(Target(OP, "reference", "cpu", torch.float64))
+        layer = random_layer(Target(OP, "reference", "cpu", torch.float64))
         small = [layer.tensors["queries"][:1, :3], layer.tensors["key"][:1, :, :4], layer.tensors["w_q"], layer.tensors["b_q"]]
 
         def run(queries: Tensor, key: Tensor, w_q: Tensor, b_q: Tensor) -> Tensor:

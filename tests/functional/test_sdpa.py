@@ -33,8 +33,8 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
-def standard(d_v: int = D_V) -> list[Tensor]:
-    return [rand(B, H, LQ, D_QK), rand(B, H, LK, D_QK, seed=1), rand(B, H, LK, d_v, seed=2)]
+def standard() -> list[Tensor]:
+    return [rand(B, H, LQ, D_QK), rand(B, H, LK, D_QK, seed=1), rand(B, H, LK, D_V, seed=2)]
 
 
 def results(function: Any, tensors: list[Tensor], target: Target, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def test_a_row_of_the_lowest_number_gives_the_mean(target: Target) -> None:
     swallowed too, and take each weight for 1.
     """
     tensors = [tensor.to(target.device, target.dtype).requires_grad_() for tensor in standard()]
-    query, key, value = tensors
+    query, _, value = tensors
     mask = rows_masked(torch.finfo(target.dtype).min).to(query)
     with use_backend(target.backend):
         out = scaled_dot_product_attention(*tensors, mask)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perceiver_kernels import reference, scaled_dot_product_attention, use_backend
+from perceiver_kernels import scaled_dot_product_attention, use_backend
 from perceiver_kernels.testing import assert_as_accurate
 from perceiver_kernels.testing.targets import Target, only
+from tests.functional.test_sdpa import eager, torchs
 
 OP = "attention"
 NAME = "nn.functional.scaled_dot_product_attention"
@@ -79,15 +79,6 @@ def results(function: Any, sample: Sample, dtype: torch.dtype, learned_mask: boo
     generator = torch.Generator().manual_seed(3)
     upstream = torch.randn(out.shape, generator=generator).to(sample.tensors[0].detach()).to(dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-
-
-def torchs(*arguments: Any, **options: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*arguments, **options)
-
-
-def eager(*arguments: Any, is_causal: bool = False, enable_gqa: bool = False, **options: Any) -> Tensor:
-    return reference.attention(*arguments, causal="upper_left" if is_causal else "none", **options)[0]
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

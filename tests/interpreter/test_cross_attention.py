@@ -5,7 +5,6 @@ Those that ask for what the kernels compute; the algebra of the layer's switches
 
 from tests.functional.test_cross_attention import (  # noqa: F401
     OP,
-    known_seed,
     test_autocast,
     test_dropout_is_that_of_the_weights,
     test_hidden_tokens,

@@ -73,13 +73,13 @@ def sampled(points: Tensor, count: int, first: list[int]) -> Tensor:
     return torch.tensor(chosen)
 
 
-def plain_encode(model: Any, points: Tensor, features: Tensor | None = None, sample: Tensor | None = None) -> Any:
+def plain_encode(model: Any, points: Tensor, features: Tensor | None = None) -> Any:
     """Latents, or mean and log variance."""
     e = model.point_embedding
     if model.queries is not None:
         z = model.queries.expand(points.shape[0], -1, -1)
     else:
-        sample = sampled(points, model.config.num_latents, [0] * points.shape[0]) if sample is None else sample
+        sample = sampled(points, model.config.num_latents, [0] * points.shape[0])
         rows = torch.arange(points.shape[0])[:, None]
         z = embed(points[rows, sample], e, None if features is None else features[rows, sample])
     cloud, layer = embed(points, e, features), model.read

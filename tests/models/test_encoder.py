@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perceiver_kernels import functional
 from perceiver_kernels.models import EncoderConfig, PerceiverEncoder
+from tests.modules import perturbed
 
 B, M, C = 2, 40, 13
 
@@ -23,11 +24,7 @@ def tiny(**changes: Any) -> EncoderConfig:
 
 
 def randomised(config: EncoderConfig) -> PerceiverEncoder:
-    model, generator = PerceiverEncoder(config, dtype=torch.float64), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
+    return perturbed(PerceiverEncoder(config, dtype=torch.float64), scale=0.2)
 
 
 def tokens() -> Tensor:

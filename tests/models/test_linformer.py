@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from perceiver_kernels import convert
 from perceiver_kernels.models import Linformer, LinformerConfig, LinformerLM, LinformerLMConfig
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.models.test_perceiver import assert_same
-from tests.nn.test_attention import result_and_gradients
+from tests.modules import assert_same, perturbed, result_and_gradients
 
 linformer = pytest.importorskip("linformer")
 
@@ -34,10 +33,7 @@ def theirs(case: str, language: bool) -> nn.Module:
     options = {name.replace("head_dim", "dim_head"): value for name, value in CASES[case].items()}
     sizes = {"dim": D, "seq_len": LENGTH, "depth": 2, "k": 5, "heads": 4, **options}
     model = linformer.LinformerLM(num_tokens=V, **sizes) if language else linformer.Linformer(**sizes)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.double()
+    return perturbed(model, scale=0.2).double()
 
 
 def ours(case: str, language: bool, **changes: Any) -> Linformer | LinformerLM:
@@ -69,7 +65,7 @@ def test_parity(case: str, language: bool, length: int) -> None:
     gradients = {name: expected[name] for name, _ in original.named_parameters()}
     home = convert.rules.to_ours(convert.rules_of(model, "linformer"), gradients, model.state_dict())
     actual = result_and_gradients(run(model), model, *leaves)
-    assert_same(actual, home | {name: tensor for name, tensor in expected.items() if name not in gradients})
+    assert_same(actual, home | {name: tensor for name, tensor in expected.items() if name not in gradients}, 1024)
 
 
 @pytest.mark.parametrize("language", [False, True])
@@ -129,7 +125,7 @@ def test_compiles_without_a_graph_break(checkpointing: bool) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     mask = torch.arange(N) < torch.tensor([N, 6])[:, None]
     actual = result_and_gradients(lambda: compiled(tokens(), mask), model)
-    assert_same(actual, result_and_gradients(lambda: model(tokens(), mask), model))
+    assert_same(actual, result_and_gradients(lambda: model(tokens(), mask), model), 1024)
 
 
 def test_autocast() -> None:

@@ -18,6 +18,7 @@ from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import Perceiver, PerceiverConfig
 from perceiver_kernels.nn import CrossBlock, LatentBlock, LearnedPositions
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.modules import assert_same, perturbed, result_and_gradients
 
 B, M, C = 2, 40, 13
 IMAGENET_PIXELS = 224 * 224
@@ -32,12 +33,7 @@ def tiny(**changes: Any) -> PerceiverConfig:
 
 
 def randomised(config: PerceiverConfig, seed: int = 0) -> Perceiver:
-    """A model whose every parameter is random, so that no bias is zero and no LayerNorm weight is one."""
-    model, generator = Perceiver(config), torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
+    return perturbed(Perceiver(config), seed, 0.2)
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,24 +79,6 @@ def textbook(model: Perceiver, x: Tensor, order: str, visible: Tensor | None = N
     return model.head(pooled if model.head_norm is None else norm(pooled, model.head_norm))
 
 
-def result_and_gradients(run: Any, model: Perceiver, x: Tensor) -> dict[str, Tensor]:
-    out = run(x)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
-    named = dict(model.named_parameters()) | {"inputs": x}
-    gradients = torch.autograd.grad(out, list(named.values()), upstream)
-    return {"logits": out.detach(), **dict(zip(named, gradients, strict=True))}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to rounding of the dtype, relative to the largest element of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        rounding = 1024 * torch.finfo(tensor.dtype).eps
-        # A key bias shifts all scores of a row alike: its gradient is rounding of what the weight's gradient sums.
-        scale = expected[name.replace("k_proj.bias", "k_proj.weight")].abs().max().item()
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=rounding * scale, msg=lambda m, name=name: f"{name}: {m}")
-
-
 ORDERS = {
     "v2": (tiny(), "C0 B0 C1 B0 C1 B0 B0"),
     "v1": (tiny(weight_sharing="v1"), "C0 B0 C1 B1 C1 B1 B1"),
@@ -132,7 +110,7 @@ def test_equals_the_equations_written_out(case: str, method: str) -> None:
     visible = torch.rand(B, M, generator=torch.Generator().manual_seed(1)) < 0.7
     x = tokens(torch.float64).requires_grad_()
     actual = result_and_gradients(lambda x: model(x, visible), model, x)
-    assert_same(actual, result_and_gradients(lambda x: textbook(model, x, order, visible), model, x))
+    assert_same(actual, result_and_gradients(lambda x: textbook(model, x, order, visible), model, x), 1024)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,7 +183,7 @@ def test_chunked_equals_whole(chunk_size: int) -> None:
     lengths = torch.tensor([M, 9], dtype=torch.int32)
     x = tokens(torch.float64).requires_grad_()
     actual = result_and_gradients(lambda x: chunked(x, lengths=lengths), chunked, x)
-    assert_same(actual, result_and_gradients(lambda x: whole(x, lengths=lengths), whole, x))
+    assert_same(actual, result_and_gradients(lambda x: whole(x, lengths=lengths), whole, x), 1024)
 
 
 def test_lengths_mask_and_truncation_agree() -> None:

@@ -144,7 +144,7 @@ class TestEveryModel:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_two_sources_differ_in_what_is_said(name: str) -> None:
-    build, inputs = MODELS[name]
+    build, _ = MODELS[name]
     torch.manual_seed(0)
     deepmind, transformers = build().eval(), build(like="transformers").eval()
     assert {m.activation for m in deepmind.modules() if hasattr(m, "activation")} == {"gelu_tanh"}

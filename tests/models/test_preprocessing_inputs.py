@@ -121,11 +121,11 @@ def video(**changes: Any) -> PerceiverIO:
     return PerceiverIO.multimodal(**{**sizes, "hidden_channels": 12, "label_query_channels": 30, **TINY, **changes})
 
 
-def clip(batch: int = 2, side: int = 8, samples: int = 16, frames: int = 2) -> dict[str, Tensor]:
+def clip(side: int = 8, samples: int = 16, frames: int = 2) -> dict[str, Tensor]:
     return {
-        "image": torch.randn(batch, frames, 3, side, side),
-        "audio": torch.randn(batch, samples, 1),
-        "label": torch.rand(batch, 5),
+        "image": torch.randn(2, frames, 3, side, side),
+        "audio": torch.randn(2, samples, 1),
+        "label": torch.rand(2, 5),
     }
 
 
@@ -181,11 +181,11 @@ def test_a_model_of_exported_parts() -> None:
         assert {name for name in own if name[0].isupper()} <= set(models.__all__), module
 
 
-def of_head(head: nn.Module, channels: int = 16) -> Callable[[], Any]:
+def of_head(head: nn.Module) -> Callable[[], Any]:
     """A call of a model whose decoder gives 16 channels."""
     preprocessor = PixelPreprocessor(3, grid(4, 4))
     encoder = PerceiverEncoder(EncoderConfig(input_dim=preprocessor.channels, num_cross_attends=1, **TINY))
-    model = PerceiverIO(preprocessor, encoder, LearnedQueries(1, channels), OutputBlock(channels, 16), head)
+    model = PerceiverIO(preprocessor, encoder, LearnedQueries(1, 16), OutputBlock(16, 16), head)
     return lambda: model(torch.rand(2, 3, 4, 4))
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels import use_backend
 from perceiver_kernels.models import PerceiverResampler, PerceiverResamplerConfig
+from tests.modules import perturbed
 
 B, T, FRAMES, M, D = 2, 3, 2, 7, 24
 
@@ -33,11 +34,7 @@ def tiny(**changes: Any) -> PerceiverResamplerConfig:
 
 def randomised(config: PerceiverResamplerConfig, dtype: torch.dtype = torch.float64) -> PerceiverResampler:
     torch.manual_seed(0)
-    model, generator = PerceiverResampler(config, dtype=dtype), torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
+    return perturbed(PerceiverResampler(config, dtype=dtype))
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

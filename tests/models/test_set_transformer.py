@@ -14,8 +14,8 @@ from perceiver_kernels import convert
 from perceiver_kernels.models import SetTransformer, SetTransformerConfig
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.models.plain_set_transformer import PlainSetTransformer
-from tests.models.test_perceiver import assert_same
-from tests.nn.test_attention import METHODS, result_and_gradients
+from tests.modules import assert_same, result_and_gradients
+from tests.nn.test_attention import METHODS
 
 B, M = 3, 29
 
@@ -68,7 +68,7 @@ def test_equals_the_equations_written_out(form: str, method: str, masked: bool) 
     expected = result_and_gradients(lambda x: oracle(x, mask), oracle, x)
     gradients = {name: expected[name] for name, _ in oracle.named_parameters()}
     ours = convert.rules.to_ours(convert.rules_of(model, "set_transformer"), gradients, model.state_dict())
-    assert_same(actual, ours | {"out": expected["out"], "leaf 0": expected["leaf 0"]})
+    assert_same(actual, ours | {"out": expected["out"], "leaf 0": expected["leaf 0"]}, 1024)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -153,7 +153,7 @@ def test_compiles_without_a_graph_break(checkpointing: bool) -> None:
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), elements(model)
     mask = mask_of()
     actual = result_and_gradients(lambda x: compiled(x, mask), model, x)
-    assert_same(actual, result_and_gradients(lambda x: model(x, mask), model, x))
+    assert_same(actual, result_and_gradients(lambda x: model(x, mask), model, x), 1024)
 
 
 def test_autocast() -> None:

@@ -17,7 +17,7 @@ from perceiver_kernels.models import LatentDistribution, VecSetAutoencoder, VecS
 from perceiver_kernels.nn import farthest_points
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.models.plain_vecset import plain_decode, plain_encode
-from tests.nn.test_attention import result_and_gradients
+from tests.modules import perturbed, result_and_gradients
 
 B, M, O = 2, 40, 23
 
@@ -38,10 +38,7 @@ def model_of(case: str, **changes: Any) -> VecSetAutoencoder:
     """A model with noise on every parameter, so that no bias is zero and no norm weight is one."""
     torch.manual_seed(0)
     model = VecSetAutoencoder(VecSetConfig(**{**SMALL, **CASES[case], **changes}), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-    return model
+    return perturbed(model, scale=0.2)
 
 
 def arrays(model: VecSetAutoencoder) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from perceiver_kernels import functional, reference
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.nn import CrossAttention, SelfAttention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
+from tests.modules import assert_same, randomised, result_and_gradients
 
 B, N, M, D, C = 2, 5, 37, 24, 21
 
@@ -34,16 +34,6 @@ SWITCHES = {
     "bare": {"norm_latents": False, "norm_inputs": False, "bias": False, "out_bias": False, "residual": False},
 }
 METHODS = ("absorbed", "projected")
-
-
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, so that no bias is zero and no LayerNorm weight is one."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5
-        parameter.data = noise * scale + (1.0 if parameter.data.eq(1).all() else 0.0)
-    return module
 
 
 def textbook(module: CrossAttention, latents: Tensor, inputs: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -71,25 +61,6 @@ def tensors(
     z = torch.randn(latents, generator=generator)
     x = 0.5 + 2.0 * torch.randn(inputs, generator=generator)
     return z.to(dtype).requires_grad_(), x.to(dtype).requires_grad_()
-
-
-def result_and_gradients(run: Any, module: nn.Module, *leaves: Tensor) -> dict[str, Tensor]:
-    """The output of ``run(*leaves)`` and its gradients, by name, for one fixed upstream gradient."""
-    named = dict(module.named_parameters()) | {f"leaf {i}": leaf for i, leaf in enumerate(leaves)}
-    out = run(*leaves)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
-    gradients = torch.autograd.grad(out, list(named.values()), upstream)
-    return {"out": out.detach(), **dict(zip(named, gradients, strict=True))}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to rounding of the dtype, relative to the largest element of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        rounding = 256 * torch.finfo(tensor.dtype).eps
-        # A key bias shifts all scores of a row alike: its gradient is rounding of what the weight's gradient sums.
-        scale = expected[name.replace("k_proj.bias", "k_proj.weight")].abs().max().item()
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=rounding * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
 VISIBILITY = {

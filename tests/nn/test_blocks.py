@@ -16,17 +16,9 @@ import perceiver_kernels
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
 from perceiver_kernels.nn import CrossBlock, FeedForward, LatentBlock, LearnedPositions, OutputBlock, SelfAttention
+from tests.modules import perturbed
 
 B, N, M, D, C = 2, 6, 19, 16, 11
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """Every parameter random, so that no bias is zero and no LayerNorm weight is one."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        with torch.no_grad():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return module
 
 
 def as_torch_layer(block: LatentBlock, widening_factor: int) -> nn.TransformerEncoderLayer:
@@ -46,7 +38,7 @@ def as_torch_layer(block: LatentBlock, widening_factor: int) -> nn.TransformerEn
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("widening_factor", [1, 4])
 def test_latent_block_equals_torch_encoder_layer(widening_factor: int, masked: bool) -> None:
-    block = randomised(LatentBlock(D, 4, widening_factor=widening_factor))
+    block = perturbed(LatentBlock(D, 4, widening_factor=widening_factor))
     layer = as_torch_layer(block, widening_factor)
     x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
     key_mask = torch.tensor([[True] * N, [True] * 3 + [False] * 3]) if masked else None
@@ -78,7 +70,7 @@ WRITTEN = {
 @pytest.mark.parametrize("residual", [False, True])
 def test_feed_forward_as_written(activation: str, norm: str | None, residual: bool) -> None:
     bias = not residual
-    layer = randomised(FeedForward(D, 3, activation=activation, norm=norm, residual=residual, bias=bias)).double()
+    layer = perturbed(FeedForward(D, 3, activation=activation, norm=norm, residual=residual, bias=bias)).double()
     x = torch.randn(B, N, D, dtype=torch.float64)
     y = x
     if norm == "layer":
@@ -110,7 +102,7 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 def test_feed_forward_of_packed_rows(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros after odd rows, and the norm's weights in those of the product, change no result."""
-    layer = randomised(FeedForward(C, **ODD[case])).double()
+    layer = perturbed(FeedForward(C, **ODD[case])).double()
     x = torch.randn(B, N, C, dtype=torch.float64)
     out = torch.randn(B, N, layer.out_dim, dtype=torch.float64)
     expected = layer_and_gradients(layer, x, out)
@@ -129,7 +121,7 @@ def test_feed_forward_of_packed_rows(case: str, monkeypatch: pytest.MonkeyPatch)
     [({}, True), ({"activation": "geglu"}, False), ({"norm": "rms"}, False), ({"hidden_dim": 640}, True)], ids=str,
 )
 def test_long_odd_rows_are_packed_on_a_gpu(changes: dict[str, Any], packed: bool) -> None:
-    layer = randomised(FeedForward(322, **changes)).cuda()
+    layer = perturbed(FeedForward(322, **changes)).cuda()
     x, out = (torch.randn(1, 14_000, 322, device="cuda") for _ in range(2))
     exact = layer_and_gradients(copy.deepcopy(layer).double(), x.double(), out.double())
     layer, x, out = layer.bfloat16(), x.bfloat16(), out.bfloat16()
@@ -143,7 +135,7 @@ def test_long_odd_rows_are_packed_on_a_gpu(changes: dict[str, Any], packed: bool
 
 
 def test_feed_forward_of_another_width() -> None:
-    layer = randomised(FeedForward(D, hidden_dim=7, out_dim=5, activation="swiglu", residual=False)).double()
+    layer = perturbed(FeedForward(D, hidden_dim=7, out_dim=5, activation="swiglu", residual=False)).double()
     x = torch.randn(B, N, D, dtype=torch.float64)
     active = WRITTEN["swiglu"](layer.up_proj(layer.norm(x)))
     torch.testing.assert_close(layer(x), active @ layer.down_proj.weight.T + layer.down_proj.bias, rtol=1e-12, atol=1e-12)
@@ -154,7 +146,7 @@ def test_feed_forward_of_another_width() -> None:
 
 
 def test_feed_forward_dropout_spares_the_residual() -> None:
-    layer = randomised(FeedForward(D, dropout=0.5))
+    layer = perturbed(FeedForward(D, dropout=0.5))
     x = torch.randn(64, N, D)
     torch.manual_seed(0)
     added = layer(x) - x
@@ -166,7 +158,7 @@ def test_feed_forward_dropout_spares_the_residual() -> None:
 
 def test_hidden_dropout_is_before_the_second_linear_layer() -> None:
     """With an identity as that layer, half of the result is 0 and the rest twice what it was."""
-    layer = randomised(FeedForward(D, hidden_dropout=0.5, residual=False))
+    layer = perturbed(FeedForward(D, hidden_dropout=0.5, residual=False))
     layer.down_proj.weight.data, layer.down_proj.bias.data = torch.eye(D), torch.zeros(D)
     x = torch.randn(64, N, D)
     dropped, undropped = layer(x), layer.eval()(x)
@@ -178,7 +170,7 @@ def test_hidden_dropout_is_before_the_second_linear_layer() -> None:
 @pytest.mark.parametrize("kind", [lambda p: SelfAttention(D, 4, drop_path=p), lambda p: FeedForward(D, drop_path=p)])
 def test_drop_path_drops_whole_branches(kind: Callable[[float], nn.Module]) -> None:
     """An entry of the batch is the residual alone, or its branch weighs 1 / (1 - p); evaluation drops nothing."""
-    layer, x = randomised(kind(0.25)), torch.randn(400, N, D)
+    layer, x = perturbed(kind(0.25)), torch.randn(400, N, D)
     branch = layer.eval()(x) - x
     layer.train()
     actual = layer(x) - x
@@ -194,7 +186,7 @@ def test_blocks_pass_their_options_on() -> None:
 
 
 def test_cross_block_is_attention_then_feed_forward() -> None:
-    block = randomised(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, activation="gelu_tanh"))
+    block = perturbed(CrossBlock(D, C, qk_channels=12, v_channels=8, num_heads=2, widening_factor=2, activation="gelu_tanh"))
     latents, inputs = torch.randn(1, N, D), torch.randn(B, M, C)
     lengths = torch.tensor([M, 4], dtype=torch.int32)
     read = block.attention(latents, inputs, lengths=lengths)
@@ -203,14 +195,14 @@ def test_cross_block_is_attention_then_feed_forward() -> None:
 
 
 def test_cross_block_without_residual_forgets_the_latents() -> None:
-    block = randomised(CrossBlock(D, C, residual=False, method="absorbed"))
+    block = perturbed(CrossBlock(D, C, residual=False, method="absorbed"))
     latents, inputs = torch.randn(B, N, D), torch.randn(B, 1, C)
     # With one token every query reads the same value, so nothing of the latents is left.
     torch.testing.assert_close(block(latents, inputs), block(torch.zeros_like(latents), inputs))
 
 
 def test_output_block_without_feed_forward_is_its_attention() -> None:
-    block = randomised(OutputBlock(C, D, qk_channels=6, feed_forward=False))
+    block = perturbed(OutputBlock(C, D, qk_channels=6, feed_forward=False))
     queries, latents = torch.randn(B, M, C), torch.randn(B, N, D)
     assert torch.equal(block(queries, latents), block.attention(queries, latents))
     assert block.feed_forward is None and block.flops(B, M, N) == block.attention.flops(B, M, N)
@@ -224,7 +216,7 @@ def test_biases_of_queries_keys_and_values() -> None:
         (lambda **options: CrossBlock(D, C, **options), (x, inputs)),
         (lambda **options: OutputBlock(C, D, **options), (inputs, x)),
     ):
-        plain, biased = randomised(build(qkv_bias=False)), build(qkv_bias=True)
+        plain, biased = perturbed(build(qkv_bias=False)), build(qkv_bias=True)
         state = biased.state_dict()
         lacking = state.keys() - plain.state_dict().keys()
         assert lacking and all(name.startswith("attention.") and name.endswith("proj.bias") for name in lacking)
@@ -264,7 +256,7 @@ def test_blocks_copy_and_move() -> None:
 def test_learned_positions_receive_their_gradient() -> None:
     """The module's table beside the content is the concatenation, and learns through it."""
     positions = LearnedPositions(M, 4)
-    block = randomised(CrossBlock(D, C + 4))
+    block = perturbed(CrossBlock(D, C + 4))
     content, latents = torch.randn(B, M, C, requires_grad=True), torch.randn(1, N, D)
     leaves = (positions.weight, content)
     actual = block(latents, InputArray.tokens(content, positions()))

@@ -10,16 +10,9 @@ from torch import Tensor, nn
 
 from perceiver_kernels import rotary_tables
 from perceiver_kernels.nn import JointAttention, KeyValueCache, LatentBlock, Rotary, SelfAttention
+from tests.modules import perturbed
 
 B, M, N, D, H = 2, 7, 6, 16, 4
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        with torch.no_grad():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return module.double()
 
 
 def sequence(length: int) -> Tensor:
@@ -33,7 +26,7 @@ def angles(start: int, stop: int) -> Rotary:
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1, 1), (4, 2), (2, 1, 3)])
 @pytest.mark.parametrize("layer_class", [SelfAttention, LatentBlock])
 def test_a_causal_sequence_in_pieces(layer_class: Any, pieces: tuple[int, ...]) -> None:
-    layer, x, cache = randomised(layer_class(D, H, causal=True)), sequence(N), KeyValueCache(N)
+    layer, x, cache = perturbed(layer_class(D, H, causal=True)).double(), sequence(N), KeyValueCache(N)
     outs, start = [], 0
     for size in pieces:
         stop = start + size
@@ -46,7 +39,7 @@ def test_a_causal_sequence_in_pieces(layer_class: Any, pieces: tuple[int, ...]) 
 @pytest.mark.parametrize("own_keys", [True, False])
 def test_a_context_is_read_once(own_keys: bool, pieces: tuple[int, ...]) -> None:
     """The first piece brings the context; without keys of its own, each piece brings its own tokens' other form."""
-    layer = randomised(JointAttention(D, H, causal=True, own_keys=own_keys, qk_norm="rms"))
+    layer = perturbed(JointAttention(D, H, causal=True, own_keys=own_keys, qk_norm="rms")).double()
     x, context, cache = sequence(N), sequence(M if own_keys else M + N), KeyValueCache(M + N)
     outs, start = [], 0
     for size in pieces:
@@ -64,7 +57,7 @@ def gradients(layer: nn.Module, *outs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("own_keys", [True, False])
 def test_the_first_piece_has_all_its_gradients(own_keys: bool) -> None:
-    layer = randomised(JointAttention(D, H, causal=True, own_keys=own_keys, qk_norm="rms"))
+    layer = perturbed(JointAttention(D, H, causal=True, own_keys=own_keys, qk_norm="rms")).double()
     x, context = sequence(N), sequence(M)
     expected = gradients(layer, layer(x, context))
     for a, e in zip(gradients(layer, layer(x, context, cache=KeyValueCache(M + N))), expected, strict=True):
@@ -73,7 +66,7 @@ def test_the_first_piece_has_all_its_gradients(own_keys: bool) -> None:
 
 def test_no_gradient_passes_to_earlier_pieces() -> None:
     """Those of a later piece are as if the earlier tokens' keys and values were constants."""
-    layer, cache, x = randomised(SelfAttention(D, H, causal=True)), KeyValueCache(N), sequence(N).requires_grad_()
+    layer, cache, x = perturbed(SelfAttention(D, H, causal=True)).double(), KeyValueCache(N), sequence(N).requires_grad_()
     outs = [layer(piece, None, None, cache) for piece in x.split((4, 2), 1)]
     (gradient,) = torch.autograd.grad(outs[1].square().sum(), x, retain_graph=True)
     assert not gradient[:, :4].any() and gradient[:, 4:].all()
@@ -83,7 +76,7 @@ def test_no_gradient_passes_to_earlier_pieces() -> None:
 
 
 def test_a_cleared_cache_starts_anew() -> None:
-    layer, x, cache = randomised(SelfAttention(D, H, causal=True)), sequence(N), KeyValueCache(N)
+    layer, x, cache = perturbed(SelfAttention(D, H, causal=True)).double(), sequence(N), KeyValueCache(N)
     first = layer(x, None, None, cache).clone()
     cache.clear()
     assert cache.length == 0

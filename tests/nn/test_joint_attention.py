@@ -12,16 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_kernels import rotary_tables, use_backend
 from perceiver_kernels.nn import FeedForward, JointAttention, Rotary, SelfAttention
+from tests.modules import perturbed
 
 B, N, M, D, H = 2, 5, 9, 24, 4
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        with torch.no_grad():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return module.double()
 
 
 def sequence(length: int, seed: int) -> Tensor:
@@ -71,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", list(CASES))
 def test_joint_attention_as_written(case: str, masked: bool, rotates: bool) -> None:
-    layer = randomised(JointAttention(D, H, **CASES[case]))
+    layer = perturbed(JointAttention(D, H, **CASES[case])).double()
     x, context = sequence(N, 1), sequence(M, 2)
     mask = torch.rand(B, M, generator=torch.Generator().manual_seed(3)) < 0.6 if masked else None
     rotary = Rotary(*rotary_tables(M + N, 4)) if rotates else None
@@ -97,7 +90,7 @@ def test_joint_attention_as_written(case: str, masked: bool, rotates: bool) -> N
 @pytest.mark.parametrize("rotates", [False, True])
 @pytest.mark.parametrize("options", [{"causal": True}, {"qk_norm": "rms", "norm": "rms"}, {"qk_norm": "layer", "bias": False}])
 def test_self_attention_as_written(options: dict[str, Any], rotates: bool) -> None:
-    layer = randomised(SelfAttention(D, H, **options))
+    layer = perturbed(SelfAttention(D, H, **options)).double()
     x, rotary = sequence(N, 1), Rotary(*rotary_tables(N, 4)) if rotates else None
     query, key, value = (heads(part, H) for part in layer.qkv_proj(normed(x, layer.norm)).chunk(3, -1))
     query, key = turned(normed(query, layer.norm_query), rotary), turned(normed(key, layer.norm_key), rotary)
@@ -112,7 +105,7 @@ def test_self_attention_as_written(options: dict[str, Any], rotates: bool) -> No
 
 
 def test_without_context_a_sequence_reads_itself() -> None:
-    layer, x = randomised(JointAttention(D, H, causal=True)), sequence(N, 1)
+    layer, x = perturbed(JointAttention(D, H, causal=True)).double(), sequence(N, 1)
     own = layer.norm(x)
     key, value = (heads(part, H) for part in layer.kv_proj(own).chunk(2, -1))
     query = heads(layer.q_proj(own), H)
@@ -124,7 +117,7 @@ def test_without_context_a_sequence_reads_itself() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_sequence_reads_a_context_that_holds_it(masked: bool, causal: bool) -> None:
     """Without keys of its own: causal queries stand beside the last N tokens of the context, not after it."""
-    layer = randomised(JointAttention(D, H, causal=causal, own_keys=False, bias=True))
+    layer = perturbed(JointAttention(D, H, causal=causal, own_keys=False, bias=True)).double()
     x, context = sequence(N, 1), sequence(M, 2)
     mask = torch.rand(B, M, generator=torch.Generator().manual_seed(3)) < 0.6 if masked else None
     rotary = Rotary(*rotary_tables(M, 4))
@@ -152,7 +145,7 @@ def test_dropout_of_results_and_of_the_hidden_layer(kind: str) -> None:
         "joint": lambda: JointAttention(D, H, out_dropout=0.4), "self": lambda: SelfAttention(D, H, out_dropout=0.4),
         "feed-forward": lambda: FeedForward(D, 2, dropout=0.4), "hidden": lambda: FeedForward(D, 2, hidden_dropout=0.4),
     }  # fmt: skip
-    layer = randomised(build[kind]())
+    layer = perturbed(build[kind]()).double()
     run = (lambda: layer(x, x)) if kind == "joint" else (lambda: layer(x))
     layer.eval()
     whole = run() - x

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perceiver_kernels
 from perceiver_kernels.nn import LinformerAttention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.nn.test_attention import assert_same, randomised, result_and_gradients
+from tests.modules import assert_same, randomised, result_and_gradients
 
 B, N, L, D, H, K = 2, 13, 19, 24, 4, 5
 

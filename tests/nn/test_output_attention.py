@@ -17,7 +17,8 @@ from perceiver_kernels import functional, reference
 from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.nn import OutputCrossAttention
 from perceiver_kernels.testing.accuracy import assert_as_accurate
-from tests.nn.test_attention import METHODS, assert_same, randomised, result_and_gradients
+from tests.modules import assert_same, randomised, result_and_gradients
+from tests.nn.test_attention import METHODS
 
 B, O, N, D, C = 2, 37, 5, 24, 21
 

@@ -9,7 +9,7 @@ import torch
 
 from perceiver_kernels.nn import PointEmbedding, farthest_points
 from tests.models.plain_vecset import embed, sampled
-from tests.nn.test_attention import assert_same, randomised, result_and_gradients
+from tests.modules import assert_same, randomised, result_and_gradients
 
 B, M = 2, 33
 

@@ -12,7 +12,8 @@ import perceiver_kernels
 from perceiver_kernels.functional import output_attention
 from perceiver_kernels.nn import OutputBlock, OutputCrossAttention
 from perceiver_kernels.nn.checkpointing import run_block
-from tests.nn.test_attention import METHODS, assert_same, randomised, result_and_gradients
+from tests.modules import assert_same, randomised, result_and_gradients
+from tests.nn.test_attention import METHODS
 from tests.nn.test_output_attention import ONE_HEAD, SWITCHES, B, C, D, N, O, masks_of, tensors
 
 QK_NORM: dict[str, Any] = {"qk_norm": "layer", "num_heads": 2}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perceiver_kernels import functional
 from perceiver_kernels.inputs import InputArray
 from perceiver_kernels.nn import CrossAttention, OutputCrossAttention
-from tests.nn.test_attention import randomised, result_and_gradients
+from tests.modules import randomised, result_and_gradients
 
 B, N, M, D, C = 2, 5, 17, 24, 10
 

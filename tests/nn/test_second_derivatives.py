@@ -12,7 +12,7 @@ from torch.func import jvp, vjp
 
 from perceiver_kernels import use_backend
 from perceiver_kernels.nn import MAB, CrossAttention, LinformerAttention, OutputCrossAttention, SelfAttention
-from tests.nn.test_attention import randomised
+from tests.modules import randomised
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "absorbed": (lambda: CrossAttention(6, 4, method="absorbed"), [(2, 3, 6), (2, 5, 4)]),

@@ -14,7 +14,8 @@ import perceiver_kernels
 from perceiver_kernels.nn import ISAB, MAB, PMA, SAB
 from perceiver_kernels.testing.accuracy import assert_as_accurate
 from tests.models.plain_set_transformer import Block, PlainISAB, PlainPMA, PlainSAB
-from tests.nn.test_attention import METHODS, assert_same, randomised, result_and_gradients
+from tests.modules import assert_same, randomised, result_and_gradients
+from tests.nn.test_attention import METHODS
 
 B, N, M, D, C, H = 2, 5, 23, 24, 7, 3
 
@@ -108,7 +109,7 @@ def test_a_mask_is_truncation(kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_inducing_points_are_projected_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inducing_points_are_projected_once(method: str) -> None:
     rows: list[int] = []
     block = ISAB(C, D, 4, H, method=method)
     block.read.q_proj.register_forward_hook(lambda _, inputs, out: rows.append(out.shape[0]))

@@ -33,9 +33,8 @@ COMPOSITE = False
 # Of csrc/kernels/shared_kv_enqueue.h: the widest row of a kernel, and the tokens of its tile; the query rows of a block.
 BLOCK_KV = {64: 128, 128: 128, 256: 80, 272: 80, 336: 48, 512: 64}
 BLOCK_Q = {64: 128, 128: 128, 256: 128, 272: 128, 336: 128, 512: 64}
-# The same of the gradients: the tokens of a tile of dq, the query rows of a tile of dx, and the tokens of its block.
+# The same of the gradients: the tokens of a tile of dq, and those of a block of dx.
 DQ_BLOCK_KV = {64: 128, 128: 96, 256: 64, 272: 64, 336: 32}
-DX_BLOCK_Q = {64: 128, 128: 128, 256: 64, 272: 64, 336: 32}
 DX_BLOCK_KV = 128
 # With rows of 257 to 336 channels, the work that the forward takes on.
 WIDE_LEAST_FLOPS = 12e9

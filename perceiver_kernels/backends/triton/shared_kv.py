@@ -155,7 +155,7 @@ def _backward(
     lengths: Tensor | None, scale: float, dropout_p: float, dropout_seed: Tensor | None, key_offset: int, needs_dq: bool,
     needs_dx: bool, dq_sum: Tensor | None, plan: SharedKVPlan | None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    B, R, C = q.shape
+    B, R, _ = q.shape
     if B * R == 0 or x.shape[1] == 0:
         dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if dq_sum is None else dq_sum
         return dq if needs_dq else None, torch.zeros_like(x) if needs_dx else None

@@ -199,7 +199,7 @@ class TestLibrary:
         of_gradients = re.search(r"kSharedKVGradientColumns\[\] = \{([\d, ]+)\}", header).group(1)
         tables = {
             "block_kv": (widths, shared_kv.BLOCK_KV), "block_q": (widths, shared_kv.BLOCK_Q),
-            "dq_block_kv": (of_gradients, shared_kv.DQ_BLOCK_KV), "dx_block_q": (of_gradients, shared_kv.DX_BLOCK_Q),
+            "dq_block_kv": (of_gradients, shared_kv.DQ_BLOCK_KV),
         }  # fmt: skip
         for function, (columns, table) in tables.items():
             assert tiles_of(header, f"shared_kv_{function}", columns) == table
