@@ -17,6 +17,7 @@ from perceiver_kernels.inputs import FourierPositions, InputArray
 from perceiver_kernels.models import Perceiver, PerceiverIO, SetTransformer, SetTransformerConfig
 from tests.models import test_perceiver_io, test_vecset
 from tests.models.families import MODELS, arguments
+from tests.modules import perturbed
 
 
 class OfImages(nn.Module):
@@ -74,11 +75,7 @@ FAMILY: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]]
 def started(build: Callable[[], nn.Module], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """On the GPU, where no parameter is zero and no gradient waits for one."""
     torch.manual_seed(0)
-    model = build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.to("cuda", dtype).eval()
+    return perturbed(build(), scale=0.1).to("cuda", dtype).eval()
 
 
 def moved(values: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
