@@ -12,7 +12,7 @@ Parts, in this order; each writes <output>/<part>.json after every row:
 - models: whole models beside their originals, forward and training step, eager, compiled and as CUDA graphs
 - grids: models that are asked at every point of a dense grid
 - relatives: Perceiver AR, RIN, resamplers and the Set Transformer, beside themselves through PyTorch's attention
-- replaced: models of other libraries before and after replace_attention
+- replaced, replaced-layers: models and layers of other libraries before and after replace_attention
 - decode, process, encode-kv: attention over given keys and values, forward and backward, beside stock attention
 
 A part that would start after the time budget is skipped, and says so. Exit code 1 when a result was wrong.
@@ -51,10 +51,16 @@ KERNEL_CASES = ("imagenet", "longctx", "flow", "imagenet-learned", "multimodal",
 JUDGED_CASES = ("imagenet", "flow", "multimodal")
 COMPILED_CASES = ("imagenet", "resampler")
 """Compiling a case takes a minute; these two are where torch.compile was the best that stock PyTorch does."""
-WHOLE_REGIMES = ("replaced", "decode", "process", "encode-kv")
+ATTENTION_REGIMES = ("decode", "process", "encode-kv")
 """Each a part of its name."""
-MODEL_PARTS = {"models": ModelCase, "grids": GridCase, "relatives": SameCase}
-"""Parts of the regime `models`, by the kind of their cases: together they take longer than one call may."""
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "models": ("models", lambda case: isinstance(case, ModelCase)),
+    "grids": ("models", lambda case: isinstance(case, GridCase)),
+    "relatives": ("models", lambda case: isinstance(case, SameCase)),
+    "replaced": ("replaced", lambda case: not case.is_layer),
+    "replaced-layers": ("replaced", lambda case: case.is_layer),
+}
+"""Parts that measure one kind of a regime's cases: all kinds together take longer than one call may."""
 KERNEL_PEERS = ["eager", "efficient", "cudnn"]
 PHOTOGRAPH_SIDE = 10_000
 TEN_MILLION = 10 * 2**20
@@ -193,29 +199,28 @@ def layers(context: Context) -> None:
     _timed(context, "layers", "layers", regime.default_cases, list(regime.passes.values()), context.peers, COMPILED_CASES)
 
 
-def whole_regime(context: Context, name: str) -> None:
-    """One regime, attention over given keys and values or models that are replaced: the part has its name."""
-    regime = REGIMES[name]
-    # Others than the default cases are measured where they are named.
-    cases = regime.default_cases if context.cases is None else tuple(regime.cases)
-    _whole(context, name, name, cases)
-
-
-def models_of_a_kind(context: Context, name: str) -> None:
-    """Whole models of one kind."""
-    regime = REGIMES["models"]
-    named = regime.default_cases if context.cases is None else tuple(regime.cases)
-    _whole(context, name, "models", tuple(each for each in named if isinstance(regime.cases[each], MODEL_PARTS[name])))
-
-
-def _whole(context: Context, part: str, name: str, cases: tuple[str, ...]) -> None:
-    regime, peers = REGIMES[name], context.peers
-    if name in ("models", "replaced"):
-        # Its peers are originals of its own: of attention's, only that there are none counts.
-        peers = None if peers else peers
-    elif peers is None:
+def attention_regime(context: Context, name: str) -> None:
+    """Attention over given keys and values: the part has the regime's name."""
+    peers = context.peers
+    if peers is None:
         # Compiling softmax(q k^T) v takes long for each case, and wins none.
         peers = [peer for peer in ATTENTION_PEERS if not peer.startswith("compiled") and (context.compiled or peer != "flex")]
+    _whole(context, name, name, lambda case: True, peers)
+
+
+def cases_of_a_kind(context: Context, part: str) -> None:
+    """One kind of whole models, or of what is replaced."""
+    regime, belongs = KINDS[part]
+    # Their peers are originals of their own: of attention's, only that there are none counts.
+    _whole(context, part, regime, belongs, None if context.peers else context.peers)
+
+
+def _whole(context: Context, part: str, name: str, belongs: Callable[[Any], bool], peers: list[str] | None) -> None:
+    """Every pass of a regime's cases."""
+    regime = REGIMES[name]
+    # Others than the default cases are measured where they are named.
+    named = regime.default_cases if context.cases is None else tuple(regime.cases)
+    cases = tuple(each for each in named if belongs(regime.cases[each]))
     _timed(context, part, name, cases, list(regime.passes.values()), peers, cases)
 
 
@@ -289,8 +294,8 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "sizes": layers_against_inputs,
     "ten-million": ten_million,
     "hundred-million": hundred_million,
-    **{name: functools.partial(models_of_a_kind, name=name) for name in MODEL_PARTS},
-    **{name: functools.partial(whole_regime, name=name) for name in WHOLE_REGIMES},
+    **{part: functools.partial(cases_of_a_kind, part=part) for part in KINDS},
+    **{name: functools.partial(attention_regime, name=name) for name in ATTENTION_REGIMES},
 }
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def _whole_models(results: Results, *names: str) -> list[str]:
 
 def replaced(results: Results) -> list[str]:
     """Models of other libraries before and after a replacement: milliseconds as called and as graphs, memory."""
-    rows = {(row["case"], row["pass"], row["implementation"]): row for row in _rows(results, "replaced")}
+    parts = [part for part in ("replaced", "replaced-layers") if _rows(results, part)]
+    rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
     table = []
     for case, which in dict.fromkeys((case, which) for case, which, _ in rows):
         before, after = (rows.get((case, which, name), {}) for name in ("original", "ours"))
@@ -172,7 +173,7 @@ def replaced(results: Results) -> list[str]:
         "case", "pass", "before, ms", "after", "times faster", "graph before", "graph after", "compiled before",
         "compiled after", "memory before", "after",
     ]  # fmt: skip
-    return [_where(results["replaced"]), "", *_markdown(header, table)] if table else []
+    return [*dict.fromkeys(_where(results[part]) for part in parts), "", *_markdown(header, table)] if table else []
 
 
 def examples(results: Results) -> list[str]:

@@ -103,7 +103,7 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     small = {name: models.cases[name].scaled() for name in names}
     monkeypatch.setitem(gpu_bench.REGIMES, "models", dataclasses.replace(models, cases=small, default_cases=tuple(small)))
     replaced = gpu_bench.REGIMES["replaced"]
-    small = {name: replaced.cases[name].scaled() for name in ("torch-512x50k-c512-h8",)}
+    small = {name: replaced.cases[name].scaled() for name in ("transformers-imagenet-b8", "torch-512x50k-c512-h8")}
     monkeypatch.setitem(gpu_bench.REGIMES, "replaced", dataclasses.replace(replaced, cases=small, default_cases=tuple(small)))
     context = gpu_bench.Context(
         tmp_path,
@@ -129,6 +129,14 @@ def test_every_part_runs_small(imported, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert tables.host(results)[-1] == "| imagenet | backward | 12 |"
     assert tables.attention_kernels(results)[-1].endswith(" | one 0.0045 (2) |")
     assert len(tables.summary(results)) == 1 + 5 + 4 + 3 + 3 * 2
+
+
+def test_every_kind_of_case_has_one_part(imported) -> None:
+    gpu_bench = imported("gpu_bench")
+    for name in {regime for regime, _ in gpu_bench.KINDS.values()}:
+        parts = [belongs for regime, belongs in gpu_bench.KINDS.values() if regime == name]
+        for case in gpu_bench.REGIMES[name].cases.values():
+            assert [belongs(case) for belongs in parts].count(True) == 1, case.name
 
 
 def test_tables_of_what_is_no_report_are_one_line(
