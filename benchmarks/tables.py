@@ -151,11 +151,12 @@ def _whole_models(results: Results, *names: str) -> list[str]:
         times = [cell(rows.get((case, which, name)), lambda row: _ms(row["p50_ms"])) for name in ("ours", *others)]
         table.append([case, MODEL_TITLES[which], *times, cell(ours, lambda row: _bytes(row["peak_extra_bytes"]))])
     header = ["case", "pass", "ours, ms", *others, "our extra memory"]
-    return [*dict.fromkeys(_where(results[part]) for part in parts), "", *_markdown(header, table)] if table else []
+    where = dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in parts)
+    return [*where, "", *_markdown(header, table)] if table else []
 
 
 def replaced(results: Results) -> list[str]:
-    """Models of other libraries before and after a replacement: milliseconds as called and as graphs, memory."""
+    """What other libraries have before and after a replacement: milliseconds as called, as graphs and compiled, memory."""
     parts = [part for part in ("replaced", "replaced-layers") if _rows(results, part)]
     rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
     table = []
@@ -173,7 +174,8 @@ def replaced(results: Results) -> list[str]:
         "case", "pass", "before, ms", "after", "times faster", "graph before", "graph after", "compiled before",
         "compiled after", "memory before", "after",
     ]  # fmt: skip
-    return [*dict.fromkeys(_where(results[part]) for part in parts), "", *_markdown(header, table)] if table else []
+    where = dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in parts)
+    return [*where, "", *_markdown(header, table)] if table else []
 
 
 def examples(results: Results) -> list[str]:
