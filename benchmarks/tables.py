@@ -137,8 +137,7 @@ def relatives(results: Results) -> list[str]:
 
 def _whole_models(results: Results, *names: str) -> list[str]:
     """Milliseconds of every implementation, and memory of ours."""
-    parts = [part for part in names if _rows(results, part)]
-    rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
+    rows, where = _joined(results, *names)
     # Ours first: as called, as a graph, compiled.
     others = sorted(dict.fromkeys(name for _, _, name in rows if name != "ours"), key=lambda name: not name.startswith("ours"))
 
@@ -151,14 +150,19 @@ def _whole_models(results: Results, *names: str) -> list[str]:
         times = [cell(rows.get((case, which, name)), lambda row: _ms(row["p50_ms"])) for name in ("ours", *others)]
         table.append([case, MODEL_TITLES[which], *times, cell(ours, lambda row: _bytes(row["peak_extra_bytes"]))])
     header = ["case", "pass", "ours, ms", *others, "our extra memory"]
-    where = dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in parts)
     return [*where, "", *_markdown(header, table)] if table else []
+
+
+def _joined(results: Results, *names: str) -> tuple[dict[tuple[str, str, str], dict[str, Any]], list[str]]:
+    """Rows of the parts that were measured, by case, pass and implementation; and the lines that say where, no two alike."""
+    parts = [part for part in names if _rows(results, part)]
+    rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
+    return rows, list(dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in parts))
 
 
 def replaced(results: Results) -> list[str]:
     """What other libraries have before and after a replacement: milliseconds as called, as graphs and compiled, memory."""
-    parts = [part for part in ("replaced", "replaced-layers") if _rows(results, part)]
-    rows = {(row["case"], row["pass"], row["implementation"]): row for part in parts for row in _rows(results, part)}
+    rows, where = _joined(results, "replaced", "replaced-layers")
     table = []
     for case, which in dict.fromkeys((case, which) for case, which, _ in rows):
         before, after = (rows.get((case, which, name), {}) for name in ("original", "ours"))
@@ -174,7 +178,6 @@ def replaced(results: Results) -> list[str]:
         "case", "pass", "before, ms", "after", "times faster", "graph before", "graph after", "compiled before",
         "compiled after", "memory before", "after",
     ]  # fmt: skip
-    where = dict.fromkeys(_where(results[part] | {"ceilings": None}) for part in parts)
     return [*where, "", *_markdown(header, table)] if table else []
 
 

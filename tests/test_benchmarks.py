@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_every_kind_of_case_has_one_part(imported) -> None:
         parts = [belongs for regime, belongs in gpu_bench.KINDS.values() if regime == name]
         for case in gpu_bench.REGIMES[name].cases.values():
             assert [belongs(case) for belongs in parts].count(True) == 1, case.name
+
+
+def test_the_parts_that_write_results_are_listed(imported) -> None:
+    gpu_bench = imported("gpu_bench")
+    for text in ((imported("tables").RESULTS / "README.md").read_text(), gpu_bench.__doc__):
+        assert [part for part in gpu_bench.PARTS if not re.search(rf"[`\s]{part}[`,:]", text)] == []
 
 
 def test_tables_of_what_is_no_report_are_one_line(
